@@ -1,0 +1,24 @@
+"""Keras language models with one functional graph, cache included.
+
+Nothing is imported until it is used, so that the command line can choose the
+Keras backend first.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load_model": "keras_nlp_cache.drop_in",
+    "stream": "keras_nlp_cache.streaming",
+}
+
+__all__ = ["load_model", "models", "stream"]
+
+
+def __getattr__(name):
+    if name == "models":
+        return importlib.import_module("keras_nlp_cache.models")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""`python -m keras_nlp_cache` is `keras-nlp-cache`."""
+
+import sys
+
+from keras_nlp_cache.cli import main
+
+sys.exit(main())

@@ -1,0 +1,136 @@
+"""Attention over a cache: project, rotate, update the cache, attend, project.
+
+`CachedAttention.call` reads in that order. A model family subclasses it
+together with upstream's attention layer and states only what differs: how it
+projects, how it scales, whether it caps its logits or slides a window.
+"""
+
+from keras import ops
+
+from keras_nlp_cache.cache import LayerCache
+
+
+def attend(query, key, value, mask, scale, soft_cap=None, dropout=None):
+    """Scaled dot-product attention with grouped queries.
+
+    Each key/value head serves `query_heads / key_value_heads` query heads. The
+    queries are grouped by the head that serves them, so that the keys and
+    values are read where they lie and never repeated.
+
+    Args:
+        query: Tensor `(B, T, query_heads, head_dim)`.
+        key: Tensor `(B, key_value_heads, S, head_dim)`.
+        value: Tensor `(B, key_value_heads, S, head_dim)`.
+        mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits.
+        scale: float. Multiplies the logits.
+        soft_cap: Optional float. Bounds the logits to `(-soft_cap, soft_cap)`
+            by a tanh, as in Gemma 2 (https://arxiv.org/abs/2408.00118).
+        dropout: Optional callable, applied to the attention weights.
+
+    Returns:
+        A tensor `(B, T, query_heads, head_dim)` of the dtype of `query`.
+
+    Reference:
+        Grouped-query attention, https://arxiv.org/abs/2305.13245
+    """
+    dtype = query.dtype
+    batch, length, query_heads, head_dim = ops.shape(query)
+    heads, max_length = ops.shape(key)[1:3]
+    groups = query_heads // heads
+
+    query = ops.reshape(query, (batch, length, heads, groups, head_dim))
+    query = ops.transpose(query, (0, 2, 3, 1, 4))
+    query = ops.reshape(query, (batch, heads, groups * length, head_dim))
+    logits = ops.matmul(query, ops.cast(ops.swapaxes(key, 2, 3), dtype))
+    logits = ops.cast(logits, "float32") * scale
+    if soft_cap is not None:
+        logits = ops.tanh(logits / soft_cap) * soft_cap
+    logits = ops.reshape(logits, (batch, heads, groups, length, max_length))
+    weights = ops.softmax(logits + mask[:, :, None], axis=-1)
+    weights = ops.cast(weights, dtype)
+    if dropout is not None:
+        weights = dropout(weights)
+
+    weights = ops.reshape(weights, (batch, heads, groups * length, max_length))
+    output = ops.matmul(weights, ops.cast(value, dtype))
+    output = ops.reshape(output, (batch, heads, groups, length, head_dim))
+    output = ops.transpose(output, (0, 3, 1, 2, 4))
+    return ops.reshape(output, (batch, length, query_heads, head_dim))
+
+
+def first_argument(args, kwargs):
+    """The sequence, all that upstream's layers agree to take first.
+
+    They name it `query`, `hidden_states`, `decoder_sequence` or `x`, and some
+    are called by keyword.
+    """
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+class CachedAttention:
+    """Mixin that gives an upstream attention layer a per-layer cache.
+
+    Placed before the upstream class in the bases of a layer of the same name.
+    Subclasses implement `key_value_shape`, `project` and `merge_heads`, and
+    set `scale` and, where they have them, `soft_cap`, `window` and `dropout`.
+    """
+
+    soft_cap = None
+    window = None
+    weights_dropout = None
+
+    @property
+    def key_value_shape(self):
+        """`(key_value_heads, head_dim)` of the keys and of the values."""
+        raise NotImplementedError
+
+    def project(self, x, positions):
+        """Projects and rotates.
+
+        Args:
+            x: Tensor `(B, T, hidden_dim)`.
+            positions: int32 tensor `(B or 1, T)`.
+
+        Returns:
+            A query `(B, T, query_heads, head_dim)`, and a key and a value
+            `(B, T, key_value_heads, head_dim)`.
+        """
+        raise NotImplementedError
+
+    def merge_heads(self, x):
+        """Projects `(B, T, query_heads, head_dim)` to `(B, T, hidden_dim)`."""
+        raise NotImplementedError
+
+    def call(self, *args, cache=None, **kwargs):
+        """Attends as upstream does, or through a cache.
+
+        Returns:
+            As upstream does, unless `cache` is a `LayerCache` or a
+            `(key, value)` pair. Then `(output, (key, value))`, where the pair
+            holds the updated cache, or `None` twice if there was none.
+        """
+        if not isinstance(cache, tuple):
+            return super().call(*args, cache=cache, **kwargs)
+        index = kwargs.pop("cache_update_index", None)
+        x = first_argument(args, kwargs)
+        if not isinstance(cache, LayerCache):
+            cache = LayerCache.of_pair(cache, index, ops.shape(x)[1])
+        if not cache.in_use:
+            return super().call(*args, **kwargs), (None, None)
+
+        query, key, value = self.project(x, cache.positions)
+        remembered = cache.update(
+            ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
+        )
+        x = attend(
+            query,
+            remembered.key,
+            remembered.value,
+            mask=cache.windowed_mask(self.window),
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            dropout=self.weights_dropout,
+        )
+        if cache.key is None:
+            return self.merge_heads(x), (None, None)
+        return self.merge_heads(x), (remembered.key, remembered.value)

@@ -1,0 +1,379 @@
+"""A backbone whose functional graph takes a cache.
+
+`CachedBackbone` stands between an upstream backbone and
+`keras_hub.models.Backbone`. The upstream constructor builds its layers and its
+graph and hands the graph on with `super().__init__(inputs=, outputs=)`, which
+arrives here: the graph is replayed once more with the optional inputs, and the
+replayed graph is what the model is made of.
+"""
+
+import functools
+
+import keras
+import keras_hub
+from keras import ops
+from keras import tree
+from keras.src.models.functional import Functional
+from keras_hub.src.utils.preset_utils import get_preset_loader
+
+from keras_nlp_cache import drop_in
+from keras_nlp_cache import inputs as model_inputs
+from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.decoder_block import specialize
+from keras_nlp_cache.step import PositionsAndMask
+
+
+def plain_python(function):
+    """Keeps TensorFlow's autograph from rewriting a function.
+
+    It would turn checks of Python values into graph operations.
+    """
+    if keras.config.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+# `Functional` is named as a base because Keras adds it by rewriting the bases
+# of every path to `keras.Model`, and trips over a class with two of them.
+class CachedBackbone(keras_hub.models.Backbone, Functional):
+    """Base of all backbones of this package: a graph with a cache in it.
+
+    A model family subclasses its upstream backbone and this class, in that
+    order, and sets two attributes:
+
+    ```python
+    class LlamaBackbone(keras_hub.models.LlamaBackbone, CachedBackbone):
+        block_cls = LlamaTransformerDecoder
+    ```
+
+    Attributes:
+        block_cls: A `DecoderBlock`, the class to give each decoder block.
+        blocks_name: Name of the attribute that lists the decoder blocks.
+        position_layers: Names of the attributes that hold layers which take
+            `positions`, such as learned position embeddings.
+
+    Call arguments:
+        inputs: A dictionary. Only `"token_ids"` is required; every other key
+            may be left out or `None`. Values may be NumPy arrays, Python
+            numbers or backend tensors, in any mixture.
+
+            - `"token_ids"`: int, `(B, T)`.
+            - `"padding_mask"`: bool or int, 0 for padding. `(B, T)` without a
+              cache, `(B, S)` with one, where `S` is the cache's length.
+            - `"cache"`: from `make_cache()` or an earlier call.
+            - `"cache_update_index"`: int scalar, the slot of the first token.
+              Goes with `"cache"`.
+            - `"token_positions"`: int, `(B, T)`. Where each token stands in
+              the text. Defaults to its slot.
+            - `"attention_mask"`: `(B, T, S)`, bool or int with 0 where a
+              token may not attend, or floating and added to the logits.
+
+    Returns:
+        Hidden states `(B, T, hidden_dim)`. With a cache, a pair of these and
+        the updated cache; the cache passed in is not modified.
+
+    Example:
+    ```python
+    backbone = LlamaBackbone(
+        vocabulary_size=100, num_layers=2, num_query_heads=4,
+        num_key_value_heads=2, hidden_dim=32, intermediate_dim=64,
+    )
+    token_ids = np.array([[1, 2, 3, 4]])
+    full = backbone({"token_ids": token_ids})
+
+    cache = backbone.make_cache(batch_size=1, max_length=4)
+    prefill, cache = backbone({
+        "token_ids": token_ids[:, :3],
+        "cache": cache,
+        "cache_update_index": 0,
+    })
+    step, cache = backbone({
+        "token_ids": token_ids[:, 3:],
+        "cache": cache,
+        "cache_update_index": 3,
+    })
+    # `full[:, 3:]` and `step` are equal.
+    ```
+
+    Reference:
+        https://github.com/keras-team/keras-hub/issues/1862
+    """
+
+    block_cls = None
+    blocks_name = "transformer_layers"
+    position_layers = ()
+
+    def __init__(self, *, inputs, outputs, **kwargs):
+        for block in self.blocks:
+            specialize(block, self.block_cls)
+        inputs, outputs = self._add_cache(inputs, outputs)
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+        # Losses and metrics see the hidden states alone.
+        self.output_names = self.output_names[:1]
+
+    @property
+    def blocks(self):
+        """The decoder blocks, in the order of their caches."""
+        return getattr(self, self.blocks_name)
+
+    @property
+    def max_positions(self):
+        """Number of positions the model can tell apart, `None` if any."""
+        return None
+
+    @plain_python
+    def make_cache(self, batch_size, max_length, dtype=None):
+        """Makes an empty cache.
+
+        Args:
+            batch_size: int. Number of sequences.
+            max_length: int. Number of slots, the longest sequence that fits.
+            dtype: Optional floating dtype. Defaults to the compute dtype.
+
+        Returns:
+            A tuple with one `(key, value)` pair per decoder block, each a
+            tensor of zeros `(batch_size, key_value_heads, max_length,
+            head_dim)`.
+
+        Raises:
+            ValueError: If a size is not a positive integer, if `max_length`
+                exceeds the positions of the model, or if `dtype` is not
+                floating.
+        """
+        for name, size in (
+            ("batch_size", batch_size),
+            ("max_length", max_length),
+        ):
+            if ops.is_tensor(size):
+                continue  # Sizes are tensors in a TensorFlow graph.
+            if isinstance(size, bool) or not hasattr(size, "__index__"):
+                raise ValueError(
+                    f"Expected `{name}` to be an integer. Received: {size!r} "
+                    f"of type {type(size).__name__}."
+                )
+            if size < 1:
+                raise ValueError(
+                    f"Expected `{name}` to be 1 or more. Received: {size}."
+                )
+        if self.max_positions is not None and not ops.is_tensor(max_length):
+            if max_length > self.max_positions:
+                raise ValueError(
+                    "Expected `max_length` to be at most the "
+                    f"{self.max_positions} positions that the model learned "
+                    f"(`max_sequence_length`). Received: {max_length}."
+                )
+        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            raise ValueError(
+                f"Expected `dtype` to be a floating dtype. Received: {dtype}."
+            )
+        return tuple(
+            tuple(
+                ops.zeros((batch_size, heads, max_length, dim), dtype=dtype)
+                for _ in range(2)
+            )
+            for heads, dim in self.cache_spec
+        )
+
+    @property
+    def cache_spec(self):
+        """One `(key_value_heads, head_dim)` per entry of the cache."""
+        return tuple(
+            (key.shape[1], key.shape[3])
+            for key, _ in self._inputs_struct["cache"]
+        )
+
+    # === The graph ===
+
+    def _add_cache(self, inputs, outputs):
+        """Replays a graph of `token_ids` and `padding_mask` with a cache."""
+        graph = keras.Function(inputs, outputs)
+        dtype = self.blocks[0].compute_dtype
+        cache = tuple(
+            tuple(
+                keras.Input(
+                    (heads, None, dim),
+                    dtype=dtype,
+                    name=f"cache_{i}_{name}",
+                    optional=True,
+                )
+                for name in ("key", "value")
+            )
+            for i, (heads, dim) in enumerate(
+                block.key_value_shape for block in self.blocks
+            )
+        )
+        new = {
+            "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
+            "padding_mask": keras.Input(
+                (None,), dtype="int32", name="padding_mask", optional=True
+            ),
+            "cache": cache,
+            "cache_update_index": keras.Input(
+                batch_shape=(),
+                dtype="int32",
+                name="cache_update_index",
+                optional=True,
+            ),
+            "token_positions": keras.Input(
+                (None,), dtype="int32", name="token_positions", optional=True
+            ),
+            "attention_mask": keras.Input(
+                (None, None), dtype="bool", name="attention_mask", optional=True
+            ),
+        }
+        # A layer's first node tells Keras what its outputs are, so the nodes
+        # of the graph that is replaced have to go.
+        for operation in graph.operations:
+            operation._inbound_nodes.clear()
+            operation._outbound_nodes.clear()
+
+        self._positions_and_mask = PositionsAndMask(name="positions_and_mask")
+        index = new["cache_update_index"]
+        positions, mask = self._positions_and_mask(
+            new["token_ids"],
+            padding_mask=new["padding_mask"],
+            key=cache[0][0],
+            index=index,
+            token_positions=new["token_positions"],
+            attention_mask=new["attention_mask"],
+        )
+        updated = {}
+        takes_positions = [getattr(self, x) for x in self.position_layers]
+
+        def call(operation, *args, **kwargs):
+            if operation in self.blocks:
+                i = len(updated)
+                kwargs[operation.cache_argument] = LayerCache(
+                    *cache[i], index=index, positions=positions, mask=mask
+                )
+                x, updated[i] = operation(*args, **kwargs)
+                return x
+            if operation in takes_positions:
+                kwargs["positions"] = positions
+            return operation(*args, **kwargs)
+
+        x = graph._run_through_graph(
+            [new[tensor.name] for tensor in graph.inputs],
+            operation_fn=lambda op: functools.partial(call, op),
+        )
+        return new, (x, tuple(updated.values()))
+
+    def _without_cache(self, inputs, call=lambda operation: operation):
+        """Replays the graph symbolically with no cache in it, as upstream's.
+
+        Symbolic outputs cannot be `None`, so where no cache goes in, the
+        layers are called as upstream calls them.
+        """
+
+        def operation_fn(operation):
+            if operation is self._positions_and_mask:
+                return lambda *args, **kwargs: (None, None)
+            if operation not in self.blocks:
+                return call(operation)
+
+            def block(*args, **kwargs):
+                del kwargs[operation.cache_argument]
+                return call(operation)(*args, **kwargs), None, None
+
+            return block
+
+        inputs = self._normalize(inputs)
+        return super()._run_through_graph(inputs, operation_fn)[0]
+
+    def _run_through_graph(
+        self, inputs, operation_fn=lambda op: op, call_fn=None
+    ):
+        # `keras.models.clone_model` replays the graph on `self.input`.
+        if isinstance(inputs, dict) and inputs.keys() == self.input.keys():
+            if call_fn is None:
+                return self._without_cache(inputs, operation_fn)
+            return self._without_cache(
+                inputs,
+                lambda op: functools.partial(call_fn, operation_fn(op)),
+            )
+        if call_fn is not None:
+            return super()._run_through_graph(inputs, call_fn=call_fn)
+        return super()._run_through_graph(inputs, operation_fn)
+
+    # === Calling it ===
+
+    def _normalize(self, inputs):
+        return model_inputs.normalize(
+            inputs, self.cache_spec, self.max_positions
+        )
+
+    @plain_python
+    def __call__(self, inputs, *args, **kwargs):
+        inputs = self._normalize(inputs)
+        if isinstance(inputs["cache"][0][0], keras.KerasTensor):
+            # Spelled out rather than recorded as one call of the backbone:
+            # `output`, which Keras consults for the number of outputs of such
+            # a call, has no room for a cache.
+            return self._run_through_graph(inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        inputs = self._normalize(inputs)
+        x, cache = super().call(inputs, training=training, mask=mask, **kwargs)
+        return x if inputs["cache"][0][0] is None else (x, cache)
+
+    def compute_output_spec(self, inputs, training=None, mask=None):
+        """The hidden states, with the cache if one came in."""
+        inputs = self._normalize(inputs)
+        x = self._outputs_struct[0]
+        x = keras.KerasTensor(
+            (*inputs["token_ids"].shape, x.shape[-1]), dtype=x.dtype
+        )
+        if inputs["cache"][0][0] is None:
+            return x
+        return x, tree.map_structure(
+            lambda t: keras.KerasTensor(t.shape, dtype=t.dtype),
+            inputs["cache"],
+        )
+
+    def _standardize_inputs(self, inputs):
+        # Keras would cast each input to the dtype that the graph declares,
+        # and with it a cache made in another dtype on request.
+        return tree.flatten(inputs)
+
+    @property
+    def input(self):
+        """The symbolic inputs that upstream's backbone has too."""
+        return {
+            name: self._inputs_struct[name]
+            for name in ("token_ids", "padding_mask")
+        }
+
+    @property
+    def output(self):
+        """The symbolic hidden states that follow from `input` alone."""
+        if not hasattr(self, "_output_without_cache"):
+            self._output_without_cache = self._without_cache(self.input)
+        return self._output_without_cache
+
+    # === Presets ===
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Loads a backbone from a preset that either package saved.
+
+        Takes what `keras_hub.models.Backbone.from_preset()` takes: a built-in
+        name, a hub handle, a local preset or Hugging Face directory.
+        """
+        with drop_in.scope():
+            loader = get_preset_loader(preset)
+            backbone_cls = drop_in.replacement(loader.check_backbone_class())
+            if not issubclass(backbone_cls, cls):
+                raise ValueError(
+                    f"Expected a preset of a `{cls.__name__}`. Received: "
+                    f"preset={preset!r}, of a `{backbone_cls.__name__}`. Call "
+                    "`from_preset` on that class instead."
+                )
+            return loader.load_backbone(backbone_cls, load_weights, **kwargs)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+        drop_in.name_upstream_classes(preset_dir)

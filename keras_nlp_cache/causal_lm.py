@@ -1,0 +1,239 @@
+"""The task that generates through the backbone's graph."""
+
+import keras_hub
+from keras import ops
+from keras.src.models.functional import Functional
+from keras_hub.src.utils.preset_utils import get_preset_loader
+
+from keras_nlp_cache import drop_in
+from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.cache import owned_cache
+from keras_nlp_cache.decode_step import compile_decode_step
+
+
+# For the second base see `CachedBackbone`.
+class CausalLM(keras_hub.models.CausalLM, Functional):
+    """Base of the language modeling tasks that treat a backbone as one call.
+
+    A drop-in replacement for `keras_hub.models.CausalLM`. Where upstream's
+    tasks call the layers of their backbone by hand to generate, these call the
+    backbone, so whatever was done to its graph shows in what it generates.
+    They use nothing of it but its call, its `make_cache()`, and its
+    `token_embedding` to turn hidden states into logits.
+
+    Args:
+        backbone: A backbone of this package.
+        preprocessor: A `keras_hub.models.CausalLMPreprocessor`, or `None` to
+            pass token ids instead of strings.
+
+    Example:
+    ```python
+    lm = CausalLM.from_preset("gpt2_base_en")
+    lm.compile(sampler="greedy")
+    lm.generate("Keras is a", max_length=64)
+    ```
+
+    Reference:
+        https://github.com/keras-team/keras-hub/issues/1862
+    """
+
+    def __init__(self, backbone, *args, **kwargs):
+        if not isinstance(backbone, CachedBackbone):
+            raise ValueError(
+                "Expected `backbone` to be a backbone of "
+                "`keras_nlp_cache.models`. Received an instance of "
+                f"{type(backbone).__module__}.{type(backbone).__name__}. Build "
+                "it with the class of the same name from "
+                "`keras_nlp_cache.models`; weights and presets are shared."
+            )
+        super().__init__(backbone, *args, **kwargs)
+
+    def call_with_cache(self, token_ids, cache, cache_update_index):
+        """Runs the model on some tokens of a sequence.
+
+        Args:
+            token_ids: int tensor `(B, T)`.
+            cache: A cache from `backbone.make_cache()` or an earlier call. It
+                is not modified.
+            cache_update_index: int scalar, the slot of the first token.
+
+        Returns:
+            A tuple `(logits, hidden_states, cache)`: logits of shape
+            `(B, T, vocabulary_size)`, hidden states of shape
+            `(B, T, hidden_dim)`, and the updated cache.
+
+        Raises:
+            ValueError: If the cache does not fit the model or the tokens.
+
+        Example:
+        ```python
+        cache = lm.backbone.make_cache(batch_size=1, max_length=8)
+        logits, _, cache = lm.call_with_cache([[5, 6, 7]], cache, 0)
+        logits, _, cache = lm.call_with_cache([[8]], cache, 3)
+        ```
+        """
+        hidden_states, cache = self.backbone(
+            {
+                "token_ids": token_ids,
+                "cache": cache,
+                "cache_update_index": cache_update_index,
+            }
+        )
+        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        return logits, hidden_states, cache
+
+    def _build_cache(self, token_ids):
+        # Called by upstream's `generate_step()`, which fills the cache here
+        # and then decodes with `call_with_cache()`.
+        batch_size, max_length = ops.shape(token_ids)
+        hidden_states, cache = self.backbone(
+            {
+                "token_ids": token_ids,
+                "cache": self.backbone.make_cache(batch_size, max_length),
+                "cache_update_index": 0,
+            }
+        )
+        return hidden_states, cache
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        with owned_cache():
+            return super().generate_step(inputs, stop_token_ids)
+
+    def make_decode_step(self):
+        """Returns one compiled step of generation, made at the first call.
+
+        See `keras_nlp_cache.decode_step`.
+        """
+        if self.decode_step_function is None:
+            self.decode_step_function = compile_decode_step(self)
+        return self.decode_step_function
+
+    def compile(self, *args, **kwargs):
+        super().compile(*args, **kwargs)
+        self.decode_step_function = None
+
+    def _post_quantize(self, mode, **kwargs):
+        super()._post_quantize(mode, **kwargs)
+        self.decode_step_function = None
+
+    def make_generate_function(self):
+        """Returns the generation function, with its inputs checked."""
+        generate = super().make_generate_function()
+
+        def checked_generate(inputs, stop_token_ids=None):
+            _check_prompts(inputs, self.backbone.max_positions)
+            return generate(inputs, stop_token_ids=stop_token_ids)
+
+        return checked_generate
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+    ):
+        """Generates text after a prompt.
+
+        Upstream's method, with its arguments and its results. In addition it
+        refuses prompts that upstream would cut or continue from nothing.
+
+        Raises:
+            ValueError: If a prompt has no tokens, has more than `max_length`
+                tokens, or needs more positions than the model learned.
+        """
+        if self.preprocessor is not None:
+            _check_not_cut(inputs, max_length, self.preprocessor)
+        return super().generate(
+            inputs,
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            strip_prompt=strip_prompt,
+        )
+
+    # === Presets ===
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Loads a task from a preset that either package saved.
+
+        Called on `CausalLM`, picks the class that fits the preset.
+
+        Args:
+            preset: What `keras_hub.models.CausalLM.from_preset()` takes: a
+                built-in name, a hub handle, or the path of a local preset or
+                Hugging Face directory.
+            load_weights: bool. Whether to load the weights.
+            **kwargs: Passed on to the task and, as `dtype`, to its backbone.
+
+        Raises:
+            ValueError: If the preset is not one, or is of a model that this
+                package does not cover, or not of class `cls`.
+        """
+        with drop_in.scope():
+            loader = get_preset_loader(preset)
+            backbone_cls = drop_in.replacement(loader.check_backbone_class())
+            tasks = [
+                task
+                for task in drop_in.replacements()
+                if issubclass(task, cls) and task.backbone_cls is backbone_cls
+            ]
+            if not tasks:
+                raise ValueError(
+                    f"Expected a preset for `{cls.__name__}`. Received: "
+                    f"preset={preset!r}, of a `{backbone_cls.__name__}`. Call "
+                    "`CausalLM.from_preset`, which picks the class."
+                )
+            return loader.load_task(tasks[0], load_weights, True, **kwargs)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+        drop_in.name_upstream_classes(preset_dir)
+
+
+def _check_prompts(inputs, max_positions):
+    """Checks the token ids and padding mask of a batch of prompts."""
+    max_length = inputs["token_ids"].shape[-1]
+    if max_positions is not None and max_length > max_positions:
+        raise ValueError(
+            f"Expected `max_length` to be at most the {max_positions} "
+            "positions that the model learned (`max_sequence_length`). "
+            f"Received: {max_length}."
+        )
+    lengths = ops.convert_to_numpy(
+        ops.sum(ops.cast(inputs["padding_mask"], "int32"), axis=-1)
+    )
+    if lengths.size == 0 or lengths.min() == 0:
+        raise ValueError(
+            "Expected every prompt to have at least one token. Received "
+            f"prompts of lengths {lengths.tolist()}."
+        )
+
+
+def _check_not_cut(prompts, max_length, preprocessor):
+    """Checks that a preprocessor will not cut prompts to make them fit."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        return
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        return
+    if not prompts:
+        raise ValueError("Expected at least one prompt. Received: [].")
+    max_length = max_length or preprocessor.sequence_length
+    # A token is a byte or more, and a preprocessor adds two at most.
+    longest = max(len(prompt.encode()) for prompt in prompts) + 2
+    if max_length is None or longest <= max_length:
+        return
+    padding_mask = preprocessor.generate_preprocess(
+        prompts, sequence_length=max_length + 1
+    )["padding_mask"]
+    lengths = ops.convert_to_numpy(
+        ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
+    )
+    if lengths.max() > max_length:
+        raise ValueError(
+            f"Expected prompts of at most `max_length`={max_length} tokens. "
+            f"Received: prompt {int(lengths.argmax())}, which has more. "
+            "Raise `max_length` or shorten the prompt."
+        )

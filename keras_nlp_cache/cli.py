@@ -1,0 +1,252 @@
+"""The command line: `keras-nlp-cache generate` and `keras-nlp-cache info`."""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import time
+
+_SAMPLERS = {
+    "greedy": "GreedySampler",
+    "top_k": "TopKSampler",
+    "top_p": "TopPSampler",
+    "random": "RandomSampler",
+}
+_BACKENDS = ("jax", "tensorflow", "torch")
+
+
+class CommandError(Exception):
+    """A mistake to be explained in one line, without a traceback."""
+
+
+def main(argv=None):
+    """Runs the command line.
+
+    Args:
+        argv: Optional list of arguments. Defaults to those of the process.
+
+    Returns:
+        The exit status: 0, 2 for a mistake in what was asked, 130 if
+        interrupted.
+    """
+    args = _parser().parse_args(argv)
+    if args.backend is not None:
+        os.environ["KERAS_BACKEND"] = args.backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        return args.run(args)
+    except CommandError as e:
+        print(f"keras-nlp-cache: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once
+        # more when it flushes standard output at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="keras-nlp-cache",
+        description="Run Keras language models through their functional graph.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--backend",
+        choices=_BACKENDS,
+        help="Keras backend (default: KERAS_BACKEND, or Keras' own setting)",
+    )
+
+    generate = commands.add_parser(
+        "generate",
+        parents=[common],
+        help="answer a prompt",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    generate.add_argument("prompt", help="a question, or with --raw any text")
+    generate.add_argument(
+        "--preset",
+        help="a keras_hub preset or hub handle, or the path of a local preset "
+        "or Hugging Face directory (default: SmolLM2-135M-Instruct)",
+        default=argparse.SUPPRESS,
+    )
+    generate.add_argument(
+        "--max-new-tokens", type=_positive(int), default=256, metavar="N"
+    )
+    generate.add_argument("--sampler", choices=_SAMPLERS, default="greedy")
+    generate.add_argument(
+        "--temperature", type=_positive(float), default=1.0, metavar="T"
+    )
+    generate.add_argument(
+        "--seed",
+        type=int,
+        help="make a random sampler repeatable",
+        default=argparse.SUPPRESS,
+    )
+    generate.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="dtype of weights and computation",
+    )
+    generate.add_argument(
+        "--raw",
+        action="store_true",
+        help="pass the prompt on as it is, without a chat template",
+    )
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser(
+        "info",
+        parents=[common],
+        help="print versions, backend, devices and model families",
+    )
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _positive(kind):
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(
+                f"expected a number above 0, received {text}"
+            )
+        return value
+
+    parse.__name__ = kind.__name__  # Named in argparse's own errors.
+    return parse
+
+
+def _generate(args):
+    if not args.prompt.strip():
+        raise CommandError("expected a prompt, received an empty one")
+    preset = getattr(args, "preset", None) or _default_preset()
+    lm = _load(preset, args.dtype)
+    lm.compile(sampler=_sampler(args))
+    prompt = args.prompt
+    if not args.raw:
+        prompt = _chat_prompt(preset, prompt, lm.preprocessor)
+
+    from keras_nlp_cache.streaming import stream
+
+    times = [time.perf_counter()]
+    try:
+        for piece, _ in stream(lm, prompt, args.max_new_tokens):
+            times.append(time.perf_counter())
+            print(piece, end="", flush=True)
+    except ValueError as e:
+        raise CommandError(e) from e
+    finally:
+        print(flush=True)
+    print(_speed(times), file=sys.stderr)
+    return 0
+
+
+def _speed(times):
+    """Describes when generation began, and when each token came."""
+    count = len(times) - 1
+    text = f"[{count} tokens"
+    if count > 1:
+        # The first token waits for the prompt and for the compiler, the
+        # second once more for the compiler.
+        text += f", the first two after {times[2] - times[0]:.2f} s"
+    if count > 2:
+        rate = (count - 2) / (times[-1] - times[2])
+        text += f", then {rate:.1f} tokens/s"
+    return text + "]"
+
+
+def _default_preset():
+    from keras_nlp_cache import default_model
+
+    try:
+        return default_model.preset()
+    except (ImportError, OSError) as e:
+        raise CommandError(f"cannot convert the default model: {e}") from e
+
+
+def _load(preset, dtype):
+    from keras_nlp_cache.models import CausalLM
+
+    try:
+        return CausalLM.from_preset(preset, dtype=dtype)
+    except Exception as e:
+        # Damaged files raise whatever the library that reads them raises.
+        raise CommandError(
+            f"cannot load the preset {preset!r}: {type(e).__name__}: {e}"
+        ) from e
+
+
+def _sampler(args):
+    import keras_hub
+
+    config = {"temperature": args.temperature}
+    if args.sampler != "greedy":
+        config["seed"] = getattr(args, "seed", None)
+    return getattr(keras_hub.samplers, _SAMPLERS[args.sampler])(**config)
+
+
+def _chat_prompt(preset, question, preprocessor):
+    from keras_nlp_cache.chat import chat_prompt
+
+    tokenizer = preprocessor.tokenizer
+    start_token = None
+    if getattr(preprocessor, "add_start_token", False):
+        start_token = tokenizer.id_to_token(tokenizer.start_token_id)
+    return chat_prompt(preset, question, start_token)
+
+
+def _info(args):
+    import keras
+    import keras_hub
+
+    import keras_nlp_cache
+    from keras_nlp_cache import drop_in
+    from keras_nlp_cache import models  # noqa: F401 (fills the list below)
+
+    families = sorted(
+        cls.__name__.removesuffix("Backbone")
+        for cls in drop_in.replacements()
+        if issubclass(cls, keras_hub.models.Backbone)
+    )
+    rows = {
+        "keras-nlp-cache": keras_nlp_cache.__version__,
+        "keras-hub": keras_hub.__version__,
+        "keras": keras.__version__,
+    }
+    for package in _BACKENDS:
+        try:
+            rows[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            rows[package] = "not installed"
+    rows["backend"] = keras.config.backend()
+    rows["devices"] = ", ".join(_devices(keras.config.backend()))
+    rows["families"] = ", ".join(families)
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _devices(backend):
+    if backend == "jax":
+        import jax
+
+        return [str(device) for device in jax.devices()]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return [device.name for device in tf.config.list_logical_devices()]
+    import torch
+
+    count = torch.cuda.device_count()
+    return [f"cuda:{i}" for i in range(count)] or ["cpu"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

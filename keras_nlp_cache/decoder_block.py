@@ -1,0 +1,121 @@
+"""Decoder blocks that take a cache and return it.
+
+Upstream's blocks already thread a cache through their `call`: whatever comes
+in as the cache goes to the attention layer, and what the attention layer gives
+back comes out beside the hidden states. So a block needs no `call` of its own
+here. It passes a `LayerCache` on to an attention layer that knows what that
+is, and states the outputs that follow from it.
+"""
+
+import keras
+from keras import tree
+
+from keras_nlp_cache.attention import first_argument
+from keras_nlp_cache.cache import LayerCache
+
+
+class DecoderBlock:
+    """Mixin that gives an upstream decoder block a per-layer cache.
+
+    Placed before the upstream class in the bases of a layer of the same name.
+    Subclasses set three names and call `specialize_attention()` at the end of
+    their `build()`.
+
+    Attributes:
+        cache_argument: Name of the `call()` argument that takes the cache.
+        attention_name: Name of the attribute that holds the attention layer.
+        attention_cls: Class to give the attention layer, a `CachedAttention`.
+    """
+
+    cache_argument = "self_attention_cache"
+    attention_name = "_self_attention_layer"
+    attention_cls = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, autocast=False, **kwargs)
+
+    @property
+    def key_value_shape(self):
+        """`(key_value_heads, head_dim)` of the keys and of the values."""
+        return getattr(self, self.attention_name).key_value_shape
+
+    def specialize_attention(self):
+        specialize(getattr(self, self.attention_name), self.attention_cls)
+
+    def __call__(self, *args, **kwargs):
+        # Keras casts all float arguments to the compute dtype. Hidden states
+        # should be, a cache should not: it may have been made in another
+        # dtype on request, and casting it would copy it at every step.
+        cache = kwargs.pop(self.cache_argument, None)
+        args, kwargs = tree.map_structure(
+            lambda x: self.dtype_policy.convert_input(
+                x, True, self.input_dtype
+            ),
+            (args, kwargs),
+        )
+        if cache is not None:
+            kwargs[self.cache_argument] = cache
+        return super().__call__(*args, **kwargs)
+
+    def compute_output_spec(self, *args, **kwargs):
+        """Hidden states alone, or with the cache if one came in."""
+        cache = kwargs.get(self.cache_argument)
+        hidden_states = keras.KerasTensor(
+            first_argument(args, kwargs).shape, dtype=self.compute_dtype
+        )
+        if not isinstance(cache, tuple):
+            return hidden_states
+        pair = tuple(
+            None if x is None else keras.KerasTensor(x.shape, dtype=x.dtype)
+            for x in cache[:2]
+        )
+        return hidden_states, pair
+
+    def mask_unless_cached(self, upstream_mask, **kwargs):
+        """Upstream's attention mask, where upstream's attention will use it.
+
+        Args:
+            upstream_mask: The upstream method that makes the mask.
+            **kwargs: Its arguments, the cache among them.
+        """
+        cache = kwargs[self.cache_argument]
+        if isinstance(cache, tuple):
+            if not isinstance(cache, LayerCache) or cache.in_use:
+                return None
+            kwargs[self.cache_argument] = None
+        return upstream_mask(**kwargs)
+
+
+def specialize(layer, cls):
+    """Gives a layer that upstream built the class that adds our behaviour.
+
+    An upstream constructor decides which layers it builds. Rather than write
+    that constructor again, or build every layer twice, we let it run and then
+    assign `__class__`. That is safe because `cls` adds methods and no state:
+    weights, names, paths and configuration stay what they were.
+
+    Args:
+        layer: A layer built by upstream, changed in place.
+        cls: A subclass of the layer's class **with the same name**. Keras lays
+            weight files out by class name, so under another name the layer
+            would write files that upstream cannot read.
+
+    Raises:
+        TypeError: If `cls` is no subclass of the layer's class, or is named
+            differently.
+    """
+    if isinstance(layer, cls):
+        return
+    if not issubclass(cls, type(layer)) or cls.__name__ != type(layer).__name__:
+        raise TypeError(
+            "Expected a subclass with the same name as the class of the "
+            f"layer to specialize, {type(layer).__module__}."
+            f"{type(layer).__name__}. Received: {cls.__module__}."
+            f"{cls.__name__}. Name the subclass after the class that it "
+            "extends."
+        )
+    layer.__class__ = cls
+    # See `DecoderBlock.__call__`: the constructor of `cls` did not run.
+    layer.autocast = False
+    if isinstance(layer, DecoderBlock):
+        layer.specialize_attention()

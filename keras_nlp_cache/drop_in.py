@@ -1,0 +1,141 @@
+"""How classes of this package stand in for those of keras_hub.
+
+Files name the classes that are needed to read them. Three rules let files go
+both ways and leave keras_hub itself untouched:
+
+- Our classes are registered with Keras as `keras_nlp_cache>Name`, so whoever
+  has this package gets them back from what they saved.
+- They carry the `__module__` of the class they replace. Keras falls back on
+  it for a name that is not registered, so whoever has only keras_hub gets
+  upstream's class from the same file.
+- `scope()` makes upstream's registered names mean our classes for as long as
+  we load something, and no longer.
+"""
+
+import json
+import os
+import pathlib
+import tempfile
+
+import keras
+
+_PACKAGE = "keras_nlp_cache"
+_UPSTREAM_PACKAGES = ("keras_hub", "keras_nlp")
+_replacements = {}
+
+
+def replaces(upstream):
+    """Class decorator: the class stands in for `upstream` in saved files."""
+
+    def decorator(cls):
+        if cls.__name__ != upstream.__name__ or not issubclass(cls, upstream):
+            raise TypeError(
+                f"Expected a subclass of {upstream.__name__} with that name. "
+                f"Received: {cls.__name__}, with bases "
+                f"{[base.__name__ for base in cls.__bases__]}."
+            )
+        cls.__module__ = upstream.__module__
+        _replacements[upstream] = cls
+        return keras.saving.register_keras_serializable(_PACKAGE)(cls)
+
+    return decorator
+
+
+def replacements():
+    """All classes of this package that stand in for one of keras_hub."""
+    return tuple(_replacements.values())
+
+
+def replacement(upstream):
+    """The class of this package that stands in for one of keras_hub.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if upstream in _replacements.values():
+        return upstream
+    if upstream in _replacements:
+        return _replacements[upstream]
+    covered = sorted(
+        cls.__name__
+        for cls in _replacements
+        if issubclass(upstream, keras.Model) and issubclass(cls, keras.Model)
+    )
+    raise ValueError(
+        f"Expected one of the classes that this package covers, {covered}. "
+        f"Received: {upstream.__name__}. Load it with `keras_hub.models`, or "
+        "add the family as CONTRIBUTING.md describes."
+    )
+
+
+def scope():
+    """Context manager in which files of keras_hub load as our classes."""
+    return keras.saving.custom_object_scope(
+        {
+            f"{package}>{upstream.__name__}": cls
+            for upstream, cls in _replacements.items()
+            for package in _UPSTREAM_PACKAGES
+        }
+    )
+
+
+def load_model(filepath, **kwargs):
+    """Loads a `.keras` file as a model of this package.
+
+    `keras.saving.load_model()` restores the classes that a file names: this
+    package's for a file saved by this package, keras_hub's for a file saved by
+    keras_hub. This function restores this package's classes from both.
+
+    Args:
+        filepath: Path of a `.keras` file.
+        **kwargs: Passed on to `keras.saving.load_model()`.
+
+    Returns:
+        The model.
+
+    Example:
+    ```python
+    keras_hub.models.GPT2Backbone(...).save("gpt2.keras")
+    backbone = keras_nlp_cache.load_model("gpt2.keras")
+    cache = backbone.make_cache(batch_size=1, max_length=64)
+    ```
+    """
+    with scope():
+        return keras.saving.load_model(filepath, **kwargs)
+
+
+def name_upstream_classes(preset_dir):
+    """Makes the configs of a preset name the classes of keras_hub.
+
+    Unlike `keras.saving.load_model()`, `from_preset()` has no fallback for a
+    class that is not registered.
+    """
+    for path in pathlib.Path(preset_dir).glob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if _rename(config):
+            _write_atomically(path, json.dumps(config, indent=4))
+
+
+def _rename(config):
+    """Renames in place, and returns whether anything was to be renamed."""
+    found = False
+    if isinstance(config, dict):
+        name = config.get("registered_name")
+        if isinstance(name, str) and name.startswith(f"{_PACKAGE}>"):
+            config["registered_name"] = name.replace(
+                _PACKAGE, _UPSTREAM_PACKAGES[0], 1
+            )
+            found = True
+        config = list(config.values())
+    if isinstance(config, list):
+        for value in config:
+            found = _rename(value) or found
+    return found
+
+
+def _write_atomically(path, text):
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, delete=False
+    ) as file:
+        file.write(text)
+    os.replace(file.name, path)

