@@ -8,6 +8,7 @@ projects, how it scales, whether it caps its logits or slides a window.
 from keras import ops
 
 from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.cache import MASKED
 
 
 def attend(query, key, value, mask, scale, soft_cap=None, dropout=None):
@@ -28,7 +29,8 @@ def attend(query, key, value, mask, scale, soft_cap=None, dropout=None):
         dropout: Optional callable, applied to the attention weights.
 
     Returns:
-        A tensor `(B, T, query_heads, head_dim)` of the dtype of `query`.
+        A tensor `(B, T, query_heads, head_dim)` of the dtype of `query`. Zero
+        for a query that may attend to nothing.
 
     Reference:
         Grouped-query attention, https://arxiv.org/abs/2305.13245
@@ -55,7 +57,9 @@ def attend(query, key, value, mask, scale, soft_cap=None, dropout=None):
     output = ops.matmul(weights, ops.cast(value, dtype))
     output = ops.reshape(output, (batch, heads, groups, length, head_dim))
     output = ops.transpose(output, (0, 3, 1, 2, 4))
-    return ops.reshape(output, (batch, length, query_heads, head_dim))
+    output = ops.reshape(output, (batch, length, query_heads, head_dim))
+    sees_any = ops.max(mask, axis=-1) > MASKED / 2
+    return output * ops.cast(sees_any, dtype)[:, 0, :, None, None]
 
 
 def first_argument(args, kwargs):

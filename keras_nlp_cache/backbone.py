@@ -15,6 +15,7 @@ from keras import ops
 from keras import tree
 from keras.src.models.functional import Functional
 from keras_hub.src.utils.preset_utils import get_preset_loader
+from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import inputs as model_inputs
@@ -355,6 +356,10 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         return self._output_without_cache
 
     # === Presets ===
+
+    @classproperty
+    def presets(cls):
+        return drop_in.presets(cls)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):

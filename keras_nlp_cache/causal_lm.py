@@ -3,7 +3,9 @@
 import keras_hub
 from keras import ops
 from keras.src.models.functional import Functional
+from keras_hub.src.utils.pipeline_model import PipelineModel
 from keras_hub.src.utils.preset_utils import get_preset_loader
+from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
 from keras_nlp_cache.backbone import CachedBackbone
@@ -47,6 +49,10 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 "`keras_nlp_cache.models`; weights and presets are shared."
             )
         super().__init__(backbone, *args, **kwargs)
+        # The constructor of `PipelineModel` takes `Functional` from its bases
+        # for Keras to put back. Keras sees no need to, since it is among ours,
+        # and upstream's tasks would be left without it.
+        PipelineModel.__bases__ = (Functional,)
 
     def call_with_cache(self, token_ids, cache, cache_update_index):
         """Runs the model on some tokens of a sequence.
@@ -143,7 +149,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 tokens, or needs more positions than the model learned.
         """
         if self.preprocessor is not None:
-            _check_not_cut(inputs, max_length, self.preprocessor)
+            _check_text(inputs, max_length, self.preprocessor)
         return super().generate(
             inputs,
             max_length=max_length,
@@ -152,6 +158,10 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         )
 
     # === Presets ===
+
+    @classproperty
+    def presets(cls):
+        return drop_in.presets(cls)
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
@@ -186,6 +196,13 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 )
             return loader.load_task(tasks[0], load_weights, True, **kwargs)
 
+    @classmethod
+    def from_config(cls, config):
+        # Entered again: while Keras restores an object, what is registered
+        # globally takes precedence over a scope for the objects inside it.
+        with drop_in.scope():
+            return super().from_config(config)
+
     def save_to_preset(self, preset_dir, max_shard_size=10):
         super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
         drop_in.name_upstream_classes(preset_dir)
@@ -200,9 +217,7 @@ def _check_prompts(inputs, max_positions):
             "positions that the model learned (`max_sequence_length`). "
             f"Received: {max_length}."
         )
-    lengths = ops.convert_to_numpy(
-        ops.sum(ops.cast(inputs["padding_mask"], "int32"), axis=-1)
-    )
+    lengths = _lengths(inputs["padding_mask"])
     if lengths.size == 0 or lengths.min() == 0:
         raise ValueError(
             "Expected every prompt to have at least one token. Received "
@@ -210,30 +225,39 @@ def _check_prompts(inputs, max_positions):
         )
 
 
-def _check_not_cut(prompts, max_length, preprocessor):
-    """Checks that a preprocessor will not cut prompts to make them fit."""
+def _check_text(prompts, max_length, preprocessor):
+    """Checks that prompts say something, all of which will be read."""
     if isinstance(prompts, str):
         prompts = [prompts]
     if not isinstance(prompts, (list, tuple)):
         return
     if not all(isinstance(prompt, str) for prompt in prompts):
         return
-    if not prompts:
-        raise ValueError("Expected at least one prompt. Received: [].")
+    if not prompts or not all(prompts):
+        raise ValueError(
+            "Expected `inputs` to hold at least one prompt, and no empty one. "
+            f"Received: {prompts!r}. To generate from the start token alone, "
+            "set `preprocessor` to `None` and pass its id."
+        )
     max_length = max_length or preprocessor.sequence_length
     # A token is a byte or more, and a preprocessor adds two at most.
     longest = max(len(prompt.encode()) for prompt in prompts) + 2
     if max_length is None or longest <= max_length:
         return
     padding_mask = preprocessor.generate_preprocess(
-        prompts, sequence_length=max_length + 1
+        list(prompts), sequence_length=max_length + 1
     )["padding_mask"]
-    lengths = ops.convert_to_numpy(
-        ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
-    )
+    lengths = _lengths(padding_mask)
     if lengths.max() > max_length:
         raise ValueError(
             f"Expected prompts of at most `max_length`={max_length} tokens. "
             f"Received: prompt {int(lengths.argmax())}, which has more. "
             "Raise `max_length` or shorten the prompt."
         )
+
+
+def _lengths(padding_mask):
+    """The number of tokens in each row, as a NumPy array."""
+    return ops.convert_to_numpy(
+        ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
+    )

@@ -68,6 +68,15 @@ def replacement(upstream):
     )
 
 
+def presets(cls):
+    """The built-in presets of the upstream classes that `cls` replaces."""
+    found = {}
+    for upstream, ours in _replacements.items():
+        if issubclass(ours, cls):
+            found.update(upstream.presets)
+    return found
+
+
 def scope():
     """Context manager in which files of keras_hub load as our classes."""
     return keras.saving.custom_object_scope(

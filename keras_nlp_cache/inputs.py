@@ -4,6 +4,9 @@ Keras flattens a dictionary of inputs by sorted key. A missing key shifts all
 that follow, and a dictionary that mixes NumPy arrays, Python numbers and
 tensors is refused outright. So a backbone completes its inputs before Keras
 sees them, and says what is wrong while it still has names for things.
+
+What can be checked depends on what is known: shapes may be unknown in a
+symbolic call, and values while a function is being compiled.
 """
 
 import keras
@@ -17,6 +20,9 @@ OPTIONAL = (
     "cache_update_index",
     "token_positions",
     "attention_mask",
+)
+_HOW_TO_MAKE_A_CACHE = (
+    "Make a cache with `backbone.make_cache(batch_size, max_length)`."
 )
 
 
@@ -37,142 +43,136 @@ def normalize(inputs, cache_spec, max_positions=None):
 
     Raises:
         ValueError: If a key is unknown or missing, if a shape or dtype does
-            not fit the model or the other inputs, or if a concrete
-            `cache_update_index` leaves no room for the tokens.
+            not fit the model or the other inputs, or if the tokens would be
+            written past the end of the cache.
     """
+    _check_keys(inputs)
+    token_ids = _tensor("token_ids", inputs["token_ids"], "int32")
+    _check_shape("token_ids", token_ids, batch=None, length=None)
+    batch, length = token_ids.shape
+    if length == 0:
+        raise ValueError(
+            "Expected `token_ids` to hold at least one token per row. "
+            f"Received shape: {tuple(token_ids.shape)}."
+        )
+
+    cache = inputs.get("cache")
+    index = inputs.get("cache_update_index")
+    if _is_empty(cache):
+        cache = ((None, None),) * len(cache_spec)
+        max_length = length
+        if index is not None:
+            raise ValueError(
+                "Expected no `cache_update_index` without a `cache`. "
+                f"Received: cache_update_index={index}. Pass the cache that "
+                "it is an index into."
+            )
+    else:
+        cache = _check_cache(cache, cache_spec, batch)
+        max_length = cache[0][0].shape[2]
+        index = _check_index(index, length, max_length)
+
+    padding_mask = inputs.get("padding_mask")
+    if padding_mask is not None:
+        padding_mask = _tensor("padding_mask", padding_mask, "int32")
+        _check_shape(
+            "padding_mask", padding_mask, batch=batch, slots=max_length
+        )
+    positions = inputs.get("token_positions")
+    if positions is not None:
+        positions = _tensor("token_positions", positions, "int32")
+        _check_shape("token_positions", positions, batch=batch, length=length)
+    attention_mask = inputs.get("attention_mask")
+    if attention_mask is not None:
+        _check_additive(attention_mask)
+        attention_mask = _tensor("attention_mask", attention_mask)
+        _check_shape(
+            "attention_mask",
+            attention_mask,
+            batch=batch,
+            length=length,
+            slots=max_length,
+        )
+    if max_positions is not None:
+        _check_positions(positions, index, length, max_positions)
+    return {
+        "token_ids": token_ids,
+        "padding_mask": padding_mask,
+        "cache": cache,
+        "cache_update_index": _tensor("cache_update_index", index, "int32"),
+        "token_positions": positions,
+        "attention_mask": attention_mask,
+    }
+
+
+def _check_keys(inputs):
+    keys = f"the keys {list(REQUIRED)} and, if wanted, any of {list(OPTIONAL)}"
     if not isinstance(inputs, dict):
         raise ValueError(
-            "Expected `inputs` to be a dictionary with the keys "
-            f"{list(REQUIRED)} and, if wanted, any of {list(OPTIONAL)}. "
-            f"Received: {type(inputs).__name__}."
+            f"Expected `inputs` to be a dictionary with {keys}. Received: "
+            f"{_describe(inputs)}."
         )
     for key in inputs:
         if key not in REQUIRED + OPTIONAL:
             raise ValueError(
-                f"Unknown key {key!r} in `inputs`. Expected the keys "
-                f"{list(REQUIRED)} and, if wanted, any of {list(OPTIONAL)}."
+                f"Expected `inputs` to have {keys}. Received an unknown key: "
+                f"{key!r}."
             )
     for key in REQUIRED:
         if inputs.get(key) is None:
             raise ValueError(
-                f"Missing key {key!r} in `inputs`. Received the keys: "
+                f"Expected `inputs` to have {keys}. Received no {key!r}, but "
                 f"{sorted(inputs)}."
             )
 
-    token_ids = _tensor("token_ids", inputs["token_ids"], "int32")
-    _check_rank("token_ids", token_ids, "(batch, length)")
-    batch, length = token_ids.shape
 
-    cache = inputs.get("cache")
-    if _all_none(cache):
-        cache = ((None, None),) * len(cache_spec)
-        max_length = length
-    else:
-        cache = _check_cache(cache, cache_spec, batch)
-        max_length = cache[0][0].shape[2]
-    has_cache = cache[0][0] is not None
-
-    index = inputs.get("cache_update_index")
-    index = _check_index(index, has_cache, length, max_length)
-
-    optional = {}
-    for key, dtype, shape, meaning in (
-        ("padding_mask", "int32", (batch, max_length), "(batch, S)"),
-        ("token_positions", "int32", (batch, length), "(batch, T)"),
-        (
-            "attention_mask",
-            None,
-            (batch, length, max_length),
-            "(batch, T, S)",
-        ),
-    ):
-        value = inputs.get(key)
-        if value is not None:
-            value = _tensor(key, value, dtype)
-            _check_rank(key, value, meaning)
-            _check_shape(key, value, shape, meaning, has_cache)
-        optional[key] = value
-    _check_additive(inputs.get("attention_mask"))
-    _check_positions(
-        inputs.get("token_positions"),
-        index if has_cache else 0,
-        length,
-        max_positions,
-    )
-    if index is not None and not ops.is_tensor(index):
-        if not isinstance(index, keras.KerasTensor):
-            index = ops.convert_to_tensor(index, dtype="int32")
-    return {
-        "token_ids": token_ids,
-        "cache": cache,
-        "cache_update_index": index,
-        **optional,
-    }
-
-
-def concrete(x):
-    """The value of an integer scalar, or `None` while it is being traced."""
-    try:
-        return int(x)
-    except (TypeError, NotImplementedError, RuntimeError, AttributeError):
-        # JAX and TensorFlow tracers refuse with a TypeError, fake tensors of
-        # PyTorch with a RuntimeError, symbolic Keras tensors with either.
-        return None
-
-
-def _is_tensor(x):
-    return ops.is_tensor(x) or isinstance(x, keras.KerasTensor)
-
-
-def _tensor(name, x, dtype):
-    if isinstance(x, keras.KerasTensor):
+def _tensor(name, x, dtype=None):
+    if x is None or isinstance(x, keras.KerasTensor):
         return x
     try:
-        if not _is_tensor(x):
+        if not ops.is_tensor(x):
             x = np.asarray(x)
             if x.dtype.kind not in "biuf":
-                raise TypeError(f"dtype {x.dtype}")
+                raise TypeError(f"it has dtype {x.dtype}")
         x = ops.convert_to_tensor(x)
         return x if dtype is None else ops.cast(x, dtype)
     except (TypeError, ValueError) as e:
         raise ValueError(
             f"Expected `{name}` to be a tensor or an array of numbers. "
-            f"Received: {x!r} of type {type(x).__name__}, which cannot be "
-            f"converted ({e})."
+            f"Received: {_describe(x)}, which cannot be converted ({e})."
         ) from e
 
 
-def _check_rank(name, x, meaning):
-    rank = meaning.count(",") + 1
-    if x.shape is not None and len(x.shape) != rank:
-        raise ValueError(
-            f"Expected `{name}` to have rank {rank}, shape {meaning}. "
-            f"Received shape: {tuple(x.shape)}."
+def _check_shape(name, x, hint="", **sizes):
+    """Compares a shape to the named sizes that are known."""
+    if x.shape is None or getattr(x.shape, "rank", 0) is None:
+        return  # TensorFlow does not even know the rank.
+    if len(x.shape) == len(sizes) and all(
+        not isinstance(received, int)
+        or not isinstance(expected, int)
+        or received == expected
+        for received, expected in zip(x.shape, sizes.values())
+    ):
+        return
+    expected = ", ".join(
+        f"{size}={value}" if isinstance(value, int) else size
+        for size, value in sizes.items()
+    )
+    raise ValueError(
+        f"Expected `{name}` to have rank {len(sizes)} and shape ({expected}). "
+        f"Received shape: {tuple(x.shape)}. {hint}".rstrip()
+    )
+
+
+def _is_empty(cache):
+    """Whether a cache is `None`, or a pair of `None` for every block."""
+    if isinstance(cache, (tuple, list)):
+        return all(
+            pair is None
+            or (_is_pair(pair) and pair[0] is None and pair[1] is None)
+            for pair in cache
         )
-
-
-def _check_shape(name, x, shape, meaning, has_cache):
-    for received, expected in zip(x.shape, shape):
-        if isinstance(received, int) and isinstance(expected, int):
-            if received != expected:
-                length = (
-                    "S is the length of the cache"
-                    if has_cache
-                    else "S is the number of tokens, T, as there is no cache"
-                )
-                raise ValueError(
-                    f"Expected `{name}` to have shape {meaning}, which is "
-                    f"{shape} for this call ({length}). Received shape: "
-                    f"{tuple(x.shape)}."
-                )
-
-
-def _all_none(cache):
-    if cache is None:
-        return True
-    if not isinstance(cache, (tuple, list)):
-        return False
-    return all(x is None or (_is_pair(x) and _all_none(x)) for x in cache)
+    return cache is None
 
 
 def _is_pair(x):
@@ -180,119 +180,109 @@ def _is_pair(x):
 
 
 def _check_cache(cache, cache_spec, batch):
-    advice = "Make one with `backbone.make_cache(batch_size, max_length)`."
-    if not isinstance(cache, (tuple, list)):
+    if not isinstance(cache, (tuple, list)) or len(cache) != len(cache_spec):
         raise ValueError(
             "Expected `cache` to be a tuple with one (key, value) pair per "
-            f"block, {len(cache_spec)} for this model. Received: "
-            f"{type(cache).__name__}. {advice}"
+            f"decoder block, {len(cache_spec)} for this model. Received: "
+            f"{_describe(cache)}. {_HOW_TO_MAKE_A_CACHE}"
         )
-    if len(cache) != len(cache_spec):
-        raise ValueError(
-            "Expected `cache` to have one (key, value) pair per block, "
-            f"{len(cache_spec)} for this model. Received: {len(cache)} "
-            f"entries. {advice}"
-        )
-    checked = []
-    first = None
+    checked, first = [], None
     for i, (pair, (heads, head_dim)) in enumerate(zip(cache, cache_spec)):
         if not _is_pair(pair) or any(x is None for x in pair):
             raise ValueError(
                 f"Expected `cache[{i}]` to be a (key, value) pair of tensors. "
-                f"Received: {_describe(pair)}. {advice}"
+                f"Received: {_describe(pair)}. {_HOW_TO_MAKE_A_CACHE}"
             )
         for j, x in enumerate(pair):
-            name = f"cache[{i}][{j}]"
-            x = _tensor(name, x, None)
-            _check_rank(
-                name, x, "(batch, key_value_heads, max_length, head_dim)"
+            x = _tensor(f"cache[{i}][{j}]", x)
+            first = x if first is None else first
+            known = len(first.shape) == 4
+            _check_shape(
+                f"cache[{i}][{j}]",
+                x,
+                hint=_HOW_TO_MAKE_A_CACHE,
+                batch=batch,
+                key_value_heads=heads,
+                max_length=first.shape[2] if known else None,
+                head_dim=head_dim,
             )
-            if first is None:
-                first = x
-            dtype = keras.backend.standardize_dtype(x.dtype)
-            wanted = keras.backend.standardize_dtype(first.dtype)
-            if not keras.backend.is_float_dtype(dtype) or dtype != wanted:
-                raise ValueError(
-                    f"Expected `{name}` to have a floating dtype, the same in "
-                    f"all of the cache. Received: {dtype}"
-                    + (f" beside {wanted}" if dtype != wanted else "")
-                    + f". {advice}"
-                )
-            shape = (batch, heads, first.shape[2], head_dim)
-            for received, expected in zip(x.shape, shape):
-                if isinstance(received, int) and isinstance(expected, int):
-                    if received != expected:
-                        raise ValueError(
-                            f"Expected `{name}` to have shape (batch, "
-                            "key_value_heads, max_length, head_dim), which is "
-                            f"{shape} for this model and these `token_ids`. "
-                            f"Received shape: {tuple(x.shape)}. {advice}"
-                        )
+            _check_cache_dtype(f"cache[{i}][{j}]", x, first)
             checked.append(x)
     return tuple(zip(checked[::2], checked[1::2]))
 
 
-def _describe(x):
-    if _is_tensor(x) or isinstance(x, np.ndarray):
-        return f"a single array of shape {tuple(x.shape)}"
-    if isinstance(x, (tuple, list)):
-        return f"{type(x).__name__} of {[type(y).__name__ for y in x]}"
-    return repr(x)
+def _check_cache_dtype(name, x, first):
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    expected = keras.backend.standardize_dtype(first.dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        expected = "a floating dtype"
+    elif dtype == expected:
+        return
+    raise ValueError(
+        f"Expected `{name}` to have {expected}, as all of a cache has one "
+        f"floating dtype. Received dtype: {dtype}. {_HOW_TO_MAKE_A_CACHE}"
+    )
 
 
-def _check_index(index, has_cache, length, max_length):
-    if not has_cache:
-        if index is not None:
-            raise ValueError(
-                "Expected no `cache_update_index` without a `cache`. "
-                f"Received: cache_update_index={index}. Pass the cache that "
-                "it is an index into."
-            )
-        return None
+def _check_index(index, length, max_length):
+    if isinstance(index, keras.KerasTensor):
+        return index
     if index is None:
         raise ValueError(
             "Expected `cache_update_index`, the slot of the first of "
-            "`token_ids`, with a `cache`. Received: `None`. Pass 0 to fill an "
+            "`token_ids`, with a `cache`. Received: None. Pass 0 to fill an "
             "empty cache."
         )
-    if isinstance(index, keras.KerasTensor):
-        return index
-    is_integer = isinstance(index, (int, np.integer)) or (
-        hasattr(index, "dtype")
-        and "int" in keras.backend.standardize_dtype(index.dtype)
-    )
-    if (
-        isinstance(index, (bool, np.bool_))
-        or not is_integer
-        or len(getattr(index, "shape", ())) != 0
-    ):
+    if not _is_integer_scalar(index):
         raise ValueError(
             "Expected `cache_update_index` to be one integer, the same for "
-            f"all rows of the batch. Received: {index!r}."
+            f"all rows of the batch. Received: {_describe(index)}."
         )
-    value = concrete(index)
-    if value is not None and isinstance(length, int):
-        if value < 0:
-            raise ValueError(
-                "Expected `cache_update_index` to be 0 or more. Received: "
-                f"{value}."
-            )
-        if isinstance(max_length, int) and value + length > max_length:
-            raise ValueError(
-                f"Expected `cache_update_index` + {length} tokens to stay "
-                f"within the {max_length} slots of the cache. Received: "
-                f"cache_update_index={value}, which writes up to slot "
-                f"{value + length - 1}. Make a longer cache, or pass fewer "
-                "tokens."
-            )
-        return value
-    return index
+    value = _concrete(index)
+    if value is None or not isinstance(length, int):
+        return index
+    if value < 0:
+        raise ValueError(
+            f"Expected `cache_update_index` to be 0 or more. Received: {value}."
+        )
+    if isinstance(max_length, int) and value + length > max_length:
+        raise ValueError(
+            f"Expected `cache_update_index` and {length} tokens to stay "
+            f"within the {max_length} slots of the cache. Received: "
+            f"cache_update_index={value}, which writes up to slot "
+            f"{value + length - 1}. Make a longer cache, or pass fewer tokens."
+        )
+    return value
+
+
+def _is_integer_scalar(x):
+    if isinstance(x, (bool, np.bool_)):
+        return False
+    if isinstance(x, (int, np.integer)):
+        return True
+    if not hasattr(x, "dtype") or len(x.shape) != 0:
+        return False
+    return "int" in keras.backend.standardize_dtype(x.dtype)
+
+
+def _concrete(x):
+    """The value of a scalar or array, or `None` while it is being traced."""
+    if isinstance(x, (int, np.ndarray, np.integer)):
+        return x
+    try:
+        x = ops.convert_to_numpy(x)
+    except (TypeError, NotImplementedError, RuntimeError, AttributeError):
+        # What JAX, TensorFlow and PyTorch raise for a tracer, a symbolic
+        # tensor and a fake one.
+        return None
+    return x if x.ndim else int(x)
 
 
 def _check_additive(mask):
-    if not isinstance(mask, np.ndarray) or mask.dtype.kind != "f":
+    if ops.is_tensor(mask) or isinstance(mask, keras.KerasTensor):
         return
-    if mask.size and mask.max() > 0:
+    mask = np.asarray(mask)
+    if mask.dtype.kind == "f" and mask.size and mask.max() > 0:
         raise ValueError(
             "Expected a floating `attention_mask` to hold what is added to "
             "the attention logits: 0 to attend, a large negative number not "
@@ -302,18 +292,30 @@ def _check_additive(mask):
 
 
 def _check_positions(positions, index, length, max_positions):
-    if max_positions is None or not isinstance(length, int):
-        return
     if positions is None:
-        last = index + length - 1 if isinstance(index, int) else length - 1
-    elif isinstance(positions, (np.ndarray, list, tuple)):
-        last = int(np.max(positions))
-    else:
+        first = index if isinstance(index, int) else 0
+        last = first + length - 1 if isinstance(length, int) else first
+    elif isinstance(positions, keras.KerasTensor):
         return
-    if last >= max_positions:
+    else:
+        positions = _concrete(positions)
+        if positions is None:
+            return
+        first, last = int(np.min(positions)), int(np.max(positions))
+    if first < 0 or last >= max_positions:
         raise ValueError(
-            f"Expected all tokens of `token_ids` to stand at one of the "
-            f"{max_positions} positions that the model learned "
-            f"(`max_sequence_length`). Received a token at position {last}. "
-            "Shorten the input."
+            f"Expected all of `token_ids` to stand at positions from 0 to "
+            f"{max_positions - 1}, which are those that the model learned "
+            f"(`max_sequence_length`). Received positions from {first} to "
+            f"{last}. Shorten the input, or pass other `token_positions`."
         )
+
+
+def _describe(x):
+    if isinstance(x, (tuple, list)):
+        entries = ", ".join(type(y).__name__ for y in x[:4])
+        more = ", ..." if len(x) > 4 else ""
+        return f"a {type(x).__name__} of {len(x)} ({entries}{more})"
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"an array of shape {tuple(x.shape)} and dtype {x.dtype}"
+    return f"{x!r} of type {type(x).__name__}"

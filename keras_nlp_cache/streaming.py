@@ -43,9 +43,10 @@ def stream(lm, prompt, max_new_tokens=256, stop_token_ids="auto"):
             "Expected a model with a `preprocessor`, to turn text into tokens "
             "and back. Received: preprocessor=None."
         )
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or not prompt:
         raise ValueError(
-            f"Expected `prompt` to be a string. Received: {prompt!r}."
+            f"Expected `prompt` to be a string that is not empty. Received: "
+            f"{prompt!r}."
         )
     token_ids = _tokenize(lm.preprocessor, prompt)
     detokenize = lm.preprocessor.tokenizer.detokenize

@@ -1,0 +1,24 @@
+"""Fixtures shared by the suite, and the backend in its header."""
+
+import keras
+import pytest
+
+
+def pytest_report_header():
+    return (
+        f"keras {keras.__version__}, backend {keras.config.backend()}, "
+        f"device count {len(keras.distribution.list_devices()) or 1}"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Path of SmolLM2-135M-Instruct, converted once per machine."""
+    from keras_nlp_cache import default_model
+
+    return default_model.preset()

@@ -1,0 +1,197 @@
+"""The model families that every test runs over, as small random models."""
+
+import dataclasses
+import functools
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_nlp_cache import models
+from tests import text
+
+VOCABULARY_SIZE = 100
+
+_LLAMA = dict(
+    vocabulary_size=VOCABULARY_SIZE,
+    num_layers=2,
+    num_query_heads=4,
+    num_key_value_heads=2,
+    hidden_dim=32,
+    intermediate_dim=48,
+)
+_GEMMA = dict(_LLAMA, head_dim=8, intermediate_dim=96)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model family, with the arguments of a small model.
+
+    Attributes:
+        name: Shown in the names of tests.
+        prefix: What the names of its classes begin with.
+        config: Arguments of its backbone, as a tuple of items.
+    """
+
+    name: str
+    prefix: str
+    config: tuple
+
+    def ours(self, kind):
+        return getattr(models, self.prefix + kind)
+
+    def upstream(self, kind):
+        return getattr(keras_hub.models, self.prefix + kind)
+
+    def backbone(self, **kwargs):
+        """One of our backbones, with weights that make attention matter."""
+        backbone = self.ours("Backbone")(**dict(self.config, **kwargs))
+        randomize(backbone)
+        return backbone
+
+    def upstream_backbone(self, like, **kwargs):
+        """The upstream backbone with the weights of one of ours."""
+        kwargs.setdefault("dtype", like.dtype_policy)
+        backbone = self.upstream("Backbone")(**dict(self.config, **kwargs))
+        backbone.set_weights(like.get_weights())
+        return backbone
+
+    @functools.cached_property
+    def pair(self):
+        """One of our backbones and upstream's, made once and not changed."""
+        ours = self.backbone()
+        return ours, self.upstream_backbone(ours)
+
+    @functools.cached_property
+    def lm_pair(self):
+        """One of our tasks and upstream's, without a preprocessor."""
+        ours, upstream = self.pair
+        return (
+            self.ours("CausalLM")(ours, None),
+            self.upstream("CausalLM")(upstream, None),
+        )
+
+    def preprocessor(self, sequence_length=16):
+        return self.upstream("CausalLMPreprocessor")(
+            self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
+            sequence_length=sequence_length,
+        )
+
+
+def _family(name, prefix, config, **kwargs):
+    return Family(name, prefix, tuple(dict(config, **kwargs).items()))
+
+
+FAMILIES = (
+    _family(
+        "gpt2",
+        "GPT2",
+        dict(
+            vocabulary_size=VOCABULARY_SIZE,
+            num_layers=2,
+            num_heads=4,
+            hidden_dim=32,
+            intermediate_dim=48,
+            max_sequence_length=64,
+            dropout=0.0,
+        ),
+    ),
+    _family("gemma", "Gemma", _GEMMA),
+    _family(
+        "gemma2",
+        "Gemma",
+        _GEMMA,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        attention_logit_soft_cap=5.0,
+        final_logit_soft_cap=10.0,
+        use_sliding_window_attention=True,
+        sliding_window_size=4,
+    ),
+    _family("llama", "Llama", _LLAMA),
+    _family(
+        "llama3",
+        "Llama3",
+        _LLAMA,
+        tie_word_embeddings=True,
+        rope_max_wavelength=500000,
+        rope_frequency_adjustment_factor=8.0,
+        rope_low_freq_factor=1.0,
+        rope_high_freq_factor=4.0,
+        rope_pretraining_sequence_length=16,
+    ),
+)
+
+every_family = pytest.mark.parametrize(
+    "family", FAMILIES, ids=[family.name for family in FAMILIES]
+)
+
+
+def randomize(model, seed=0):
+    """Replaces the weights by larger ones than upstream initializes.
+
+    As initialized, what attention adds to a hidden state is lost in rounding,
+    and a test of attention could not fail.
+    """
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        if not keras.backend.is_float_dtype(weight.dtype):
+            continue
+        if len(weight.shape) < 2:
+            value = 1 + 0.3 * rng.normal(size=weight.shape)
+        elif "embedding" in weight.path:
+            value = 0.5 * rng.normal(size=weight.shape)
+        else:
+            value = 0.2 * rng.normal(size=weight.shape)
+        weight.assign(value)
+
+
+def random_tokens(batch, length, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(1, VOCABULARY_SIZE, (batch, length)).astype("int32")
+
+
+def padding_mask(lengths, total):
+    """1 for the first `lengths[i]` of `total` positions of row `i`."""
+    return (np.arange(total) < np.array(lengths)[:, None]).astype("int32")
+
+
+def to_numpy(x):
+    return ops.convert_to_numpy(ops.cast(x, "float32"))
+
+
+def decode(backbone, token_ids, splits, max_length=None, dtype=None, **extra):
+    """Runs a sequence through a cache, a few tokens at a time.
+
+    Args:
+        backbone: One of our backbones.
+        token_ids: Array `(B, T)`.
+        splits: Sizes of the calls, which add up to `T`.
+        max_length: Length of the cache. Defaults to `T`.
+        dtype: Dtype of the cache.
+        **extra: Further inputs, given for all `T` tokens and, in their last
+            dimension where they have one, all slots.
+
+    Returns:
+        Hidden states `(B, T, hidden_dim)` as float32.
+    """
+    batch, length = token_ids.shape
+    assert sum(splits) == length
+    cache = backbone.make_cache(batch, max_length or length, dtype=dtype)
+    outputs, index = [], 0
+    for size in splits:
+        now = slice(index, index + size)
+        inputs = {
+            "token_ids": token_ids[:, now],
+            "cache": cache,
+            "cache_update_index": index,
+        }
+        for name, value in extra.items():
+            # A padding mask speaks of slots, the others of tokens.
+            inputs[name] = value if name == "padding_mask" else value[:, now]
+        output, cache = backbone(inputs)
+        outputs.append(to_numpy(output))
+        index += size
+    return np.concatenate(outputs, axis=1)

@@ -1,0 +1,232 @@
+"""Decoding through a cache, in any split, equals the full forward pass."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import HealthCheck
+from hypothesis import settings
+from hypothesis import strategies as st
+from keras import ops
+
+from tests.families import decode
+from tests.families import every_family
+from tests.families import padding_mask
+from tests.families import random_tokens
+from tests.families import to_numpy
+
+ATOL = 1e-5
+
+# Shapes are few so that what a backend compiles for one is used again.
+LENGTH = 10
+property_test = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def splits(draw):
+    """Sizes of calls that add up to `LENGTH`."""
+    sizes, left = [], LENGTH
+    while left:
+        sizes.append(draw(st.sampled_from([n for n in (7, 2, 1) if n <= left])))
+        left -= sizes[-1]
+    return tuple(sizes)
+
+
+def upstream_full(family, token_ids, mask=None):
+    mask = np.ones_like(token_ids) if mask is None else mask
+    return to_numpy(
+        family.pair[1]({"token_ids": token_ids, "padding_mask": mask})
+    )
+
+
+@every_family
+@pytest.mark.parametrize("sizes", [(10,), (5, 1, 1, 1, 1, 1), (1, 2, 7)])
+def test_equals_upstream_forward(family, sizes):
+    token_ids = random_tokens(2, LENGTH)
+    np.testing.assert_allclose(
+        decode(family.pair[0], token_ids, sizes),
+        upstream_full(family, token_ids),
+        atol=ATOL,
+        rtol=ATOL,
+    )
+
+
+@every_family
+def test_depends_on_what_was_cached(family):
+    token_ids = random_tokens(1, LENGTH)
+    changed = token_ids.copy()
+    changed[0, 0] += 1
+    one = decode(family.pair[0], token_ids, (1, 2, 7))
+    other = decode(family.pair[0], changed, (1, 2, 7))
+    # Far above what the equalities of this module tolerate.
+    assert np.abs(one[0, 3] - other[0, 3]).max() > 100 * ATOL
+
+
+@every_family
+@property_test
+@given(
+    sizes=splits(),
+    batch=st.sampled_from([1, 3]),
+    room=st.sampled_from([0, 6]),
+    seed=st.integers(0, 99),
+)
+def test_any_split(family, sizes, batch, room, seed):
+    token_ids = random_tokens(batch, LENGTH, seed)
+    np.testing.assert_allclose(
+        decode(family.pair[0], token_ids, sizes, LENGTH + room),
+        upstream_full(family, token_ids),
+        atol=ATOL,
+        rtol=ATOL,
+    )
+
+
+@every_family
+@property_test
+@given(sizes=splits(), lengths=st.tuples(*[st.integers(1, LENGTH)] * 2))
+def test_padding(family, sizes, lengths):
+    token_ids = random_tokens(2, LENGTH)
+    mask = padding_mask(lengths, LENGTH)
+    np.testing.assert_allclose(
+        decode(family.pair[0], token_ids, sizes, padding_mask=mask),
+        upstream_full(family, token_ids, mask),
+        atol=ATOL,
+        rtol=ATOL,
+    )
+
+
+@every_family
+@property_test
+@given(sizes=splits(), pad=st.integers(0, 5), seed=st.integers(0, 99))
+def test_left_padding_by_positions(family, sizes, pad, seed):
+    """Left-padded rows decode as if there were no padding before them."""
+    token_ids = random_tokens(2, LENGTH, seed)
+    slots = np.arange(LENGTH)
+    mask = np.stack([slots >= 0, slots >= pad]).astype("int32")
+    positions = np.stack([slots, np.maximum(slots - pad, 0)]).astype("int32")
+    output = decode(
+        family.pair[0],
+        token_ids,
+        sizes,
+        padding_mask=mask,
+        token_positions=positions,
+    )
+    row = token_ids[1:, pad:]
+    np.testing.assert_allclose(
+        output[1:, pad:], upstream_full(family, row), atol=ATOL, rtol=ATOL
+    )
+    np.testing.assert_allclose(
+        output[:1],
+        upstream_full(family, token_ids[:1]),
+        atol=ATOL,
+        rtol=ATOL,
+    )
+
+
+@every_family
+@property_test
+@given(
+    sizes=splits(),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["bool", "int32", "float32"]),
+)
+def test_positions_and_attention_mask(family, sizes, seed, kind):
+    """With all optional inputs, a cache changes nothing."""
+    rng = np.random.default_rng(seed)
+    token_ids = random_tokens(2, LENGTH, seed)
+    positions = np.sort(rng.integers(0, 30, (2, LENGTH)), axis=-1)
+    seen = rng.random((2, LENGTH, LENGTH)) < 0.7
+    seen |= np.eye(LENGTH, dtype=bool)
+    mask = seen.astype(kind)
+    if kind == "float32":
+        mask = np.where(seen, -rng.random(seen.shape), -1e9).astype(kind)
+    inputs = {"token_positions": positions, "attention_mask": mask}
+    full = family.pair[0]({"token_ids": token_ids, **inputs})
+    np.testing.assert_allclose(
+        decode(family.pair[0], token_ids, sizes, **inputs),
+        to_numpy(full),
+        atol=ATOL,
+        rtol=ATOL,
+    )
+
+
+@every_family
+def test_attention_mask_hides(family):
+    """A mask over a column does what padding at that position does."""
+    token_ids = random_tokens(2, LENGTH)
+    padding = np.ones((2, LENGTH), "int32")
+    padding[:, 4] = 0
+    mask = np.broadcast_to(padding[:, None], (2, LENGTH, LENGTH))
+    output = family.pair[0]({"token_ids": token_ids, "attention_mask": mask})
+    np.testing.assert_allclose(
+        to_numpy(output),
+        upstream_full(family, token_ids, padding),
+        atol=ATOL,
+        rtol=ATOL,
+    )
+
+
+@every_family
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16"])
+def test_reduced_precision(family, dtype):
+    """Our error against float32 is upstream's, not more."""
+    token_ids = random_tokens(4, LENGTH)
+    exact = upstream_full(family, token_ids)
+    ours = family.backbone(dtype=dtype)
+    ours.set_weights(family.pair[0].get_weights())
+    upstream = family.upstream_backbone(ours, dtype=dtype)
+    lm = family.upstream("CausalLM")(upstream, None)
+    hidden_states, cache = lm._build_cache(
+        ops.convert_to_tensor(np.pad(token_ids[:, :5], ((0, 0), (0, 5))))
+    )
+    expected = [to_numpy(hidden_states)[:, :5]]
+    for i in range(5, LENGTH):
+        step = ops.convert_to_tensor(token_ids[:, i : i + 1])
+        _, hidden_states, cache = lm.call_with_cache(step, cache, i)
+        expected.append(to_numpy(hidden_states))
+
+    def error(x):
+        return np.sqrt(np.mean((x - exact) ** 2))
+
+    output = decode(ours, token_ids, (5, 1, 1, 1, 1, 1))
+    assert error(output) <= 1.1 * error(np.concatenate(expected, axis=1))
+
+
+@every_family
+def test_cache_of_another_dtype(family):
+    """A half-size cache is kept as such and costs its rounding, no more."""
+    backbone = family.pair[0]
+    token_ids = random_tokens(2, LENGTH)
+    cache = backbone.make_cache(2, LENGTH, dtype="bfloat16")
+    inputs = {"token_ids": token_ids, "cache": cache, "cache_update_index": 0}
+    hidden_states, cache = backbone(inputs)
+    assert keras.backend.standardize_dtype(hidden_states.dtype) == "float32"
+    for tensor in (x for pair in cache for x in pair):
+        assert keras.backend.standardize_dtype(tensor.dtype) == "bfloat16"
+    error = to_numpy(hidden_states) - upstream_full(family, token_ids)
+    assert 0 < np.abs(error).max() < 0.2
+
+
+@every_family
+def test_blocks_called_by_hand(family):
+    """Without a cache a tensor as upstream, with one a pair beside it."""
+    block = family.pair[0].blocks[0]
+    x = np.random.default_rng(0).normal(size=(2, 6, 32)).astype("float32")
+    full = block(ops.convert_to_tensor(x))
+    assert ops.is_tensor(full)
+    cache = family.pair[0].make_cache(2, 6)[0]
+    outputs = []
+    for i in range(6):
+        name = block.cache_argument
+        output, cache = block(
+            ops.convert_to_tensor(x[:, i : i + 1]),
+            **{name: cache, f"{name}_update_index": i},
+        )
+        outputs.append(to_numpy(output))
+    np.testing.assert_allclose(
+        np.concatenate(outputs, axis=1), to_numpy(full), atol=ATOL, rtol=ATOL
+    )

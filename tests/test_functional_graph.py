@@ -1,0 +1,142 @@
+"""The cache is part of the graph, and the graph is an ordinary Keras one."""
+
+import shutil
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from keras import tree
+
+from tests.families import every_family
+from tests.families import padding_mask
+from tests.families import random_tokens
+from tests.families import to_numpy
+
+TOKENS = random_tokens(2, 8)
+INPUTS = {"token_ids": TOKENS, "padding_mask": padding_mask([5, 8], 8)}
+OPTIONAL = {
+    "cache_update_index",
+    "token_positions",
+    "attention_mask",
+    "cache_0_key",
+    "cache_0_value",
+    "cache_1_key",
+    "cache_1_value",
+}
+
+
+@every_family
+def test_optional_inputs_are_inputs_of_the_graph(family):
+    backbone, upstream = family.pair
+    assert {x.name for x in backbone.inputs} == OPTIONAL | set(INPUTS)
+    assert set(backbone.input) == set(INPUTS) == set(upstream.input)
+    # They reach the blocks along the graph, not past it.
+    consumers = {x.name: set() for x in backbone.inputs}
+    for operation in backbone.operations:
+        for node in operation._inbound_nodes:
+            for x in node.input_tensors:
+                if x.name in consumers:
+                    consumers[x.name].add(operation)
+    for block, (key, value) in zip(
+        backbone.blocks, (("cache_0_key", "cache_0_value"),) * 1
+    ):
+        assert block in consumers[key] and block in consumers[value]
+        assert block in consumers["cache_update_index"]
+    assert all(consumers.values())
+
+
+@every_family
+def test_called_symbolically(family):
+    backbone, _ = family.pair
+    token_ids = keras.Input((None,), dtype="int32")
+    index = keras.Input(batch_shape=(), dtype="int32")
+    cache = tuple(
+        tuple(keras.Input((heads, None, dim)) for _ in range(2))
+        for heads, dim in backbone.cache_spec
+    )
+    alone = backbone({"token_ids": token_ids})
+    assert tuple(alone.shape) == (None, None, 32)
+    hidden_states, new_cache = backbone(
+        {
+            "token_ids": token_ids,
+            "cache": cache,
+            "cache_update_index": index,
+        }
+    )
+    assert tree.map_structure(lambda x: x.shape, new_cache) == (
+        tree.map_structure(lambda x: x.shape, cache)
+    )
+    model = keras.Model([token_ids, index, cache], [hidden_states, new_cache])
+    output, filled = model(
+        [
+            ops.convert_to_tensor(TOKENS),
+            ops.convert_to_tensor(0, dtype="int32"),
+            backbone.make_cache(2, 8),
+        ]
+    )
+    np.testing.assert_allclose(
+        to_numpy(output), to_numpy(backbone({"token_ids": TOKENS})), atol=1e-5
+    )
+    assert np.abs(to_numpy(filled[1][1])).min(axis=-1).all()
+
+
+@every_family
+def test_extended_as_a_functional_model(family):
+    """What keras_hub documents: build on `backbone.input` and `.output`."""
+    backbone, upstream = family.pair
+    head = keras.layers.Dense(3)
+    ours = keras.Model(backbone.input, head(backbone.output))
+    theirs = keras.Model(upstream.input, head(upstream.output))
+    np.testing.assert_allclose(
+        to_numpy(ours(INPUTS)), to_numpy(theirs(INPUTS)), atol=1e-6
+    )
+
+
+@every_family
+def test_cloned(family):
+    backbone, upstream = family.pair
+    clone = keras.models.clone_model(backbone)
+    clone.set_weights(backbone.get_weights())
+    assert not set(map(id, clone.weights)) & set(map(id, backbone.weights))
+    np.testing.assert_allclose(
+        to_numpy(clone(INPUTS)), to_numpy(upstream(INPUTS)), atol=1e-6
+    )
+
+
+@every_family
+def test_summarized(family):
+    lines = []
+    family.pair[0].summary(print_fn=lines.append)
+    text = "\n".join(map(str, lines))
+    for name in (*OPTIONAL, *INPUTS):
+        assert name[:15] in text, name
+
+
+@every_family
+def test_plotted(family, tmp_path):
+    backbone, _ = family.pair
+    graph = keras.utils.model_to_dot(backbone, show_layer_names=True)
+    source = graph.to_string()
+    for name in (*OPTIONAL, *INPUTS):
+        assert name in source
+    path = tmp_path / "model.png"
+    if shutil.which("dot") is None:
+        pytest.skip("drawing the picture needs graphviz' program `dot`")
+    keras.utils.plot_model(backbone, to_file=str(path), show_shapes=True)
+    assert path.stat().st_size > 1000
+
+
+@every_family
+def test_output_structure_follows_from_the_cache(family):
+    backbone, _ = family.pair
+    inputs = {"token_ids": TOKENS, "cache": None, "cache_update_index": None}
+    assert ops.is_tensor(backbone(inputs))
+    inputs["cache"] = ((None, None), (None, None))
+    assert ops.is_tensor(backbone(inputs))
+    inputs["cache"] = backbone.make_cache(2, 8)
+    inputs["cache_update_index"] = 0
+    hidden_states, cache = backbone(inputs)
+    assert ops.is_tensor(hidden_states)
+    assert isinstance(cache, tuple) and len(cache) == 2
+    assert all(isinstance(pair, tuple) and len(pair) == 2 for pair in cache)

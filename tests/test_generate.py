@@ -1,0 +1,148 @@
+"""`generate()` gives upstream's tokens."""
+
+import keras_hub
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+from parameterized import parameterized
+
+from tests.families import every_family
+from tests.families import FAMILIES
+from tests.families import padding_mask
+from tests.families import random_tokens
+
+LENGTH = 16
+PROMPTS = {
+    "token_ids": random_tokens(3, LENGTH) * padding_mask([4, 9, 6], LENGTH),
+    "padding_mask": padding_mask([4, 9, 6], LENGTH),
+}
+SAMPLERS = {
+    "greedy": lambda: keras_hub.samplers.GreedySampler(),
+    "top_k": lambda: keras_hub.samplers.TopKSampler(k=5, seed=7),
+    "top_p": lambda: keras_hub.samplers.TopPSampler(p=0.8, seed=7),
+    "random": lambda: keras_hub.samplers.RandomSampler(seed=7, temperature=2.0),
+    "beam": lambda: keras_hub.samplers.BeamSampler(num_beams=3),
+    "contrastive": lambda: keras_hub.samplers.ContrastiveSampler(k=3),
+}
+
+
+def generate_both(lms, inputs, sampler, **kwargs):
+    results = []
+    for lm in lms:
+        lm.compile(sampler=SAMPLERS[sampler]())
+        results.append(lm.generate(inputs, **kwargs))
+    return results
+
+
+@every_family
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_tokens(family, sampler):
+    ours, upstream = generate_both(
+        family.lm_pair, PROMPTS, sampler, stop_token_ids=None
+    )
+    np.testing.assert_array_equal(ours["token_ids"], upstream["token_ids"])
+    np.testing.assert_array_equal(
+        ours["padding_mask"], upstream["padding_mask"]
+    )
+    # Prompts are kept, and something follows them.
+    kept = PROMPTS["padding_mask"].astype(bool)
+    np.testing.assert_array_equal(
+        ours["token_ids"][kept], PROMPTS["token_ids"][kept]
+    )
+    assert np.unique(ours["token_ids"][~kept]).size > 1
+
+
+@every_family
+def test_stop_tokens(family):
+    (free,) = generate_both(
+        family.lm_pair[:1], PROMPTS, "greedy", stop_token_ids=None
+    )
+    # The third token that follows each prompt.
+    lengths = PROMPTS["padding_mask"].sum(axis=-1)
+    stop = free["token_ids"][np.arange(3), lengths + 2]
+    for kwargs in ({}, {"strip_prompt": True}):
+        ours, upstream = generate_both(
+            family.lm_pair,
+            PROMPTS,
+            "greedy",
+            stop_token_ids=[int(x) for x in stop],
+            **kwargs,
+        )
+        for name in ("token_ids", "padding_mask"):
+            np.testing.assert_array_equal(ours[name], upstream[name])
+        end = ours["padding_mask"].astype(bool).sum(axis=-1)
+        assert (end <= lengths + 3).all()
+
+
+def _lms_with_text(family):
+    preprocessor = family.preprocessor(sequence_length=LENGTH)
+    backbone = family.backbone(
+        vocabulary_size=preprocessor.tokenizer.vocabulary_size()
+    )
+    upstream = family.upstream_backbone(
+        backbone, vocabulary_size=preprocessor.tokenizer.vocabulary_size()
+    )
+    return (
+        family.ours("CausalLM")(backbone, preprocessor),
+        family.upstream("CausalLM")(upstream, preprocessor),
+    )
+
+
+@every_family
+def test_text(family):
+    lms = _lms_with_text(family)
+    prompts = ["the fox", "what is the capital", "a"]
+    for inputs in (prompts, prompts[0]):
+        for kwargs in (
+            {"max_length": 24},
+            {"max_length": 24, "stop_token_ids": None},
+            {"max_length": 24, "strip_prompt": True},
+        ):
+            ours, upstream = generate_both(lms, inputs, "greedy", **kwargs)
+            assert ours == upstream
+            assert isinstance(ours, type(inputs))
+
+
+@every_family
+def test_datasets(family):
+    data = {name: x[:, :LENGTH] for name, x in PROMPTS.items()}
+    data = tf.data.Dataset.from_tensor_slices(data).batch(2)
+    ours, upstream = generate_both(
+        family.lm_pair, data, "greedy", stop_token_ids=None
+    )
+    np.testing.assert_array_equal(ours["token_ids"], upstream["token_ids"])
+    assert len(ours["token_ids"]) == 3
+
+
+@every_family
+def test_call_with_cache(family):
+    """The signature and the results that upstream's method has."""
+    ours, upstream = family.lm_pair
+    token_ids = PROMPTS["token_ids"][:, :4]
+    token_ids = ops.convert_to_tensor(token_ids)
+    cache = ours.backbone.make_cache(3, LENGTH)
+    logits, hidden_states, cache = ours.call_with_cache(token_ids, cache, 0)
+    full = upstream(
+        {"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids)}
+    )
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(logits),
+        ops.convert_to_numpy(full),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    assert tuple(hidden_states.shape) == (3, 4, 32)
+    assert len(cache) == len(ours.backbone.blocks)
+
+
+@parameterized.expand([(True,), (False,)])
+def test_run_eagerly(run_eagerly):
+    ours, upstream = FAMILIES[0].lm_pair
+    results = []
+    for lm in (ours, upstream):
+        lm.compile(sampler="greedy", run_eagerly=run_eagerly)
+        results.append(lm.generate(PROMPTS, stop_token_ids=None))
+    np.testing.assert_array_equal(
+        results[0]["token_ids"], results[1]["token_ids"]
+    )

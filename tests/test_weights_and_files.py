@@ -1,0 +1,227 @@
+"""Weights, files and presets are upstream's, and go both ways."""
+
+import json
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_nlp_cache
+from keras_nlp_cache import models
+from keras_nlp_cache.backbone import CachedBackbone
+from tests.families import decode
+from tests.families import every_family
+from tests.families import FAMILIES
+from tests.families import padding_mask
+from tests.families import random_tokens
+from tests.families import randomize
+from tests.families import to_numpy
+
+TOKENS = random_tokens(2, 8)
+INPUTS = {"token_ids": TOKENS, "padding_mask": padding_mask([5, 8], 8)}
+
+
+def outputs(backbone):
+    return to_numpy(backbone(INPUTS))
+
+
+@every_family
+def test_is_a_drop_in_replacement(family):
+    ours, upstream = family.pair
+    assert isinstance(ours, family.upstream("Backbone"))
+    assert isinstance(family.lm_pair[0], family.upstream("CausalLM"))
+    assert isinstance(family.lm_pair[0], models.CausalLM)
+    assert issubclass(family.ours("CausalLM"), keras_hub.models.CausalLM)
+    assert set(upstream.get_config()) <= set(ours.get_config())
+
+
+@every_family
+def test_same_variables(family):
+    ours, upstream = family.pair
+    assert [w.path for w in ours.weights] == [w.path for w in upstream.weights]
+    assert [w.shape for w in ours.weights] == [
+        w.shape for w in upstream.weights
+    ]
+    ours, upstream = family.lm_pair
+    assert [w.path for w in ours.weights] == [w.path for w in upstream.weights]
+
+
+@every_family
+def test_same_outputs_without_a_cache(family):
+    ours, upstream = family.pair
+    np.testing.assert_array_equal(outputs(ours), outputs(upstream))
+
+
+@every_family
+@pytest.mark.parametrize("max_shard_size", [None, 2e-5])
+def test_weights_files(family, max_shard_size, tmp_path):
+    ours, upstream = family.pair
+    suffix = ".weights.json" if max_shard_size else ".weights.h5"
+    for source, target in (
+        (ours, family.upstream("Backbone")(**dict(family.config))),
+        (upstream, family.ours("Backbone")(**dict(family.config))),
+    ):
+        path = tmp_path / f"{type(source).__module__}{id(source)}{suffix}"
+        source.save_weights(path, max_shard_size=max_shard_size)
+        target.load_weights(path)
+        np.testing.assert_array_equal(outputs(target), outputs(source))
+
+
+@every_family
+def test_keras_files(family, tmp_path):
+    ours, upstream = family.pair
+    ours.save(tmp_path / "ours.keras")
+    upstream.save(tmp_path / "upstream.keras")
+    restored = keras.saving.load_model(tmp_path / "ours.keras")
+    assert type(restored) is type(ours)
+    # Upstream forgets that embeddings are tied, and cannot load such a file.
+    tied = dict(family.config).get("tie_word_embeddings")
+    for name in ("ours",) if tied else ("ours", "upstream"):
+        loaded = keras_nlp_cache.load_model(tmp_path / f"{name}.keras")
+        assert type(loaded) is type(ours)
+        np.testing.assert_array_equal(outputs(loaded), outputs(ours))
+        np.testing.assert_allclose(
+            decode(loaded, TOKENS, (5, 3)),
+            decode(ours, TOKENS, (5, 3)),
+            atol=1e-6,
+        )
+    if not tied:
+        plain = keras.saving.load_model(tmp_path / "upstream.keras")
+        assert type(plain) is type(upstream)
+
+
+@every_family
+def test_keras_file_without_this_package(family, tmp_path, monkeypatch):
+    """Where only keras_hub is installed our names are not registered."""
+    ours, upstream = family.pair
+    ours.save(tmp_path / "ours.keras")
+    registered = keras.saving.get_custom_objects()
+    for name in [x for x in registered if x.startswith("keras_nlp_cache>")]:
+        monkeypatch.delitem(registered, name)
+    loaded = keras.saving.load_model(tmp_path / "ours.keras")
+    assert type(loaded) is type(upstream)
+    if dict(family.config).get("tie_word_embeddings"):
+        assert loaded.tie_word_embeddings
+    np.testing.assert_array_equal(outputs(loaded), outputs(ours))
+
+
+@every_family
+def test_backbone_presets(family, tmp_path):
+    ours, upstream = family.pair
+    ours.save_to_preset(tmp_path / "ours")
+    loaded = keras_hub.models.Backbone.from_preset(str(tmp_path / "ours"))
+    assert type(loaded) is type(upstream)
+    np.testing.assert_array_equal(outputs(loaded), outputs(ours))
+
+    upstream.save_to_preset(tmp_path / "upstream")
+    if dict(family.config).get("tie_word_embeddings"):
+        # Upstream's config does not say so, and upstream cannot load it.
+        config = json.loads((tmp_path / "upstream/config.json").read_text())
+        config["config"]["tie_word_embeddings"] = True
+        (tmp_path / "upstream/config.json").write_text(json.dumps(config))
+    for name in ("ours", "upstream"):
+        preset = str(tmp_path / name)
+        for cls in (family.ours("Backbone"), CachedBackbone):
+            loaded = cls.from_preset(preset)
+            assert type(loaded) is type(ours)
+            np.testing.assert_array_equal(outputs(loaded), outputs(ours))
+
+
+@every_family
+def test_task_presets(family, tmp_path):
+    preprocessor = family.preprocessor()
+    tokenizer_size = preprocessor.tokenizer.vocabulary_size()
+    backbone = family.backbone(vocabulary_size=tokenizer_size)
+    ours = family.ours("CausalLM")(backbone, preprocessor)
+    ours.compile(sampler="greedy")
+    prompt = "the fox"
+    expected = ours.generate(prompt, max_length=20)
+
+    ours.save_to_preset(tmp_path / "ours")
+    theirs = keras_hub.models.CausalLM.from_preset(str(tmp_path / "ours"))
+    assert type(theirs) is family.upstream("CausalLM")
+    theirs.compile(sampler="greedy")
+    assert theirs.generate(prompt, max_length=20) == expected
+
+    if not dict(family.config).get("tie_word_embeddings"):
+        theirs.save_to_preset(tmp_path / "upstream")
+    else:
+        ours.save_to_preset(tmp_path / "upstream")
+    for name in ("ours", "upstream"):
+        for cls in (family.ours("CausalLM"), models.CausalLM):
+            loaded = cls.from_preset(str(tmp_path / name))
+            assert type(loaded) is type(ours)
+            assert type(loaded.backbone) is type(backbone)
+            loaded.compile(sampler="greedy")
+            assert loaded.generate(prompt, max_length=20) == expected
+
+
+@every_family
+def test_task_keras_files(family, tmp_path):
+    ours, upstream = family.lm_pair
+    ours.save(tmp_path / "ours.keras")
+    upstream.save(tmp_path / "upstream.keras")
+    restored = keras.saving.load_model(tmp_path / "ours.keras")
+    loaded = [restored]
+    if not dict(family.config).get("tie_word_embeddings"):
+        loaded.append(keras_nlp_cache.load_model(tmp_path / "upstream.keras"))
+    for lm in loaded:
+        assert type(lm) is type(ours)
+        assert type(lm.backbone) is type(ours.backbone)
+        np.testing.assert_array_equal(
+            to_numpy(lm(INPUTS)), to_numpy(ours(INPUTS))
+        )
+
+
+@every_family
+def test_building_leaves_upstreams_tasks_functional(family):
+    ours, upstream = family.lm_pair
+    functional = type(keras.Model(ours.input, ours.output))
+    family.ours("CausalLM")(ours.backbone, None)
+    assert isinstance(upstream, functional)
+    family.upstream("CausalLM")(upstream.backbone, None)
+    assert isinstance(ours, functional)
+
+
+def test_loading_leaves_keras_hub_alone(tmp_path):
+    """Nothing that upstream loads becomes ours because we are imported."""
+    family = FAMILIES[0]
+    ours, upstream = family.pair
+    ours.save_to_preset(tmp_path / "preset")
+    family.ours("Backbone").from_preset(str(tmp_path / "preset"))
+    loaded = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
+    assert type(loaded) is type(upstream)
+    block = keras_hub.layers.TransformerDecoder(8, 2)
+    assert type(block) is keras_hub.layers.TransformerDecoder
+    assert not isinstance(upstream.transformer_layers[0], tuple)
+    assert type(upstream.transformer_layers[0]) is type(block)
+
+
+@every_family
+def test_built_from_config(family):
+    ours, _ = family.pair
+    copy = type(ours).from_config(ours.get_config())
+    assert type(copy) is type(ours)
+    copy.set_weights(ours.get_weights())
+    np.testing.assert_allclose(
+        decode(copy, TOKENS, (5, 3)), decode(ours, TOKENS, (5, 3)), atol=1e-6
+    )
+
+
+@every_family
+def test_dtype_of_the_weights(family):
+    backbone = family.ours("Backbone")(**dict(family.config), dtype="bfloat16")
+    randomize(backbone)
+    cache = backbone.make_cache(1, 4)
+    assert {
+        keras.backend.standardize_dtype(x.dtype) for pair in cache for x in pair
+    } == {"bfloat16"}
+    output = backbone(INPUTS)
+    assert keras.backend.standardize_dtype(output.dtype) == "bfloat16"
+
+
+def test_presets_are_upstreams():
+    for family in FAMILIES:
+        for kind in ("Backbone", "CausalLM"):
+            assert family.ours(kind).presets == family.upstream(kind).presets

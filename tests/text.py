@@ -1,0 +1,72 @@
+"""Tokenizers small enough to be made on the spot."""
+
+import functools
+import io
+
+import sentencepiece
+
+CORPUS = (
+    "the quick brown fox jumps over the lazy dog",
+    "airplane at airport",
+    "what is the capital of france",
+    "the capital of france is paris",
+)
+
+
+def tokenizer_arguments(prefix):
+    """Constructor arguments of the tokenizer of a model family."""
+    if prefix in ("GPT2", "Llama3"):
+        return _byte_pair(prefix)
+    return {"proto": _sentence_piece(prefix)}
+
+
+def _byte_pair(prefix):
+    letters = sorted(set("".join(CORPUS)) - {" "})
+    merges = ["Ġ t", "h e", "Ġt he", "a i", "ai r", "Ġ a", "Ġa t", "p o"]
+    pieces = ["!", "Ġ", *letters, *(x.replace(" ", "") for x in merges)]
+    special = {
+        "GPT2": ["<|endoftext|>"],
+        "Llama3": [
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|eot_id|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+        ],
+    }[prefix]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *special])}
+    return {"vocabulary": vocabulary, "merges": merges}
+
+
+@functools.cache
+def _sentence_piece(prefix):
+    model = io.BytesIO()
+    special = {
+        "Gemma": dict(
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            pad_piece="<pad>",
+            eos_piece="<eos>",
+            bos_piece="<bos>",
+            unk_piece="<unk>",
+        ),
+        "Llama": dict(
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_piece="<unk>",
+            bos_piece="<s>",
+            eos_piece="</s>",
+        ),
+    }[prefix]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=60,
+        model_type="bpe",
+        minloglevel=2,
+        **special,
+    )
+    return model.getvalue()
