@@ -42,12 +42,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
     """Base of all backbones of this package: a graph with a cache in it.
 
     A model family subclasses its upstream backbone and this class, in that
-    order, and sets two attributes:
-
-    ```python
-    class LlamaBackbone(keras_hub.models.LlamaBackbone, CachedBackbone):
-        block_cls = LlamaTransformerDecoder
-    ```
+    order, and sets `block_cls`.
 
     Attributes:
         block_cls: A `DecoderBlock`, the class to give each decoder block.

@@ -30,9 +30,17 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
     Example:
     ```python
-    lm = CausalLM.from_preset("gpt2_base_en")
+    backbone = GPT2Backbone(
+        vocabulary_size=100, num_layers=2, num_heads=4, hidden_dim=32,
+        intermediate_dim=64, max_sequence_length=32,
+    )
+    lm = GPT2CausalLM(backbone, preprocessor=None)
     lm.compile(sampler="greedy")
-    lm.generate("Keras is a", max_length=64)
+    prompt = {
+        "token_ids": np.array([[5, 6, 7, 0, 0, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0, 0]]),
+    }
+    lm.generate(prompt, stop_token_ids=None)
     ```
 
     Reference:

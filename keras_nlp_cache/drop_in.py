@@ -104,7 +104,11 @@ def load_model(filepath, **kwargs):
 
     Example:
     ```python
-    keras_hub.models.GPT2Backbone(...).save("gpt2.keras")
+    upstream = keras_hub.models.GPT2Backbone(
+        vocabulary_size=100, num_layers=2, num_heads=4, hidden_dim=32,
+        intermediate_dim=64, max_sequence_length=64,
+    )
+    upstream.save("gpt2.keras")
     backbone = keras_nlp_cache.load_model("gpt2.keras")
     cache = backbone.make_cache(batch_size=1, max_length=64)
     ```

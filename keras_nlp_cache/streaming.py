@@ -31,7 +31,7 @@ def stream(lm, prompt, max_new_tokens=256, stop_token_ids="auto"):
     Example:
     ```python
     lm.compile(sampler="greedy")
-    for piece, _ in stream(lm, "Keras is a", max_new_tokens=32):
+    for piece, count in stream(lm, "the fox", max_new_tokens=8):
         print(piece, end="", flush=True)
     ```
 

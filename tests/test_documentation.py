@@ -1,0 +1,111 @@
+"""What the documentation shows runs, and its commands are CI's."""
+
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+import textwrap
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_nlp_cache
+from keras_nlp_cache import models
+from tests.families import FAMILIES
+
+ROOT = pathlib.Path(__file__).parent.parent
+FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def documented():
+    """All functions and classes of the package, with their docstrings."""
+    found = {}
+    for module in pkgutil.walk_packages(
+        keras_nlp_cache.__path__, "keras_nlp_cache."
+    ):
+        if module.name.endswith("__main__"):
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            objects = [value]
+            if inspect.isclass(value):
+                objects += vars(value).values()
+            for x in objects:
+                doc = vars(x).get("__doc__") if inspect.isclass(x) else None
+                if inspect.isfunction(x):
+                    doc = x.__doc__
+                file = getattr(x, "__code__", None)
+                ours = (
+                    "keras_nlp_cache" in file.co_filename
+                    if file
+                    else x in models.__dict__.values()
+                    or getattr(x, "__module__", "").startswith("keras_nlp")
+                )
+                if doc and ours:
+                    found[x.__qualname__] = inspect.cleandoc(doc)
+    return found
+
+
+EXAMPLES = {
+    f"{name}-{i}": code
+    for name, doc in documented().items()
+    for i, code in enumerate(FENCE.findall(doc))
+}
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    """What the examples take for granted."""
+    family = FAMILIES[0]
+    preprocessor = family.preprocessor()
+    size = preprocessor.tokenizer.vocabulary_size()
+    chat_lm = family.ours("CausalLM")(
+        family.backbone(vocabulary_size=size), preprocessor
+    )
+    return {
+        "keras": keras,
+        "keras_hub": keras_hub,
+        "keras_nlp_cache": keras_nlp_cache,
+        "np": np,
+        "lm": chat_lm,
+        "chat_lm": chat_lm,
+        "stream": keras_nlp_cache.stream,
+        **{name: getattr(models, name) for name in models.__all__},
+    }
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_docstrings(name, namespace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(EXAMPLES[name]), dict(namespace))
+
+
+def test_there_are_examples():
+    names = {name.split("-")[0] for name in EXAMPLES}
+    assert {"CachedBackbone", "CausalLM", "load_model", "stream"} <= names
+    assert {family.prefix + "Backbone" for family in FAMILIES} <= names
+
+
+def test_readme(namespace):
+    blocks = FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(blocks) >= 3
+    shared = dict(namespace)
+    for block in blocks:
+        exec(block, shared)
+
+
+def test_commands():
+    """The README opens with two commands, and CI runs the second."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    demo, test = re.findall(r"```sh\n(.*?)\n```", readme, re.DOTALL)[:2]
+    assert demo.endswith('generate "What is the capital of France?"')
+    assert (ROOT / ".ci/run").read_text().splitlines()[-1] == test
+
+
+def test_public_names_are_documented():
+    for name in models.__all__:
+        assert vars(getattr(models, name)).get("__doc__"), name
+    for name in ("load_model", "stream"):
+        assert "Example:" in getattr(keras_nlp_cache, name).__doc__
