@@ -162,6 +162,20 @@ def to_numpy(x):
     return ops.convert_to_numpy(ops.cast(x, "float32"))
 
 
+@functools.lru_cache(maxsize=32)
+def compiled(function):
+    """A model or one of its methods, compiled where that is cheaper.
+
+    Called eagerly, JAX compiles every operation for every new shape. Weights
+    become constants: the model must not change any more.
+    """
+    if keras.config.backend() != "jax":
+        return function
+    import jax
+
+    return jax.jit(lambda *args: function(*args))
+
+
 def decode(backbone, token_ids, splits, max_length=None, dtype=None, **extra):
     """Runs a sequence through a cache, a few tokens at a time.
 
@@ -181,6 +195,7 @@ def decode(backbone, token_ids, splits, max_length=None, dtype=None, **extra):
     assert sum(splits) == length
     cache = backbone.make_cache(batch, max_length or length, dtype=dtype)
     outputs, index = [], 0
+    call = compiled(backbone)
     for size in splits:
         now = slice(index, index + size)
         inputs = {
@@ -191,7 +206,7 @@ def decode(backbone, token_ids, splits, max_length=None, dtype=None, **extra):
         for name, value in extra.items():
             # A padding mask speaks of slots, the others of tokens.
             inputs[name] = value if name == "padding_mask" else value[:, now]
-        output, cache = backbone(inputs)
+        output, cache = call(inputs)
         outputs.append(to_numpy(output))
         index += size
     return np.concatenate(outputs, axis=1)

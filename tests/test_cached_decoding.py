@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
+from tests.families import compiled
 from tests.families import decode
 from tests.families import every_family
 from tests.families import padding_mask
@@ -39,9 +40,8 @@ def splits(draw):
 
 def upstream_full(family, token_ids, mask=None):
     mask = np.ones_like(token_ids) if mask is None else mask
-    return to_numpy(
-        family.pair[1]({"token_ids": token_ids, "padding_mask": mask})
-    )
+    call = compiled(family.pair[1])
+    return to_numpy(call({"token_ids": token_ids, "padding_mask": mask}))
 
 
 @every_family
@@ -101,7 +101,7 @@ def test_padding(family, sizes, lengths):
 
 @every_family
 @property_test
-@given(sizes=splits(), pad=st.integers(0, 5), seed=st.integers(0, 99))
+@given(sizes=splits(), pad=st.sampled_from([0, 1, 4]), seed=st.integers(0, 99))
 def test_left_padding_by_positions(family, sizes, pad, seed):
     """Left-padded rows decode as if there were no padding before them."""
     token_ids = random_tokens(2, LENGTH, seed)
@@ -145,7 +145,7 @@ def test_positions_and_attention_mask(family, sizes, seed, kind):
     if kind == "float32":
         mask = np.where(seen, -rng.random(seen.shape), -1e9).astype(kind)
     inputs = {"token_positions": positions, "attention_mask": mask}
-    full = family.pair[0]({"token_ids": token_ids, **inputs})
+    full = compiled(family.pair[0])({"token_ids": token_ids, **inputs})
     np.testing.assert_allclose(
         decode(family.pair[0], token_ids, sizes, **inputs),
         to_numpy(full),
