@@ -135,7 +135,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         generate = super().make_generate_function()
 
         def checked_generate(inputs, stop_token_ids=None):
-            _check_prompts(inputs, self.backbone.max_positions)
+            _check_prompts(inputs)
             return generate(inputs, stop_token_ids=stop_token_ids)
 
         return checked_generate
@@ -216,15 +216,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         drop_in.name_upstream_classes(preset_dir)
 
 
-def _check_prompts(inputs, max_positions):
-    """Checks the token ids and padding mask of a batch of prompts."""
-    max_length = inputs["token_ids"].shape[-1]
-    if max_positions is not None and max_length > max_positions:
-        raise ValueError(
-            f"Expected `max_length` to be at most the {max_positions} "
-            "positions that the model learned (`max_sequence_length`). "
-            f"Received: {max_length}."
-        )
+def _check_prompts(inputs):
+    """Checks the padding mask of a batch of prompts."""
     lengths = _lengths(inputs["padding_mask"])
     if lengths.size == 0 or lengths.min() == 0:
         raise ValueError(

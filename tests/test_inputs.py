@@ -139,8 +139,8 @@ def test_training_a_task(family):
     assert losses[0][-1] < losses[0][0]
 
 
-class GPT2TextClassifier(keras_hub.models.TextClassifier):
-    """A task head as keras_hub writes them, for a family that has none."""
+class PooledTextClassifier(keras_hub.models.TextClassifier):
+    """A task head as keras_hub writes them, for families that have none."""
 
     def __init__(self, backbone, num_classes, preprocessor=None, **kwargs):
         self.backbone = backbone
@@ -160,7 +160,7 @@ def test_upstream_task_heads(family):
     ours = family.backbone()
     for backbone in (ours, family.upstream_backbone(ours)):
         keras.utils.set_random_seed(1)
-        classifier = GPT2TextClassifier(backbone, num_classes=2)
+        classifier = PooledTextClassifier(backbone, num_classes=2)
         classifier.compile(
             optimizer=keras.optimizers.SGD(0.01),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -172,7 +172,36 @@ def test_upstream_task_heads(family):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_unbatched_lengths_may_vary():
+@every_family
+def test_training_a_task_on_text(family):
+    """Strings and a preprocessor, alone and in a `tf.data.Dataset`."""
+    preprocessor = family.preprocessor()
+    size = preprocessor.tokenizer.vocabulary_size()
+    ours = family.backbone(vocabulary_size=size)
+    upstream = family.upstream_backbone(ours, vocabulary_size=size)
+    sentences = ["the quick brown fox", "what is the capital of france"]
+    losses = []
+    for backbone, task in (
+        (ours, family.ours("CausalLM")),
+        (upstream, family.upstream("CausalLM")),
+    ):
+        lm = task(backbone, preprocessor)
+        lm.compile(
+            optimizer=keras.optimizers.SGD(0.01),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        batches = tf.data.Dataset.from_tensor_slices(sentences).batch(2)
+        losses.append(
+            [
+                *lm.fit(sentences, shuffle=False, verbose=0).history["loss"],
+                *lm.fit(batches, verbose=0).history["loss"],
+                lm.evaluate(sentences, verbose=0, return_dict=True)["loss"],
+            ]
+        )
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_lengths_may_vary():
     """Lengths are not baked into what `predict` compiles."""
     backbone, upstream = FAMILIES[0].pair
     for length in (3, 5):

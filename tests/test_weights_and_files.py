@@ -203,6 +203,9 @@ def test_built_from_config(family):
     ours, _ = family.pair
     copy = type(ours).from_config(ours.get_config())
     assert type(copy) is type(ours)
+    names = [x.name for x in ours.inputs]
+    assert [x.name for x in copy.inputs] == names
+    assert "cache_update_index" in names
     copy.set_weights(ours.get_weights())
     np.testing.assert_allclose(
         decode(copy, TOKENS, (5, 3)), decode(ours, TOKENS, (5, 3)), atol=1e-6
