@@ -74,36 +74,27 @@ def first_argument(args, kwargs):
 class CachedAttention:
     """Mixin that gives an upstream attention layer a per-layer cache.
 
-    Placed before the upstream class in the bases of a layer of the same name.
-    Subclasses implement `key_value_shape`, `project` and `merge_heads`, and
-    set `scale` and, where they have them, `soft_cap`, `window` and `dropout`.
+    Placed before the upstream class in the bases of a layer of the same name,
+    which says how its family attends.
+
+    Attributes:
+        key_value_shape: `(key_value_heads, head_dim)` of the keys and of the
+            values.
+        project: Method `(x, positions) -> (query, key, value)`, from
+            `(B, T, hidden_dim)` and int32 `(B or 1, T)`. Rotates query and key
+            if the family does. The query is `(B, T, query_heads, head_dim)`,
+            key and value are `(B, T, key_value_heads, head_dim)`.
+        merge_heads: Method that projects `(B, T, query_heads, head_dim)` to
+            `(B, T, hidden_dim)`.
+        scale: float. Multiplies the attention logits.
+        soft_cap: Optional float. See `attend()`.
+        window: Optional int. How many slots a query sees, its own included.
+        weights_dropout: Optional callable, applied to the attention weights.
     """
 
     soft_cap = None
     window = None
     weights_dropout = None
-
-    @property
-    def key_value_shape(self):
-        """`(key_value_heads, head_dim)` of the keys and of the values."""
-        raise NotImplementedError
-
-    def project(self, x, positions):
-        """Projects and rotates.
-
-        Args:
-            x: Tensor `(B, T, hidden_dim)`.
-            positions: int32 tensor `(B or 1, T)`.
-
-        Returns:
-            A query `(B, T, query_heads, head_dim)`, and a key and a value
-            `(B, T, key_value_heads, head_dim)`.
-        """
-        raise NotImplementedError
-
-    def merge_heads(self, x):
-        """Projects `(B, T, query_heads, head_dim)` to `(B, T, hidden_dim)`."""
-        raise NotImplementedError
 
     def call(self, *args, cache=None, **kwargs):
         """Attends as upstream does, or through a cache.

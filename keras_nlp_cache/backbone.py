@@ -236,16 +236,19 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             token_positions=new["token_positions"],
             attention_mask=new["attention_mask"],
         )
-        updated = {}
+        updated = []
         takes_positions = [getattr(self, x) for x in self.position_layers]
 
         def call(operation, *args, **kwargs):
             if operation in self.blocks:
-                i = len(updated)
                 kwargs[operation.cache_argument] = LayerCache(
-                    *cache[i], index=index, positions=positions, mask=mask
+                    *cache[len(updated)],
+                    index=index,
+                    positions=positions,
+                    mask=mask,
                 )
-                x, updated[i] = operation(*args, **kwargs)
+                x, pair = operation(*args, **kwargs)
+                updated.append(pair)
                 return x
             if operation in takes_positions:
                 kwargs["positions"] = positions
@@ -255,7 +258,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             [new[tensor.name] for tensor in graph.inputs],
             operation_fn=lambda op: functools.partial(call, op),
         )
-        return new, (x, tuple(updated.values()))
+        return new, (x, tuple(updated))
 
     def _without_cache(self, inputs, call=lambda operation: operation):
         """Replays the graph symbolically with no cache in it, as upstream's.
@@ -308,7 +311,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             # Spelled out rather than recorded as one call of the backbone:
             # `output`, which Keras consults for the number of outputs of such
             # a call, has no room for a cache.
-            return self._run_through_graph(inputs)
+            return self.call(inputs, *args, **kwargs)
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None, **kwargs):

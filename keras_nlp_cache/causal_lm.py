@@ -47,6 +47,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         https://github.com/keras-team/keras-hub/issues/1862
     """
 
+    decode_step_function = None
+
     def __init__(self, backbone, *args, **kwargs):
         if not isinstance(backbone, CachedBackbone):
             raise ValueError(

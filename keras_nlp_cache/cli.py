@@ -142,7 +142,8 @@ def _generate(args):
     except ValueError as e:
         raise CommandError(e) from e
     finally:
-        print(flush=True)
+        if len(times) > 1:
+            print(flush=True)
     print(_speed(times), file=sys.stderr)
     return 0
 

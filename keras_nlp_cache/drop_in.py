@@ -57,9 +57,7 @@ def replacement(upstream):
     if upstream in _replacements:
         return _replacements[upstream]
     covered = sorted(
-        cls.__name__
-        for cls in _replacements
-        if issubclass(upstream, keras.Model) and issubclass(cls, keras.Model)
+        cls.__name__ for cls in _replacements if issubclass(cls, keras.Model)
     )
     raise ValueError(
         f"Expected one of the classes that this package covers, {covered}. "

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_nlp_cache.cache import additive
 from keras_nlp_cache.cache import causal_mask
+from keras_nlp_cache.cache import MASKED
 from keras_nlp_cache.cache import slots
 
 
@@ -62,6 +63,8 @@ class PositionsAndMask(keras.layers.Layer):
             if not keras.backend.is_float_dtype(attention_mask.dtype):
                 attention_mask = additive(attention_mask)
             mask = mask + ops.cast(attention_mask, "float32")[:, None]
+            # A softmax over infinities would not be a number.
+            mask = ops.maximum(mask, 4 * MASKED)
         return ops.cast(positions, "int32"), mask
 
     def compute_output_spec(

@@ -143,7 +143,7 @@ def test_positions_and_attention_mask(family, sizes, seed, kind):
     seen |= np.eye(LENGTH, dtype=bool)
     mask = seen.astype(kind)
     if kind == "float32":
-        mask = np.where(seen, -rng.random(seen.shape), -1e9).astype(kind)
+        mask = np.where(seen, -rng.random(seen.shape), -np.inf).astype(kind)
     inputs = {"token_positions": positions, "attention_mask": mask}
     full = compiled(family.pair[0])({"token_ids": token_ids, **inputs})
     np.testing.assert_allclose(
@@ -165,6 +165,31 @@ def test_attention_mask_hides(family):
     np.testing.assert_allclose(
         to_numpy(output),
         upstream_full(family, token_ids, padding),
+        atol=ATOL,
+        rtol=ATOL,
+    )
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["bool", "float32"])
+def test_a_token_that_sees_nothing(family, kind):
+    """It gets finite outputs, and does not disturb the others."""
+    token_ids = random_tokens(2, LENGTH)
+    mask = np.ones((2, LENGTH, LENGTH), bool)
+    mask[:, 4] = False
+    mask[:, :, 4] = False
+    if kind == "float32":
+        mask = np.where(mask, 0, -np.inf).astype(kind)
+    output = to_numpy(
+        family.pair[0]({"token_ids": token_ids, "attention_mask": mask})
+    )
+    assert np.isfinite(output).all()
+    padding = np.ones((2, LENGTH), "int32")
+    padding[:, 4] = 0
+    others = np.arange(LENGTH) != 4
+    np.testing.assert_allclose(
+        output[:, others],
+        upstream_full(family, token_ids, padding)[:, others],
         atol=ATOL,
         rtol=ATOL,
     )

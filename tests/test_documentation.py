@@ -61,7 +61,7 @@ def namespace():
     family = FAMILIES[0]
     preprocessor = family.preprocessor()
     size = preprocessor.tokenizer.vocabulary_size()
-    chat_lm = family.ours("CausalLM")(
+    lm = family.ours("CausalLM")(
         family.backbone(vocabulary_size=size), preprocessor
     )
     return {
@@ -69,8 +69,7 @@ def namespace():
         "keras_hub": keras_hub,
         "keras_nlp_cache": keras_nlp_cache,
         "np": np,
-        "lm": chat_lm,
-        "chat_lm": chat_lm,
+        "lm": lm,
         "stream": keras_nlp_cache.stream,
         **{name: getattr(models, name) for name in models.__all__},
     }
@@ -93,6 +92,8 @@ def test_readme(namespace):
     assert len(blocks) >= 3
     shared = dict(namespace)
     for block in blocks:
+        # Each section takes a model with a preprocessor for granted.
+        shared["lm"] = namespace["lm"]
         exec(block, shared)
 
 
