@@ -353,6 +353,37 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             self._output_without_cache = self._without_cache(self.input)
         return self._output_without_cache
 
+    def export(
+        self,
+        filepath,
+        format="tf_saved_model",
+        verbose=None,
+        input_signature=None,
+        **kwargs,
+    ):
+        """Exports the backbone for inference outside of Keras.
+
+        Keras' method, with its arguments. Where Keras would export all inputs
+        of the graph as required ones, the signature is by default that of
+        upstream's backbone, `token_ids` and `padding_mask`.
+        """
+        if input_signature is None:
+            input_signature = [
+                {
+                    name: keras.InputSpec(
+                        shape=x.shape, dtype=x.dtype, name=name
+                    )
+                    for name, x in self.input.items()
+                }
+            ]
+        super().export(
+            filepath,
+            format=format,
+            verbose=verbose,
+            input_signature=input_signature,
+            **kwargs,
+        )
+
     # === Presets ===
 
     @classproperty

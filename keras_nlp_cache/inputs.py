@@ -50,7 +50,7 @@ def normalize(inputs, cache_spec, max_positions=None):
     token_ids = _tensor("token_ids", inputs["token_ids"], "int32")
     _check_shape("token_ids", token_ids, batch=None, length=None)
     batch, length = token_ids.shape
-    if length == 0:
+    if isinstance(length, int) and length == 0:
         raise ValueError(
             "Expected `token_ids` to hold at least one token per row. "
             f"Received shape: {tuple(token_ids.shape)}."
