@@ -38,10 +38,9 @@ def test_optional_inputs_are_inputs_of_the_graph(family):
             for x in node.input_tensors:
                 if x.name in consumers:
                     consumers[x.name].add(operation)
-    for block, (key, value) in zip(
-        backbone.blocks, (("cache_0_key", "cache_0_value"),) * 1
-    ):
-        assert block in consumers[key] and block in consumers[value]
+    for i, block in enumerate(backbone.blocks):
+        for name in (f"cache_{i}_key", f"cache_{i}_value"):
+            assert block in consumers[name]
         assert block in consumers["cache_update_index"]
     assert all(consumers.values())
 
