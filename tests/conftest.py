@@ -5,10 +5,7 @@ import pytest
 
 
 def pytest_report_header():
-    return (
-        f"keras {keras.__version__}, backend {keras.config.backend()}, "
-        f"device count {len(keras.distribution.list_devices()) or 1}"
-    )
+    return f"keras {keras.__version__}, backend {keras.config.backend()}"
 
 
 @pytest.fixture(autouse=True)
