@@ -315,6 +315,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None, **kwargs):
+        # Again, since `stateless_call` does not come through `__call__`.
         inputs = self._normalize(inputs)
         x, cache = super().call(inputs, training=training, mask=mask, **kwargs)
         return x if inputs["cache"][0][0] is None else (x, cache)

@@ -104,6 +104,12 @@ class LayerCache(typing.NamedTuple):
     @classmethod
     def of_pair(cls, pair, index, length):
         """Completes a bare `(key, value)` pair for a block called by hand."""
+        if index is None:
+            raise ValueError(
+                "Expected the slot of the first token, the argument that ends "
+                "in `cache_update_index`, with a cache. Received: None. Pass "
+                "0 to fill an empty cache."
+            )
         key, value = pair
         return cls(
             key=key,

@@ -58,11 +58,13 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 "it with the class of the same name from "
                 "`keras_nlp_cache.models`; weights and presets are shared."
             )
-        super().__init__(backbone, *args, **kwargs)
-        # The constructor of `PipelineModel` takes `Functional` from its bases
-        # for Keras to put back. Keras sees no need to, since it is among ours,
-        # and upstream's tasks would be left without it.
-        PipelineModel.__bases__ = (Functional,)
+        try:
+            super().__init__(backbone, *args, **kwargs)
+        finally:
+            # The constructor of `PipelineModel` takes `Functional` from its
+            # bases for Keras to put back. Keras sees no need to, since it is
+            # among ours, and upstream's tasks would be left without it.
+            PipelineModel.__bases__ = (Functional,)
 
     def call_with_cache(self, token_ids, cache, cache_update_index):
         """Runs the model on some tokens of a sequence.

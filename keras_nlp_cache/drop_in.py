@@ -15,6 +15,7 @@ both ways and leave keras_hub itself untouched:
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
 import keras
@@ -145,8 +146,15 @@ def _rename(config):
 
 
 def _write_atomically(path, text):
+    """Replaces the text of a file, or leaves the file as it was."""
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, delete=False
     ) as file:
-        file.write(text)
-    os.replace(file.name, path)
+        try:
+            file.write(text)
+            file.close()
+            shutil.copymode(path, file.name)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -58,7 +58,7 @@ def normalize(inputs, cache_spec, max_positions=None):
 
     cache = inputs.get("cache")
     index = inputs.get("cache_update_index")
-    if _is_empty(cache):
+    if _is_empty(cache, cache_spec):
         cache = ((None, None),) * len(cache_spec)
         max_length = length
         if index is not None:
@@ -164,15 +164,13 @@ def _check_shape(name, x, hint="", **sizes):
     )
 
 
-def _is_empty(cache):
+def _is_empty(cache, cache_spec):
     """Whether a cache is `None`, or a pair of `None` for every block."""
-    if isinstance(cache, (tuple, list)):
-        return all(
-            pair is None
-            or (_is_pair(pair) and pair[0] is None and pair[1] is None)
-            for pair in cache
-        )
-    return cache is None
+    if not isinstance(cache, (tuple, list)):
+        return cache is None
+    return len(cache) == len(cache_spec) and all(
+        _is_pair(pair) and pair[0] is None and pair[1] is None for pair in cache
+    )
 
 
 def _is_pair(x):
@@ -267,8 +265,8 @@ def _is_integer_scalar(x):
 
 def _concrete(x):
     """The value of a scalar or array, or `None` while it is being traced."""
-    if isinstance(x, (int, np.ndarray, np.integer)):
-        return x
+    if isinstance(x, (int, np.integer)):
+        return int(x)
     try:
         x = ops.convert_to_numpy(x)
     except (TypeError, NotImplementedError, RuntimeError, AttributeError):

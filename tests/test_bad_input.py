@@ -54,6 +54,14 @@ CALLS = {
         lambda b: {"cache": b.make_cache(BATCH, SLOTS) * 2},
         ["`cache`", "2 for this model", "tuple of 4"],
     ),
+    "no layers": (
+        lambda b: {"cache": ()},
+        ["`cache`", "2 for this model", "tuple of 0"],
+    ),
+    "a pair of nothing for one layer": (
+        lambda b: {"cache": ((None, None),), "cache_update_index": None},
+        ["`cache`", "2 for this model", "tuple of 1"],
+    ),
     "upstream's stacked cache": (
         lambda b: {"cache": np.zeros((BATCH, 2, 2, SLOTS, 4, 8), "float32")},
         ["`cache`", "tuple", "(2, 2, 2, 8, 4, 8)"],
@@ -207,6 +215,18 @@ def test_not_a_dictionary(family):
         family.pair[0](TOKENS)
 
 
+@every_family
+def test_a_block_called_by_hand_without_an_index(family):
+    block = family.pair[0].blocks[0]
+    pair = family.pair[0].make_cache(1, 4)[0]
+    name = block.cache_argument
+    with pytest.raises(ValueError, match="cache_update_index"):
+        block(
+            ops.zeros((1, 1, 32)),
+            **{name: pair, f"{name}_update_index": None},
+        )
+
+
 MAKE_CACHE = {
     "no rows": ((0, 4), {}, "`batch_size`.*1 or more.*0"),
     "negative": ((1, -4), {}, "`max_length`.*1 or more.*-4"),
@@ -232,6 +252,16 @@ def test_learned_positions():
         backbone.make_cache(1, limit + 1)
     with pytest.raises(ValueError, match=f"positions from 0 to {limit - 1}"):
         backbone({"token_ids": random_tokens(1, limit + 1)})
+    cache = [[np.zeros((1, 4, limit + 1, 8), "float32")] * 2] * 2
+    for convert in (int, np.int64, ops.convert_to_tensor):
+        with pytest.raises(ValueError, match="Received positions from 64"):
+            backbone(
+                {
+                    "token_ids": random_tokens(1, 1),
+                    "cache": cache,
+                    "cache_update_index": convert(limit),
+                }
+            )
     for convert in (np.array, ops.convert_to_tensor):
         with pytest.raises(ValueError, match="Received positions from 0 to 64"):
             backbone(

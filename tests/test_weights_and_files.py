@@ -110,6 +110,9 @@ def test_keras_file_without_this_package(family, tmp_path, monkeypatch):
 def test_backbone_presets(family, tmp_path):
     ours, upstream = family.pair
     ours.save_to_preset(tmp_path / "ours")
+    files = list((tmp_path / "ours").iterdir())
+    assert {file.suffix for file in files} == {".json", ".h5"}
+    assert len({file.stat().st_mode for file in files}) == 1
     loaded = keras_hub.models.Backbone.from_preset(str(tmp_path / "ours"))
     assert type(loaded) is type(upstream)
     np.testing.assert_array_equal(outputs(loaded), outputs(ours))
@@ -175,13 +178,17 @@ def test_task_keras_files(family, tmp_path):
 
 
 @every_family
-def test_building_leaves_upstreams_tasks_functional(family):
+def test_building_leaves_upstreams_tasks_functional(family, monkeypatch):
     ours, upstream = family.lm_pair
     functional = type(keras.Model(ours.input, ours.output))
     family.ours("CausalLM")(ours.backbone, None)
     assert isinstance(upstream, functional)
     family.upstream("CausalLM")(upstream.backbone, None)
     assert isinstance(ours, functional)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(models.CausalLM, "compile", lambda self: 1 / 0)
+        family.ours("CausalLM")(ours.backbone, None)
+    assert isinstance(upstream, functional)
 
 
 def test_loading_leaves_keras_hub_alone(tmp_path):
