@@ -226,7 +226,9 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             operation._inbound_nodes.clear()
             operation._outbound_nodes.clear()
 
-        self._positions_and_mask = PositionsAndMask(name="positions_and_mask")
+        self._positions_and_mask = PositionsAndMask(
+            dtype=self.blocks[0].dtype_policy, name="positions_and_mask"
+        )
         index = new["cache_update_index"]
         positions, mask = self._positions_and_mask(
             new["token_ids"],

@@ -36,7 +36,8 @@ class PositionsAndMask(keras.layers.Layer):
     """
 
     def __init__(self, **kwargs):
-        super().__init__(autocast=False, dtype="float32", **kwargs)
+        # What it computes is int32 and float32, whatever its dtype.
+        super().__init__(autocast=False, **kwargs)
 
     def call(
         self,
