@@ -7,7 +7,10 @@ arrives here: the graph is replayed once more with the optional inputs, and the
 replayed graph is what the model is made of.
 """
 
+import contextlib
+import contextvars
 import functools
+import weakref
 
 import keras
 import keras_hub
@@ -19,9 +22,31 @@ from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import inputs as model_inputs
-from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
-from keras_nlp_cache.step import PositionsAndMask
+from keras_nlp_cache.sharing import attributes
+from keras_nlp_cache.sites import sites_of
+from keras_nlp_cache.step import AttentionMask
+from keras_nlp_cache.step import Positions
+from keras_nlp_cache.wiring import Wiring
+
+_without_taps = contextvars.ContextVar(
+    "keras_nlp_cache_without_taps", default=False
+)
+
+
+@contextlib.contextmanager
+def without_taps():
+    """In this scope, backbones return no taps.
+
+    Tasks build on the hidden states. What else a backbone was made to return
+    stays with the backbone.
+    """
+    token = _without_taps.set(True)
+    try:
+        yield
+    finally:
+        _without_taps.reset(token)
 
 
 def plain_python(function):
@@ -97,6 +122,8 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         https://github.com/keras-team/keras-hub/issues/1862
     """
 
+    _edited = False
+
     block_cls = None
     blocks_name = "transformer_layers"
     position_layers = ()
@@ -104,10 +131,38 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
     def __init__(self, *, inputs, outputs, **kwargs):
         for block in self.blocks:
             specialize(block, self.block_cls)
-        inputs, outputs = self._add_cache(inputs, outputs)
+        graph = keras.Function(inputs, outputs)
+        # Which of its layers a saved edited model refers to by number. Weak:
+        # what an edit removed is to be freed.
+        self._constructed = weakref.WeakKeyDictionary()
+        for i, layer in enumerate(graph.operations):
+            if isinstance(layer, keras.layers.Layer):
+                self._constructed[layer] = i
+        # A layer's first node tells Keras what its outputs are, so the nodes
+        # of the graph that is replaced have to go.
+        for operation in graph.operations:
+            operation._inbound_nodes.clear()
+            operation._outbound_nodes.clear()
+        takes_positions = [getattr(self, x) for x in self.position_layers]
+
+        def call(operation, *args, **kwargs):
+            if operation in takes_positions:
+                kwargs["positions"] = wiring.positions
+            return operation(*args, **kwargs)
+
+        with Wiring(self.blocks[0].dtype_policy) as wiring:
+            hidden_states = graph._run_through_graph(
+                [wiring.inputs[tensor.name] for tensor in graph.inputs],
+                operation_fn=lambda op: functools.partial(call, op),
+            )
+        self._set_graph(*wiring.graph(hidden_states, taps={}), **kwargs)
+
+    def _set_graph(self, inputs, outputs, **kwargs):
+        """Makes a wired graph the one that the model is made of."""
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         # Losses and metrics see the hidden states alone.
         self.output_names = self.output_names[:1]
+        self._output_without_cache = None
 
     @property
     def blocks(self):
@@ -183,84 +238,80 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
 
     # === The graph ===
 
-    def _add_cache(self, inputs, outputs):
-        """Replays a graph of `token_ids` and `padding_mask` with a cache."""
-        graph = keras.Function(inputs, outputs)
-        dtype = self.blocks[0].compute_dtype
-        cache = tuple(
-            tuple(
-                keras.Input(
-                    (heads, None, dim),
-                    dtype=dtype,
-                    name=f"cache_{i}_{name}",
-                    optional=True,
+    @property
+    def sites(self):
+        """The calls of layers that the graph is made of, as `Site`s."""
+        return sites_of(self)
+
+    def replay(self, inputs, positions, call):
+        """Runs through the graph without its caches.
+
+        Args:
+            inputs: Dictionary with all inputs, and no cache.
+            positions: What to pass to layers that take `positions`.
+            call: Function `(site, *args, **kwargs)` that stands in for each
+                call. Decoder blocks come without the cache in their arguments
+                and are to return hidden states.
+
+        Returns:
+            `(hidden_states, taps)`.
+        """
+        sites = iter(self.sites)
+
+        def operation_fn(operation):
+            if isinstance(operation, Positions):
+                return lambda *args, **kwargs: positions
+            if isinstance(operation, AttentionMask):
+                return lambda *args, **kwargs: None
+            site = next(sites)
+
+            def stand_in(*args, **kwargs):
+                x = call(site, *args, **site.without_cache(kwargs))
+                return x if site.block is None else (x, None, None)
+
+            return stand_in
+
+        x, _, taps = super()._run_through_graph(
+            tree.flatten(inputs), operation_fn
+        )
+        return x, taps
+
+    def with_graph(self, wiring, hidden_states, taps, changes):
+        """Makes a backbone of the same class and layers over another graph.
+
+        Args:
+            wiring: The `Wiring` under which the graph was made.
+            hidden_states: What it returns, symbolically.
+            taps: Dictionary of further symbolic outputs.
+            changes: Dictionary of attributes in which the new model differs.
+
+        Returns:
+            The new backbone. This one is left as it is.
+        """
+        new = type(self).__new__(type(self))
+        new._set_graph(
+            *wiring.graph(hidden_states, taps),
+            name=self.name,
+            dtype=self.dtype_policy,
+        )
+        new._trainable = self._trainable
+        # What the constructor of the family set, but not how it was compiled.
+        skip = {*vars(new), "optimizer", "_compile_config"}
+        for name, value in attributes(self).items():
+            if name not in skip:
+                setattr(new, name, changes.get(name, value))
+        setattr(new, self.blocks_name, list(wiring.blocks))
+        new._edited = True
+        if hasattr(new, "_lora_enabled_layers"):
+            # Upstream refers to layers by where they stand.
+            new._lora_enabled_layers = [
+                i
+                for i, layer in enumerate(
+                    x for x in new._flatten_layers(False) if x.weights
                 )
-                for name in ("key", "value")
-            )
-            for i, (heads, dim) in enumerate(
-                block.key_value_shape for block in self.blocks
-            )
-        )
-        new = {
-            "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
-            "padding_mask": keras.Input(
-                (None,), dtype="int32", name="padding_mask", optional=True
-            ),
-            "cache": cache,
-            "cache_update_index": keras.Input(
-                batch_shape=(),
-                dtype="int32",
-                name="cache_update_index",
-                optional=True,
-            ),
-            "token_positions": keras.Input(
-                (None,), dtype="int32", name="token_positions", optional=True
-            ),
-            "attention_mask": keras.Input(
-                (None, None), dtype="bool", name="attention_mask", optional=True
-            ),
-        }
-        # A layer's first node tells Keras what its outputs are, so the nodes
-        # of the graph that is replaced have to go.
-        for operation in graph.operations:
-            operation._inbound_nodes.clear()
-            operation._outbound_nodes.clear()
-
-        self._positions_and_mask = PositionsAndMask(
-            dtype=self.blocks[0].dtype_policy, name="positions_and_mask"
-        )
-        index = new["cache_update_index"]
-        positions, mask = self._positions_and_mask(
-            new["token_ids"],
-            padding_mask=new["padding_mask"],
-            key=cache[0][0],
-            index=index,
-            token_positions=new["token_positions"],
-            attention_mask=new["attention_mask"],
-        )
-        updated = []
-        takes_positions = [getattr(self, x) for x in self.position_layers]
-
-        def call(operation, *args, **kwargs):
-            if operation in self.blocks:
-                kwargs[operation.cache_argument] = LayerCache(
-                    *cache[len(updated)],
-                    index=index,
-                    positions=positions,
-                    mask=mask,
-                )
-                x, pair = operation(*args, **kwargs)
-                updated.append(pair)
-                return x
-            if operation in takes_positions:
-                kwargs["positions"] = positions
-            return operation(*args, **kwargs)
-
-        x = graph._run_through_graph(
-            [new[tensor.name] for tensor in graph.inputs],
-            operation_fn=lambda op: functools.partial(call, op),
-        )
-        return new, (x, tuple(updated))
+                if getattr(layer, "lora_enabled", False)
+            ]
+        return new
 
     def _without_cache(self, inputs, call=lambda operation: operation):
         """Replays the graph symbolically with no cache in it, as upstream's.
@@ -268,21 +319,13 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         Symbolic outputs cannot be `None`, so where no cache goes in, the
         layers are called as upstream calls them.
         """
-
-        def operation_fn(operation):
-            if operation is self._positions_and_mask:
-                return lambda *args, **kwargs: (None, None)
-            if operation not in self.blocks:
-                return call(operation)
-
-            def block(*args, **kwargs):
-                del kwargs[operation.cache_argument]
-                return call(operation)(*args, **kwargs), None, None
-
-            return block
-
-        inputs = self._normalize(inputs)
-        return super()._run_through_graph(inputs, operation_fn)[0]
+        return self.replay(
+            self._normalize(inputs),
+            positions=None,
+            call=lambda site, *args, **kwargs: call(site.layer)(
+                *args, **kwargs
+            ),
+        )[0]
 
     def _run_through_graph(
         self, inputs, operation_fn=lambda op: op, call_fn=None
@@ -295,9 +338,17 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
                 inputs,
                 lambda op: functools.partial(call_fn, operation_fn(op)),
             )
-        if call_fn is not None:
-            return super()._run_through_graph(inputs, call_fn=call_fn)
-        return super()._run_through_graph(inputs, operation_fn)
+        if call_fn is None:
+            return super()._run_through_graph(inputs, operation_fn)
+
+        def call(operation, *args, **kwargs):
+            # Keras looks up how many outputs a layer has in its first call,
+            # which for a block may have been one without a cache.
+            if isinstance(operation, DecoderBlock):
+                return [None] * 3
+            return call_fn(operation, *args, **kwargs)
+
+        return super()._run_through_graph(inputs, call_fn=call)
 
     # === Calling it ===
 
@@ -319,21 +370,37 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
     def call(self, inputs, training=None, mask=None, **kwargs):
         # Again, since `stateless_call` does not come through `__call__`.
         inputs = self._normalize(inputs)
-        x, cache = super().call(inputs, training=training, mask=mask, **kwargs)
-        return x if inputs["cache"][0][0] is None else (x, cache)
+        return self._outputs_for(
+            inputs,
+            *super().call(inputs, training=training, mask=mask, **kwargs),
+        )
+
+    def _outputs_for(self, inputs, hidden_states, cache, taps):
+        outputs = [hidden_states]
+        if inputs["cache"][0][0] is not None:
+            outputs.append(cache)
+        if taps and not _without_taps.get():
+            outputs.append(taps)
+        return tuple(outputs) if len(outputs) > 1 else hidden_states
 
     def compute_output_spec(self, inputs, training=None, mask=None):
         """The hidden states, with the cache if one came in."""
         inputs = self._normalize(inputs)
-        x = self._outputs_struct[0]
-        x = keras.KerasTensor(
-            (*inputs["token_ids"].shape, x.shape[-1]), dtype=x.dtype
-        )
-        if inputs["cache"][0][0] is None:
-            return x
-        return x, tree.map_structure(
-            lambda t: keras.KerasTensor(t.shape, dtype=t.dtype),
+
+        def spec(x):
+            shape = (*inputs["token_ids"].shape, *x.shape[2:])
+            return keras.KerasTensor(shape, dtype=x.dtype)
+
+        hidden_states, _, taps = self._outputs_struct
+        cache = tree.map_structure(
+            lambda x: x if x is None else keras.KerasTensor(x.shape, x.dtype),
             inputs["cache"],
+        )
+        return self._outputs_for(
+            inputs,
+            spec(hidden_states),
+            cache,
+            {name: spec(x) for name, x in taps.items()},
         )
 
     def _standardize_inputs(self, inputs):
@@ -352,7 +419,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
     @property
     def output(self):
         """The symbolic hidden states that follow from `input` alone."""
-        if not hasattr(self, "_output_without_cache"):
+        if self._output_without_cache is None:
             self._output_without_cache = self._without_cache(self.input)
         return self._output_without_cache
 

@@ -9,6 +9,7 @@ from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
 from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import owned_cache
 from keras_nlp_cache.decode_step import compile_decode_step
 
@@ -59,12 +60,28 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 "`keras_nlp_cache.models`; weights and presets are shared."
             )
         try:
-            super().__init__(backbone, *args, **kwargs)
+            with without_taps():
+                super().__init__(backbone, *args, **kwargs)
         finally:
             # The constructor of `PipelineModel` takes `Functional` from its
             # bases for Keras to put back. Keras sees no need to, since it is
             # among ours, and upstream's tasks would be left without it.
             PipelineModel.__bases__ = (Functional,)
+
+    def run_backbone(self, token_ids, cache, cache_update_index):
+        """Runs the backbone on some tokens of a sequence.
+
+        Takes the arguments of `call_with_cache()`, and returns its hidden
+        states and cache, without the logits.
+        """
+        with without_taps():
+            return self.backbone(
+                {
+                    "token_ids": token_ids,
+                    "cache": cache,
+                    "cache_update_index": cache_update_index,
+                }
+            )
 
     def call_with_cache(self, token_ids, cache, cache_update_index):
         """Runs the model on some tokens of a sequence.
@@ -90,12 +107,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         logits, _, cache = lm.call_with_cache([[8]], cache, 3)
         ```
         """
-        hidden_states, cache = self.backbone(
-            {
-                "token_ids": token_ids,
-                "cache": cache,
-                "cache_update_index": cache_update_index,
-            }
+        hidden_states, cache = self.run_backbone(
+            token_ids, cache, cache_update_index
         )
         logits = self.backbone.token_embedding(hidden_states, reverse=True)
         return logits, hidden_states, cache
@@ -104,14 +117,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         # Called by upstream's `generate_step()`, which fills the cache here
         # and then decodes with `call_with_cache()`.
         batch_size, max_length = ops.shape(token_ids)
-        hidden_states, cache = self.backbone(
-            {
-                "token_ids": token_ids,
-                "cache": self.backbone.make_cache(batch_size, max_length),
-                "cache_update_index": 0,
-            }
-        )
-        return hidden_states, cache
+        cache = self.backbone.make_cache(batch_size, max_length)
+        return self.run_backbone(token_ids, cache, 0)
 
     def generate_step(self, inputs, stop_token_ids=None):
         with owned_cache():

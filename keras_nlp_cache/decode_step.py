@@ -27,13 +27,7 @@ def compile_decode_step(lm):
     """
 
     def step(token_ids, cache, index, last):
-        hidden_states, cache = lm.backbone(
-            {
-                "token_ids": token_ids,
-                "cache": cache,
-                "cache_update_index": index,
-            }
-        )
+        hidden_states, cache = lm.run_backbone(token_ids, cache, index)
         hidden_states = ops.take(hidden_states, last, axis=1)[:, None]
         logits = lm.backbone.token_embedding(hidden_states, reverse=True)
         probabilities = lm.sampler.compute_probabilities(logits[:, 0])

@@ -12,6 +12,7 @@ from keras import tree
 
 from keras_nlp_cache.attention import first_argument
 from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.wiring import active_wiring
 
 
 class DecoderBlock:
@@ -23,11 +24,14 @@ class DecoderBlock:
 
     Attributes:
         cache_argument: Name of the `call()` argument that takes the cache.
+        padding_argument: Name of the `call()` argument that takes the padding
+            mask.
         attention_name: Name of the attribute that holds the attention layer.
         attention_cls: Class to give the attention layer, a `CachedAttention`.
     """
 
     cache_argument = "self_attention_cache"
+    padding_argument = "decoder_padding_mask"
     attention_name = "_self_attention_layer"
     attention_cls = None
 
@@ -43,10 +47,14 @@ class DecoderBlock:
         specialize(getattr(self, self.attention_name), self.attention_cls)
 
     def __call__(self, *args, **kwargs):
+        cache = kwargs.pop(self.cache_argument, None)
+        wiring = active_wiring()
+        if cache is None and wiring is not None:
+            if isinstance(first_argument(args, kwargs), keras.KerasTensor):
+                return wiring.call_block(self, args, kwargs)
         # Keras casts all float arguments to the compute dtype. Hidden states
         # should be, a cache should not: it may have been made in another
         # dtype on request, and casting it would copy it at every step.
-        cache = kwargs.pop(self.cache_argument, None)
         args, kwargs = tree.map_structure(
             lambda x: self.dtype_policy.convert_input(
                 x, True, self.input_dtype

@@ -57,6 +57,7 @@ class GemmaDecoderBlock(DecoderBlock, gemma_decoder_block.GemmaDecoderBlock):
     """Gemma decoder block that takes a per-layer cache."""
 
     cache_argument = "cache"
+    padding_argument = "padding_mask"
     attention_name = "attention"
     attention_cls = CachedGemmaAttention
 

@@ -1,0 +1,78 @@
+"""The calls of which a backbone's graph is made."""
+
+import typing
+
+from keras import tree
+
+from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.decoder_block import DecoderBlock
+from keras_nlp_cache.step import AttentionMask
+from keras_nlp_cache.step import Positions
+
+
+class Site(typing.NamedTuple):
+    """One call of one layer in the graph of a backbone.
+
+    Args:
+        layer: The layer, or another Keras operation such as an addition.
+        call: int. How often the layer was called before.
+        block: int, the index of its cache, for a decoder block. `None` for
+            any other layer.
+        shape: Shape of what it returns, without a cache.
+        node: What Keras knows of the call.
+    """
+
+    layer: typing.Any
+    call: int
+    block: typing.Any
+    shape: tuple
+    node: typing.Any
+
+    @property
+    def name(self):
+        """The layer's name, numbered from its second call on."""
+        return self.layer.name + (f"_{self.call}" if self.call else "")
+
+    def __repr__(self):
+        cache = "" if self.block is None else f", cache {self.block}"
+        kind = type(self.layer).__name__
+        return f"Site({self.name}: {kind} -> {self.shape}{cache})"
+
+    def without_cache(self, arguments):
+        """The keyword arguments of the call but for the cache."""
+        if self.block is None:
+            return arguments
+        name = self.layer.cache_argument
+        return {k: v for k, v in arguments.items() if k != name}
+
+
+def sites_of(model):
+    """The calls of a functional model, in the order of their execution.
+
+    What stands in for the inputs, positions and mask is left out.
+    """
+    found, calls, blocks = [], {}, 0
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        for node in model._nodes_by_depth[depth]:
+            layer = node.operation
+            if node.is_input or isinstance(layer, Positions | AttentionMask):
+                continue
+            is_block = isinstance(layer, DecoderBlock) and any(
+                isinstance(x, LayerCache)
+                for x in node.arguments.kwargs.values()
+            )
+            call = calls.get(id(layer), 0)
+            calls[id(layer)] = call + 1
+            found.append(
+                Site(
+                    layer=layer,
+                    call=call,
+                    block=blocks if is_block else None,
+                    shape=tree.map_structure(
+                        lambda x: tuple(x.shape), node.outputs[0]
+                    ),
+                    node=node,
+                )
+            )
+            blocks += is_block
+    return tuple(found)

@@ -1,0 +1,142 @@
+"""How a cache is threaded through a graph.
+
+A graph is wired by replaying it on new inputs while a `Wiring` is active. Each
+decoder block that is called on symbolic hidden states then gets a cache of its
+own, as one more pair of inputs, and the graph one more pair of outputs. Who
+replays the graph sees blocks that take hidden states and return hidden states.
+"""
+
+import contextvars
+
+import keras
+
+from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.step import AttentionMask
+from keras_nlp_cache.step import Positions
+
+_active = contextvars.ContextVar("keras_nlp_cache_wiring", default=None)
+
+
+def active_wiring():
+    """The `Wiring` of the graph that is being replayed, or `None`."""
+    return _active.get()
+
+
+class Wiring:
+    """The inputs of one graph, and the caches threaded through it.
+
+    A context manager. Decoder blocks find it with `active_wiring()`.
+
+    Args:
+        dtype: Dtype policy of the layers that it adds to the graph.
+
+    Attributes:
+        inputs: Dictionary of the symbolic inputs, but for the caches.
+        positions: Symbolic int32 `(B or 1, T)`, for layers that take
+            `positions`.
+        blocks: The decoder blocks, in the order in which they were called. One
+            that was called twice stands there twice.
+    """
+
+    def __init__(self, dtype):
+        self._dtype = dtype
+        self._caches = []
+        self._updated = []
+        self._mask = None
+        self.blocks = []
+        self.inputs = {
+            "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
+            "padding_mask": keras.Input(
+                (None,), dtype="int32", name="padding_mask", optional=True
+            ),
+            "cache_update_index": keras.Input(
+                batch_shape=(),
+                dtype="int32",
+                name="cache_update_index",
+                optional=True,
+            ),
+            "token_positions": keras.Input(
+                (None,), dtype="int32", name="token_positions", optional=True
+            ),
+            "attention_mask": keras.Input(
+                (None, None), dtype="bool", name="attention_mask", optional=True
+            ),
+        }
+        self.positions = Positions(dtype=dtype, name="positions")(
+            self.inputs["token_ids"],
+            index=self.inputs["cache_update_index"],
+            token_positions=self.inputs["token_positions"],
+            attention_mask=self.inputs["attention_mask"],
+        )
+
+    def __enter__(self):
+        self._token = _active.set(self)
+        return self
+
+    def __exit__(self, *exception):
+        _active.reset(self._token)
+
+    def call_block(self, block, args, kwargs):
+        """Calls a decoder block with a cache of its own.
+
+        Args:
+            block: A `DecoderBlock`.
+            args: Its positional arguments, symbolic hidden states first.
+            kwargs: Its other arguments, without a cache. The padding mask may
+                be left out.
+
+        Returns:
+            The symbolic hidden states.
+        """
+        if len(args) < 2:
+            kwargs = {
+                block.padding_argument: self.inputs["padding_mask"],
+                **kwargs,
+            }
+        kwargs[block.cache_argument] = self._layer_cache(block)
+        hidden_states, updated = block(*args, **kwargs)
+        self.blocks.append(block)
+        self._updated.append(updated)
+        return hidden_states
+
+    def _layer_cache(self, block):
+        heads, head_dim = block.key_value_shape
+        key, value = (
+            keras.Input(
+                (heads, None, head_dim),
+                dtype=block.compute_dtype,
+                name=f"cache_{len(self.blocks)}_{name}",
+                optional=True,
+            )
+            for name in ("key", "value")
+        )
+        if self._mask is None:
+            self._mask = AttentionMask(dtype=self._dtype, name="mask")(
+                self.positions,
+                padding_mask=self.inputs["padding_mask"],
+                key=key,
+                index=self.inputs["cache_update_index"],
+                attention_mask=self.inputs["attention_mask"],
+            )
+        self._caches.append((key, value))
+        return LayerCache(
+            key=key,
+            value=value,
+            index=self.inputs["cache_update_index"],
+            positions=self.positions,
+            mask=self._mask,
+        )
+
+    def graph(self, hidden_states, taps):
+        """The inputs and outputs of the wired graph.
+
+        Args:
+            hidden_states: The symbolic hidden states that the graph returns.
+            taps: Dictionary of further symbolic outputs.
+
+        Returns:
+            `(inputs, outputs)`, where `outputs` is `(hidden_states, cache,
+            taps)`.
+        """
+        inputs = {**self.inputs, "cache": tuple(self._caches)}
+        return inputs, (hidden_states, tuple(self._updated), dict(taps))
