@@ -22,12 +22,14 @@ from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import inputs as model_inputs
+from keras_nlp_cache import saved_graph
 from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.sharing import attributes
 from keras_nlp_cache.sites import sites_of
 from keras_nlp_cache.step import AttentionMask
 from keras_nlp_cache.step import Positions
+from keras_nlp_cache.wiring import dense
 from keras_nlp_cache.wiring import Wiring
 
 _without_taps = contextvars.ContextVar(
@@ -122,7 +124,9 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         https://github.com/keras-team/keras-hub/issues/1862
     """
 
+    # An edited model is saved with its graph.
     _edited = False
+    _replaced_attributes = frozenset()
 
     block_cls = None
     blocks_name = "transformer_layers"
@@ -155,11 +159,13 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
                 [wiring.inputs[tensor.name] for tensor in graph.inputs],
                 operation_fn=lambda op: functools.partial(call, op),
             )
-        self._set_graph(*wiring.graph(hidden_states, taps={}), **kwargs)
+        self._set_graph(wiring, hidden_states, taps={}, **kwargs)
 
-    def _set_graph(self, inputs, outputs, **kwargs):
+    def _set_graph(self, wiring, hidden_states, taps, **kwargs):
         """Makes a wired graph the one that the model is made of."""
+        inputs, outputs = wiring.graph(hidden_states, taps)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+        self._positions = wiring.positions
         # Losses and metrics see the hidden states alone.
         self.output_names = self.output_names[:1]
         self._output_without_cache = None
@@ -168,6 +174,11 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
     def blocks(self):
         """The decoder blocks, in the order of their caches."""
         return getattr(self, self.blocks_name)
+
+    @property
+    def taps(self):
+        """Names of the activations that are returned beside the output."""
+        return tuple(self._outputs_struct[2])
 
     @property
     def max_positions(self):
@@ -266,7 +277,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             site = next(sites)
 
             def stand_in(*args, **kwargs):
-                x = call(site, *args, **site.without_cache(kwargs))
+                x = dense(call(site, *args, **site.without_cache(kwargs)))
                 return x if site.block is None else (x, None, None)
 
             return stand_in
@@ -276,30 +287,39 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         )
         return x, taps
 
-    def with_graph(self, wiring, hidden_states, taps, changes):
+    def with_graph(self, wiring, hidden_states, taps, replaced):
         """Makes a backbone of the same class and layers over another graph.
 
         Args:
             wiring: The `Wiring` under which the graph was made.
             hidden_states: What it returns, symbolically.
             taps: Dictionary of further symbolic outputs.
-            changes: Dictionary of attributes in which the new model differs.
+            replaced: Dictionary from the `id()` of layers that are no longer
+                in the graph to those in their place. Attributes follow.
 
         Returns:
             The new backbone. This one is left as it is.
         """
         new = type(self).__new__(type(self))
         new._set_graph(
-            *wiring.graph(hidden_states, taps),
+            wiring,
+            hidden_states,
+            taps,
             name=self.name,
             dtype=self.dtype_policy,
         )
         new._trainable = self._trainable
+        new._replaced_attributes = self._replaced_attributes
         # What the constructor of the family set, but not how it was compiled.
-        skip = {*vars(new), "optimizer", "_compile_config"}
+        skip = {*vars(new), "optimizer", "_compile_config", self.blocks_name}
+        in_graph = {id(operation) for operation in new.operations}
         for name, value in attributes(self).items():
-            if name not in skip:
-                setattr(new, name, changes.get(name, value))
+            if name in skip:
+                continue
+            if id(value) in replaced and id(value) not in in_graph:
+                value = replaced[id(value)]
+                new._replaced_attributes |= {name}
+            setattr(new, name, value)
         setattr(new, self.blocks_name, list(wiring.blocks))
         new._edited = True
         if hasattr(new, "_lora_enabled_layers"):
@@ -454,7 +474,23 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             **kwargs,
         )
 
-    # === Presets ===
+    # === Files ===
+
+    def get_config(self):
+        config = super().get_config()
+        if self._edited:
+            # Upstream's constructors pass on what they do not know, together
+            # with outputs of their own: they refuse this, rather than build
+            # the model as if it had not been edited.
+            config["outputs"] = saved_graph.describe(self)
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        graph = config.pop("outputs", None)
+        backbone = super().from_config(config)
+        return backbone if graph is None else saved_graph.apply(backbone, graph)
 
     @classproperty
     def presets(cls):

@@ -132,9 +132,8 @@ def _rename(config):
     """Renames in place, and returns whether anything was to be renamed."""
     found = False
     if isinstance(config, dict):
-        name = config.get("registered_name")
-        if isinstance(name, str) and name.startswith(f"{_PACKAGE}>"):
-            config["registered_name"] = name.replace(
+        if config.get("registered_name") in _model_names():
+            config["registered_name"] = config["registered_name"].replace(
                 _PACKAGE, _UPSTREAM_PACKAGES[0], 1
             )
             found = True
@@ -143,6 +142,15 @@ def _rename(config):
         for value in config:
             found = _rename(value) or found
     return found
+
+
+def _model_names():
+    """Under which names backbones and tasks of this package are saved."""
+    return {
+        f"{_PACKAGE}>{upstream.__name__}"
+        for upstream in _replacements
+        if issubclass(upstream, keras.Model)
+    }
 
 
 def _write_atomically(path, text):

@@ -22,6 +22,17 @@ def active_wiring():
     return _active.get()
 
 
+def dense(x):
+    """Corrects what Keras says of a symbolic product with a number.
+
+    It calls it sparse (`keras.ops.multiply` in 3.15), and layers that infer
+    their output shape from it then fail.
+    """
+    if isinstance(x, keras.KerasTensor):
+        x._sparse = False
+    return x
+
+
 class Wiring:
     """The inputs of one graph, and the caches threaded through it.
 

@@ -1,0 +1,262 @@
+"""The graph of an edited backbone, as part of its config.
+
+A backbone is built from the arguments of its constructor, which know nothing of
+edits. So an edited backbone is saved as these and the calls that its graph is
+made of, and built by constructing the backbone and replaying the calls. Layers
+that the constructor builds are referred to by number; what was inserted comes
+with a config of its own.
+"""
+
+import contextlib
+import contextvars
+
+import keras
+from keras import tree
+
+from keras_nlp_cache.sharing import share
+from keras_nlp_cache.sharing import sublayers
+from keras_nlp_cache.wiring import dense
+from keras_nlp_cache.wiring import Wiring
+
+_layers = contextvars.ContextVar("keras_nlp_cache_saved_layers", default=None)
+
+_NOTE = (
+    "Edited with keras_nlp_cache.surgery. Only keras_nlp_cache can build this "
+    "model: import keras_nlp_cache.models, and load it with "
+    "keras_nlp_cache.load_model() or from_preset() of its classes."
+)
+
+
+@keras.saving.register_keras_serializable("keras_nlp_cache")
+class TensorOf:
+    """Stands in a config for a symbolic tensor.
+
+    Args:
+        source: Name of an input, or the number of the call that returns it.
+        output: int. Which of the outputs of that call.
+    """
+
+    def __init__(self, source, output=0):
+        self.source = source
+        self.output = output
+
+    def get_config(self):
+        return {"source": self.source, "output": self.output}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def describe(backbone):
+    """Describes the graph of a backbone, for JSON.
+
+    Args:
+        backbone: A backbone of this package.
+
+    Returns:
+        A dictionary, for `apply()`.
+    """
+    sites = backbone.sites
+    tensors = {id(x): TensorOf(name) for name, x in backbone.input.items()}
+    tensors[id(backbone._positions)] = TensorOf("positions")
+    for i, site in enumerate(sites):
+        for j, x in enumerate(site.node.outputs):
+            tensors[id(x)] = TensorOf(i, j)
+
+    def serialize(x):
+        x = tree.map_structure(lambda y: tensors.get(id(y), y), x)
+        return keras.saving.serialize_keras_object(x)
+
+    with _described(_Describer(backbone._constructed)) as layers:
+        calls = [
+            {
+                "layer": layers.index(site.layer),
+                "args": serialize(site.node.arguments.args),
+                "kwargs": serialize(
+                    site.without_cache(site.node.arguments.kwargs)
+                ),
+            }
+            for site in sites
+        ]
+        attributes = {
+            name: layers.index(getattr(backbone, name))
+            for name in sorted(backbone._replaced_attributes)
+        }
+    hidden_states, _, taps = backbone._outputs_struct
+    return {
+        "note": _NOTE,
+        "layers": layers.descriptions,
+        "calls": calls,
+        "hidden_states": serialize(hidden_states),
+        "taps": [[name, serialize(x)] for name, x in taps.items()],
+        "attributes": attributes,
+    }
+
+
+def apply(backbone, graph):
+    """Gives a backbone the graph that another one was saved with.
+
+    Args:
+        backbone: The backbone, as its constructor made it.
+        graph: What `describe()` returned.
+
+    Returns:
+        The edited backbone, which shares the layers of `backbone`.
+    """
+    # The first call of a layer is to be one of the graph that we build, and
+    # what the edit removed is to be freed.
+    for site in backbone.sites:
+        site.layer._inbound_nodes.clear()
+        site.layer._outbound_nodes.clear()
+    constructed = {i: x for x, i in backbone._constructed.items()}
+    wiring = Wiring(backbone.blocks[0].dtype_policy)
+    results = {**wiring.inputs, "positions": wiring.positions}
+    results = {name: [x] for name, x in results.items()}
+
+    def deserialize(x):
+        return tree.map_structure(
+            lambda y: (
+                results[y.source][y.output] if isinstance(y, TensorOf) else y
+            ),
+            keras.saving.deserialize_keras_object(x),
+        )
+
+    with _described(_Builder(constructed, graph["layers"])) as layers, wiring:
+        for i, call in enumerate(graph["calls"]):
+            layer = layers[call["layer"]]
+            args = deserialize(call["args"])
+            kwargs = deserialize(call["kwargs"])
+            results[i] = tree.flatten(dense(layer(*args, **kwargs)))
+        replaced = {
+            id(getattr(backbone, name)): layers[i]
+            for name, i in graph["attributes"].items()
+        }
+    return backbone.with_graph(
+        wiring,
+        deserialize(graph["hidden_states"]),
+        {name: deserialize(x) for name, x in graph["taps"]},
+        replaced,
+    )
+
+
+@contextlib.contextmanager
+def _described(layers):
+    token = _layers.set(layers)
+    try:
+        yield layers
+    finally:
+        _layers.reset(token)
+
+
+def serialize_layer(layer):
+    """The config of a layer inside another, for the `get_config()` of that.
+
+    In the config of an edited backbone it refers to a layer described
+    elsewhere, so that shared layers are shared again once they are loaded.
+    """
+    layers = _layers.get()
+    if layers is None:
+        return keras.saving.serialize_keras_object(layer)
+    return {"described": layers.index(layer)}
+
+
+def deserialize_layer(config):
+    """The layer that `serialize_layer()` was called with."""
+    if not isinstance(config, dict):
+        return config
+    if "described" in config:
+        return _layers.get()[config["described"]]
+    return keras.saving.deserialize_keras_object(config)
+
+
+class Change:
+    """What a layer was made from, by `share_with_change()`."""
+
+    def __init__(self, layer, changes):
+        self.layer = layer
+        self.changes = changes
+
+
+def share_with_change(layer, **changes):
+    """Like `share()`, and remembers the changes for when it is saved.
+
+    Args:
+        layer: A built layer. It is left as it is.
+        **changes: Attributes that hold other layers in the new one.
+    """
+    new = share(layer, **changes)
+    # Not for Keras to track, or the layers that were replaced would count.
+    object.__setattr__(new, "_change", Change(layer, changes))
+    return new
+
+
+class _Describer:
+    """Numbers layers, and describes each once."""
+
+    def __init__(self, constructed):
+        self.descriptions = []
+        self._numbers = {}
+        self._kept = []  # A layer that is freed may lend its id to another.
+        self._known = {}
+        for layer, i in constructed.items():
+            self._known[id(layer)] = {"constructed": i, "name": layer.name}
+            for path, inner in sublayers(layer):
+                self._known[id(inner)] = {
+                    "constructed": i,
+                    "name": layer.name,
+                    "path": list(path),
+                }
+
+    def index(self, layer):
+        if id(layer) not in self._numbers:
+            self._kept.append(layer)
+            # Layers inside come first, so that they can be referred to.
+            description = self._describe(layer)
+            self._numbers[id(layer)] = len(self.descriptions)
+            self.descriptions.append(description)
+        return self._numbers[id(layer)]
+
+    def _describe(self, layer):
+        change = getattr(layer, "_change", None)
+        if change is not None:
+            return {
+                "of": self.index(change.layer),
+                "name": layer.name,
+                "changes": {
+                    name: self.index(inner)
+                    for name, inner in change.changes.items()
+                },
+            }
+        if id(layer) in self._known:
+            return self._known[id(layer)]
+        return {"layer": keras.saving.serialize_keras_object(layer)}
+
+
+class _Builder:
+    """The layers that a `_Describer` described."""
+
+    def __init__(self, constructed, descriptions):
+        self._constructed = constructed
+        self._layers = []
+        with _described(self):
+            for description in descriptions:
+                self._layers.append(self._build(description))
+
+    def __getitem__(self, i):
+        return self._layers[i]
+
+    def _build(self, description):
+        if "layer" in description:
+            return keras.saving.deserialize_keras_object(description["layer"])
+        if "of" in description:
+            new = share_with_change(
+                self[description["of"]],
+                **{name: self[i] for name, i in description["changes"].items()},
+            )
+            new.name = description["name"]
+            return new
+        layer = self._constructed[description["constructed"]]
+        for name in description.get("path", ()):
+            layer = getattr(layer, name)
+        return layer

@@ -1,0 +1,30 @@
+"""Edits of models that generation respects.
+
+Every function takes a backbone or a `CausalLM` of this package and returns a
+new one of the same class, over the same layers and weights. The edited graph is
+what trains, what is saved, and what generates, with its cache.
+"""
+
+from keras_nlp_cache.sites import Site
+from keras_nlp_cache.surgery.edits import insert_after
+from keras_nlp_cache.surgery.edits import insert_before
+from keras_nlp_cache.surgery.edits import keep_blocks
+from keras_nlp_cache.surgery.edits import remove
+from keras_nlp_cache.surgery.edits import repeat_blocks
+from keras_nlp_cache.surgery.edits import replace
+from keras_nlp_cache.surgery.edits import tap
+from keras_nlp_cache.surgery.rewiring import rewire
+from keras_nlp_cache.surgery.selection import select
+
+__all__ = [
+    "Site",
+    "insert_after",
+    "insert_before",
+    "keep_blocks",
+    "remove",
+    "repeat_blocks",
+    "replace",
+    "rewire",
+    "select",
+    "tap",
+]

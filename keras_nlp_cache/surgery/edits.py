@@ -1,0 +1,313 @@
+"""The edits that people make, each a few lines on `rewire()`."""
+
+import inspect
+
+import keras
+
+from keras_nlp_cache.attention import first_argument
+from keras_nlp_cache.decoder_block import DecoderBlock
+from keras_nlp_cache.decoder_block import specialize
+from keras_nlp_cache.surgery.rewiring import backbone_of
+from keras_nlp_cache.surgery.rewiring import EditError
+from keras_nlp_cache.surgery.rewiring import rewire_sites
+from keras_nlp_cache.surgery.selection import select
+from keras_nlp_cache.surgery.selection import select_blocks
+
+
+def insert_after(model, where, layer):
+    """Inserts a layer after others.
+
+    Args:
+        model: A backbone or a `CausalLM` of this package. It is left as it is.
+        where: What to insert it after. See `select()`.
+        layer: A layer that takes hidden states `(B, T, hidden_dim)` and returns
+            hidden states of the same shape. Selected several times, the same
+            layer is called each time. For a layer for each, pass a function
+            that takes the selected layer and returns the one to insert. A
+            decoder block gets a cache.
+
+    Returns:
+        A model of the same class that shares layers and weights with `model`.
+
+    Raises:
+        ValueError: If nothing is selected, the layer does not fit, or it mixes
+            positions and is no decoder block.
+
+    Example:
+    ```python
+    adapter = lambda block: keras.layers.Dense(
+        32, kernel_initializer="identity", name=f"{block.name}_adapter"
+    )
+    edited = surgery.insert_after(backbone, slice(None), adapter)
+    ```
+
+    Reference:
+        https://github.com/keras-team/keras-hub/pull/1598
+    """
+    chosen, inserted = select(model, where), _layers(layer)
+
+    def call(site, *args, **kwargs):
+        x = site.layer(*args, **kwargs)
+        if site in chosen:
+            x = _call(inserted(site), (x,), {}, x.shape)
+        return x
+
+    return rewire_sites(model, call)
+
+
+def insert_before(model, where, layer):
+    """Inserts a layer before others.
+
+    Takes the arguments of `insert_after()`. What is selected then gets what
+    the layer made of its first input.
+    """
+    chosen, inserted = select(model, where), _layers(layer)
+
+    def call(site, *args, **kwargs):
+        if site in chosen:
+            x = first_argument(args, kwargs)
+            x = _call(inserted(site), (x,), {}, x.shape)
+            args, kwargs = _with_first_argument(x, args, kwargs)
+        return site.layer(*args, **kwargs)
+
+    return rewire_sites(model, call)
+
+
+def replace(model, where, layer):
+    """Puts a layer in the place of others.
+
+    Takes the arguments of `insert_after()`. The layer is called with the
+    arguments of the one it replaces, as far as it takes them. A decoder block
+    brings its own cache, any other layer in its place needs none. Attributes
+    of the backbone that held the replaced layer (`token_embedding`, say) hold
+    the new one.
+
+    Example:
+    ```python
+    identity = keras.layers.Identity(name="nothing")
+    edited = surgery.replace(backbone, 1, identity)
+    len(edited.make_cache(1, 8))  # One less than before.
+    ```
+    """
+    chosen, replacement = select(model, where), _layers(layer)
+    replaced = {}  # Filled while the graph grows, read when it is complete.
+
+    def call(site, *args, **kwargs):
+        if site not in chosen:
+            return site.layer(*args, **kwargs)
+        new = replacement(site)
+        replaced[id(site.layer)] = new
+        return _call(new, args, kwargs, site.shape)
+
+    return rewire_sites(model, call, replaced=replaced)
+
+
+def remove(model, where):
+    """Takes layers out of a model. Their inputs pass in their place.
+
+    Args:
+        model: A backbone or a `CausalLM` of this package. It is left as it is.
+        where: What to remove. See `select()`.
+
+    Returns:
+        A model of the same class, with one cache less for each decoder block
+        that was removed.
+
+    Raises:
+        ValueError: If nothing is selected, or a layer is to be removed that
+            turns its input into something of another shape.
+
+    Example:
+    ```python
+    shallow = surgery.remove(backbone, -1)
+    ```
+    """
+    chosen = select(model, where)
+
+    def call(site, *args, **kwargs):
+        if site in chosen:
+            return first_argument(args, kwargs)
+        return site.layer(*args, **kwargs)
+
+    return rewire_sites(model, call)
+
+
+def keep_blocks(model, where):
+    """Removes all decoder blocks but some.
+
+    Args:
+        model: A backbone or a `CausalLM` of this package. It is left as it is.
+        where: Which blocks to keep. See `select()`. `slice(0, 12)` exits after
+            the first twelve, `slice(None, None, 2)` prunes every other one.
+
+    Returns:
+        A model of the same class. The final norm stays in its place.
+
+    Example:
+    ```python
+    early_exit = surgery.keep_blocks(backbone, slice(0, 1))
+    ```
+    """
+    kept = select_blocks(model, where)
+    others = [
+        site
+        for site in backbone_of(model).sites
+        if site.block is not None and site not in kept
+    ]
+    if not others:
+        return rewire_sites(model, _as_it_is)
+    return remove(model, others)
+
+
+def repeat_blocks(model, where, times=2):
+    """Runs decoder blocks several times (depth up-scaling).
+
+    Blocks that follow each other are repeated as a run: of four blocks,
+    `slice(1, 3)` gives 0, 1, 2, 1, 2, 3. Every call has its own cache and
+    shares its weights. Only blocks are repeated, not what was inserted
+    between them.
+
+    Args:
+        model: A backbone or a `CausalLM` of this package. It is left as it is.
+        where: Which blocks to repeat. See `select()`.
+        times: int. How often to run them in all.
+
+    Returns:
+        A model of the same class.
+
+    Raises:
+        ValueError: If something else than decoder blocks is selected, or
+            `times` is not a positive integer.
+
+    Example:
+    ```python
+    deep = surgery.repeat_blocks(backbone, slice(0, 2))
+    len(deep.make_cache(1, 8))  # 4 for a backbone of 2 blocks.
+    ```
+
+    Reference:
+        SOLAR, https://arxiv.org/abs/2312.15166
+    """
+    if isinstance(times, bool) or not hasattr(times, "__index__") or times < 1:
+        raise ValueError(
+            f"Expected `times` to be a positive integer. Received: {times!r}."
+        )
+    runs = []
+    for site in select_blocks(model, where):
+        if runs and runs[-1][-1].block == site.block - 1:
+            runs[-1].append(site)
+        else:
+            runs.append([site])
+    again = {run[-1]: run for run in runs}
+
+    def call(site, *args, **kwargs):
+        x = site.layer(*args, **kwargs)
+        for _ in range(times - 1):
+            for repeated in again.get(site, ()):
+                x = repeated.layer(x)
+        return x
+
+    return rewire_sites(model, call)
+
+
+def tap(model, where):
+    """Makes a backbone return what some of its layers return.
+
+    A tapped backbone returns its taps last: `(hidden_states, taps)`, and with
+    a cache `(hidden_states, cache, taps)`. `taps` is a dictionary from names
+    of sites to tensors. A tap shows what the next layer gets to see, so what
+    is later inserted after a tapped layer shows in its tap.
+
+    Args:
+        model: A backbone or a `CausalLM` of this package. It is left as it is.
+            Of a `CausalLM`, the `backbone` returns the taps; the task itself
+            returns logits and generates as before.
+        where: What to tap. See `select()`.
+
+    Returns:
+        A model of the same class.
+
+    Example:
+    ```python
+    tapped = surgery.tap(backbone, slice(None))
+    hidden_states, taps = tapped({"token_ids": [[1, 2, 3]]})
+    hidden_states, cache, taps = tapped({
+        "token_ids": [[1, 2, 3]],
+        "cache": tapped.make_cache(1, 8),
+        "cache_update_index": 0,
+    })
+    ```
+    """
+    return rewire_sites(model, _as_it_is, tapped=select(model, where))
+
+
+def _as_it_is(site, *args, **kwargs):
+    return site.layer(*args, **kwargs)
+
+
+def _layers(layer):
+    """A function from a site to the layer to insert there."""
+    if isinstance(layer, keras.Operation):
+        return lambda site: layer
+    if callable(layer) and not isinstance(layer, type):
+        return lambda site: _checked_layer(layer(site.layer))
+    return lambda site: _checked_layer(layer)
+
+
+def _checked_layer(layer):
+    if isinstance(layer, keras.Operation):
+        return layer
+    raise EditError(
+        "Expected `layer` to be a Keras layer, or a function that takes the "
+        f"selected layer and returns one. Received: {layer!r} of type "
+        f"{type(layer).__name__}."
+    )
+
+
+def _call(layer, args, kwargs, shape):
+    """Calls a layer in the graph, and explains it if that goes wrong."""
+    x = first_argument(args, kwargs)
+    try:
+        _adopt(layer, x)
+        y = layer(*args, **_accepted(layer, kwargs))
+    except Exception as e:
+        raise EditError(
+            f"Expected layer {layer.name!r} to take inputs of shape {x.shape} "
+            f"and to return outputs of shape {shape}. Received "
+            f"{type(e).__name__}: {e}"
+        ) from e
+    if getattr(y, "shape", None) != shape:
+        raise EditError(
+            f"Expected layer {layer.name!r} to turn inputs of shape {x.shape} "
+            f"into outputs of shape {shape}. Received outputs of shape "
+            f"{getattr(y, 'shape', None)}."
+        )
+    return y
+
+
+def _adopt(layer, x):
+    """Gives one of upstream's decoder blocks the class that takes a cache."""
+    for cls in DecoderBlock.__subclasses__():
+        if type(layer) in cls.__bases__:
+            if not layer.built:
+                layer.build(x.shape)
+            specialize(layer, cls)
+    if isinstance(layer, DecoderBlock) and not layer.built:
+        layer.build(x.shape)
+
+
+def _accepted(layer, kwargs):
+    """Those of the keyword arguments that a layer takes."""
+    if isinstance(layer, DecoderBlock):
+        return kwargs
+    parameters = inspect.signature(layer.call).parameters.values()
+    if any(x.kind is x.VAR_KEYWORD for x in parameters):
+        return kwargs
+    names = {x.name for x in parameters}
+    return {name: value for name, value in kwargs.items() if name in names}
+
+
+def _with_first_argument(x, args, kwargs):
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): x}
