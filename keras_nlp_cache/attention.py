@@ -11,7 +11,9 @@ from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.cache import MASKED
 
 
-def attend(query, key, value, mask, scale, soft_cap=None, dropout=None):
+def attend(
+    query, key, value, mask, scale, soft_cap=None, dropout=None, sink=None
+):
     """Scaled dot-product attention with grouped queries.
 
     Each key/value head serves `query_heads / key_value_heads` query heads. The
@@ -27,6 +29,9 @@ def attend(query, key, value, mask, scale, soft_cap=None, dropout=None):
         soft_cap: Optional float. Bounds the logits to `(-soft_cap, soft_cap)`
             by a tanh, as in Gemma 2 (https://arxiv.org/abs/2408.00118).
         dropout: Optional callable, applied to the attention weights.
+        sink: Optional tensor `(query_heads,)`. One more logit for each head,
+            of a key that has no value: what is attended there is attended
+            nowhere else.
 
     Returns:
         A tensor `(B, T, query_heads, head_dim)` of the dtype of `query`. Zero
@@ -48,7 +53,14 @@ def attend(query, key, value, mask, scale, soft_cap=None, dropout=None):
     if soft_cap is not None:
         logits = ops.tanh(logits / soft_cap) * soft_cap
     logits = ops.reshape(logits, (batch, heads, groups, length, max_length))
-    weights = ops.softmax(logits + mask[:, :, None], axis=-1)
+    logits = logits + mask[:, :, None]
+    if sink is None:
+        weights = ops.softmax(logits, axis=-1)
+    else:
+        sink = ops.reshape(ops.cast(sink, "float32"), (heads, groups, 1, 1))
+        sink = ops.broadcast_to(sink, (*ops.shape(logits)[:-1], 1))
+        logits = ops.concatenate([logits, sink], axis=-1)
+        weights = ops.softmax(logits, axis=-1)[..., :-1]
     weights = ops.cast(weights, dtype)
     if dropout is not None:
         weights = dropout(weights)
@@ -90,11 +102,26 @@ class CachedAttention:
         soft_cap: Optional float. See `attend()`.
         window: Optional int. How many slots a query sees, its own included.
         weights_dropout: Optional callable, applied to the attention weights.
+        projections: Names of the attributes that hold the layers which project
+            to query, key and value, and from all heads to the output.
+        replaced_attention: Layer that is called in place of `attend()`, with
+            its arguments by name. Only there if surgery put it there.
     """
 
     soft_cap = None
     window = None
     weights_dropout = None
+    projections = {
+        "query": "_query_dense",
+        "key": "_key_dense",
+        "value": "_value_dense",
+        "output": "_output_dense",
+    }
+
+    def compute_query_shape(self, input_shape):
+        """`(B, T, query_heads, head_dim)`, from the shape of what comes in."""
+        query = getattr(self, self.projections["query"])
+        return tuple(query.compute_output_shape(input_shape))
 
     def call(self, *args, cache=None, **kwargs):
         """Attends as upstream does, or through a cache.
@@ -104,23 +131,40 @@ class CachedAttention:
             `(key, value)` pair. Then `(output, (key, value))`, where the pair
             holds the updated cache, or `None` twice if there was none.
         """
-        if not isinstance(cache, tuple):
-            return super().call(*args, cache=cache, **kwargs)
-        index = kwargs.pop("cache_update_index", None)
         x = first_argument(args, kwargs)
+        length = ops.shape(x)[1]
+        edited = hasattr(self, "replaced_attention")
+        if not isinstance(cache, tuple):
+            if not edited:
+                return super().call(*args, cache=cache, **kwargs)
+            if cache is not None:
+                raise ValueError(
+                    f"Expected the cache of {self.name!r}, whose attention "
+                    "function was replaced, to be a (key, value) pair. "
+                    f"Received: {type(cache).__name__}."
+                )
+            cache = LayerCache.without_memory(kwargs["attention_mask"], length)
+            return self._attend(x, cache)[0]
+        index = kwargs.pop("cache_update_index", None)
         if not isinstance(cache, LayerCache):
-            cache = LayerCache.of_pair(cache, index, ops.shape(x)[1])
+            cache = LayerCache.of_pair(cache, index, length)
         if not cache.in_use:
-            return super().call(*args, **kwargs), (None, None)
+            if not edited:
+                return super().call(*args, **kwargs), (None, None)
+            cache = LayerCache.without_memory(kwargs["attention_mask"], length)
+        return self._attend(x, cache)
 
+    def _attend(self, x, cache):
         query, key, value = self.project(x, cache.positions)
         remembered = cache.update(
             ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         )
-        x = attend(
-            query,
-            remembered.key,
-            remembered.value,
+        # No default on the class: it would hide what PyTorch keeps apart.
+        attention_function = getattr(self, "replaced_attention", attend)
+        x = attention_function(
+            query=query,
+            key=remembered.key,
+            value=remembered.value,
             mask=cache.windowed_mask(self.window),
             scale=self.scale,
             soft_cap=self.soft_cap,

@@ -51,6 +51,10 @@ def without_taps():
         _without_taps.reset(token)
 
 
+def _call_site(site, *args, **kwargs):
+    return site.layer(*args, **kwargs)
+
+
 def plain_python(function):
     """Keeps TensorFlow's autograph from rewriting a function.
 
@@ -380,11 +384,14 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
     @plain_python
     def __call__(self, inputs, *args, **kwargs):
         inputs = self._normalize(inputs)
+        # A symbolic call with several outputs is spelled out rather than
+        # recorded as one call of the backbone: `output`, which Keras consults
+        # for their number, has the hidden states alone.
         if isinstance(inputs["cache"][0][0], keras.KerasTensor):
-            # Spelled out rather than recorded as one call of the backbone:
-            # `output`, which Keras consults for the number of outputs of such
-            # a call, has no room for a cache.
             return self.call(inputs, *args, **kwargs)
+        if isinstance(inputs["token_ids"], keras.KerasTensor):
+            if self.taps and not _without_taps.get():
+                return self.replay(inputs, None, _call_site)
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None, **kwargs):
@@ -491,6 +498,29 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         graph = config.pop("outputs", None)
         backbone = super().from_config(config)
         return backbone if graph is None else saved_graph.apply(backbone, graph)
+
+    def export_to_transformers(self, path):
+        """Exports the backbone in the format of Hugging Face Transformers.
+
+        Raises:
+            ValueError: If the backbone was edited, which that format has no
+                words for, or is of a family that upstream does not export.
+        """
+        self.refuse_edits("Transformers")
+        super().export_to_transformers(path)
+
+    def refuse_edits(self, reader):
+        """Raises a `ValueError` if the backbone was edited.
+
+        Args:
+            reader: str. Who would run it as if it had not been.
+        """
+        if self._edited:
+            raise ValueError(
+                "Expected a backbone that was not edited. Received: "
+                f"{self.name!r}, an edited one, which {reader} would run as if "
+                "it had not been. Use `save_to_preset()` or `save()`."
+            )
 
     @classproperty
     def presets(cls):

@@ -119,6 +119,19 @@ class LayerCache(typing.NamedTuple):
             mask=causal_mask(index, length, ops.shape(key)[2])[None, None],
         )
 
+    @classmethod
+    def without_memory(cls, attention_mask, length):
+        """What a block needs that sees all of a text at once.
+
+        Args:
+            attention_mask: Tensor `(B, T, T)`, 0 where not attended.
+            length: int, `T`.
+        """
+        return cls(
+            positions=slots(0, length)[None, :],
+            mask=additive(attention_mask)[:, None],
+        )
+
     def update(self, key, value):
         """Remembers the keys and values of this call's tokens.
 

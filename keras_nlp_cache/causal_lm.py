@@ -176,6 +176,16 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             strip_prompt=strip_prompt,
         )
 
+    def export_to_transformers(self, path):
+        """Exports the task in the format of Hugging Face Transformers.
+
+        Raises:
+            ValueError: If its backbone was edited, which that format has no
+                words for, or is of a family that upstream does not export.
+        """
+        self.backbone.refuse_edits("Transformers")
+        super().export_to_transformers(path)
+
     # === Presets ===
 
     @classproperty

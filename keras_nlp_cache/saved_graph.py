@@ -14,6 +14,7 @@ import keras
 from keras import tree
 
 from keras_nlp_cache.sharing import share
+from keras_nlp_cache.sharing import shared_from
 from keras_nlp_cache.sharing import sublayers
 from keras_nlp_cache.wiring import dense
 from keras_nlp_cache.wiring import Wiring
@@ -86,6 +87,7 @@ def describe(backbone):
     hidden_states, _, taps = backbone._outputs_struct
     return {
         "note": _NOTE,
+        "dtype": keras.dtype_policies.serialize(backbone.dtype_policy),
         "layers": layers.descriptions,
         "calls": calls,
         "hidden_states": serialize(hidden_states),
@@ -122,7 +124,10 @@ def apply(backbone, graph):
             keras.saving.deserialize_keras_object(x),
         )
 
-    with _described(_Builder(constructed, graph["layers"])) as layers, wiring:
+    descriptions = _with_dtype(
+        graph["layers"], graph["dtype"], backbone.dtype_policy
+    )
+    with _described(_Builder(constructed, descriptions)) as layers, wiring:
         for i, call in enumerate(graph["calls"]):
             layer = layers[call["layer"]]
             args = deserialize(call["args"])
@@ -138,6 +143,17 @@ def apply(backbone, graph):
         {name: deserialize(x) for name, x in graph["taps"]},
         replaced,
     )
+
+
+def _with_dtype(config, saved, dtype):
+    """Gives inserted layers of the saved dtype the one that is loaded."""
+    if isinstance(config, list):
+        return [_with_dtype(x, saved, dtype) for x in config]
+    if not isinstance(config, dict):
+        return config
+    if config == saved:
+        return keras.dtype_policies.serialize(dtype)
+    return {key: _with_dtype(x, saved, dtype) for key, x in config.items()}
 
 
 @contextlib.contextmanager
@@ -170,27 +186,6 @@ def deserialize_layer(config):
     return keras.saving.deserialize_keras_object(config)
 
 
-class Change:
-    """What a layer was made from, by `share_with_change()`."""
-
-    def __init__(self, layer, changes):
-        self.layer = layer
-        self.changes = changes
-
-
-def share_with_change(layer, **changes):
-    """Like `share()`, and remembers the changes for when it is saved.
-
-    Args:
-        layer: A built layer. It is left as it is.
-        **changes: Attributes that hold other layers in the new one.
-    """
-    new = share(layer, **changes)
-    # Not for Keras to track, or the layers that were replaced would count.
-    object.__setattr__(new, "_change", Change(layer, changes))
-    return new
-
-
 class _Describer:
     """Numbers layers, and describes each once."""
 
@@ -218,14 +213,14 @@ class _Describer:
         return self._numbers[id(layer)]
 
     def _describe(self, layer):
-        change = getattr(layer, "_change", None)
-        if change is not None:
+        origin = shared_from(layer)
+        if origin is not None:
             return {
-                "of": self.index(change.layer),
+                "shared_from": self.index(origin.layer),
                 "name": layer.name,
                 "changes": {
                     name: self.index(inner)
-                    for name, inner in change.changes.items()
+                    for name, inner in origin.changes.items()
                 },
             }
         if id(layer) in self._known:
@@ -249,13 +244,12 @@ class _Builder:
     def _build(self, description):
         if "layer" in description:
             return keras.saving.deserialize_keras_object(description["layer"])
-        if "of" in description:
-            new = share_with_change(
-                self[description["of"]],
+        if "shared_from" in description:
+            return share(
+                self[description["shared_from"]],
+                name=description["name"],
                 **{name: self[i] for name, i in description["changes"].items()},
             )
-            new.name = description["name"]
-            return new
         layer = self._constructed[description["constructed"]]
         for name in description.get("path", ()):
             layer = getattr(layer, name)

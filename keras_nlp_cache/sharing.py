@@ -1,5 +1,7 @@
 """A second layer over the same weights."""
 
+import functools
+
 import keras
 
 # State of its own that a layer keeps beside its attributes: where it stands in
@@ -15,6 +17,7 @@ _OWN = frozenset(
         "_non_trainable_variables",
         "_outbound_nodes",
         "_seed_generators",
+        "_shared_from",
         "_torch_params",
         "_tracker",
         "_trainable_variables",
@@ -27,18 +30,35 @@ _OWN = frozenset(
 def attributes(layer):
     """The attributes of a layer, by name, without Keras' bookkeeping."""
     found = dict(vars(layer))
+    for name in _backend_state():
+        found.pop(name, None)
+    # Where PyTorch keeps modules.
+    found.update(vars(layer).get("_modules", {}))
+    return {name: value for name, value in found.items() if name not in _OWN}
+
+
+@functools.cache
+def _backend_state():
+    """Names under which the backend keeps state of its own in a layer."""
     if keras.config.backend() == "torch":
         import torch
 
-        # PyTorch keeps modules apart, and state of its own in each.
-        for name in vars(torch.nn.Module()):
-            found.pop(name, None)
-        found.update(layer._modules)
-    return {
-        name: value
-        for name, value in found.items()
-        if name not in _OWN and not name.startswith("_self_")
-    }
+        return tuple(vars(torch.nn.Module()))
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        trackable = tf.__internal__.tracking.AutoTrackable()
+        trackable._maybe_initialize_trackable()
+        return ("_tracked", *vars(trackable))
+    return ()
+
+
+class SharedFrom:
+    """How `share()` made a layer: from which one, with which changes."""
+
+    def __init__(self, layer, changes):
+        self.layer = layer
+        self.changes = changes
 
 
 def share(layer, name=None, **changes):
@@ -50,20 +70,25 @@ def share(layer, name=None, **changes):
     Args:
         layer: A built layer. It is left as it is.
         name: Optional name. Defaults to that of `layer`.
-        **changes: Attributes in which the new layer differs.
+        **changes: Attributes that hold other layers in the new one.
 
     Returns:
-        The new layer.
+        The new layer. `shared_from()` tells how it was made.
     """
     new = type(layer).__new__(type(layer))
     keras.layers.Layer.__init__(new, name=name or layer.name)
-    for attribute, value in attributes(layer).items():
-        if attribute != "_name":
-            setattr(new, attribute, changes.pop(attribute, value))
-    for attribute, value in changes.items():
-        setattr(new, attribute, value)
+    for attribute, value in {**attributes(layer), **changes}.items():
+        if attribute != "name":
+            setattr(new, attribute, value)
     new._lock_state()
+    # Not for Keras to track, or the layers that were replaced would count.
+    object.__setattr__(new, "_shared_from", SharedFrom(layer, changes))
     return new
+
+
+def shared_from(layer):
+    """The `SharedFrom` of a layer that `share()` made, `None` for others."""
+    return getattr(layer, "_shared_from", None)
 
 
 def sublayers(layer, path=()):

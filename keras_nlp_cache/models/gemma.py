@@ -17,6 +17,13 @@ class CachedGemmaAttention(
 ):
     """Grouped-query attention that takes a per-layer cache."""
 
+    projections = {
+        "query": "query_dense",
+        "key": "key_dense",
+        "value": "value_dense",
+        "output": "output_dense",
+    }
+
     @property
     def key_value_shape(self):
         return self.num_key_value_heads, self.head_dim

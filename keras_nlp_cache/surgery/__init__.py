@@ -6,6 +6,14 @@ what trains, what is saved, and what generates, with its cache.
 """
 
 from keras_nlp_cache.sites import Site
+from keras_nlp_cache.surgery.adapters import AttentionSink
+from keras_nlp_cache.surgery.adapters import LowRankAdapter
+from keras_nlp_cache.surgery.adapters import ScaledHeads
+from keras_nlp_cache.surgery.attention_edits import ablate_heads
+from keras_nlp_cache.surgery.attention_edits import add_attention_sink
+from keras_nlp_cache.surgery.attention_edits import add_lora
+from keras_nlp_cache.surgery.attention_edits import replace_attention
+from keras_nlp_cache.surgery.attention_edits import replace_projections
 from keras_nlp_cache.surgery.edits import insert_after
 from keras_nlp_cache.surgery.edits import insert_before
 from keras_nlp_cache.surgery.edits import keep_blocks
@@ -17,13 +25,21 @@ from keras_nlp_cache.surgery.rewiring import rewire
 from keras_nlp_cache.surgery.selection import select
 
 __all__ = [
+    "AttentionSink",
+    "LowRankAdapter",
+    "ScaledHeads",
     "Site",
+    "ablate_heads",
+    "add_attention_sink",
+    "add_lora",
     "insert_after",
     "insert_before",
     "keep_blocks",
     "remove",
     "repeat_blocks",
     "replace",
+    "replace_attention",
+    "replace_projections",
     "rewire",
     "select",
     "tap",

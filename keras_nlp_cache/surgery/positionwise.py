@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.attention import first_argument
+from keras_nlp_cache.cache import causal_mask
 from keras_nlp_cache.cache import slots
 from keras_nlp_cache.decoder_block import DecoderBlock
 
@@ -38,8 +39,9 @@ def check_positionwise(edited, original):
     ]
     if not inserted:
         return
+    layers = [site.layer for site in inserted]
     token_ids = np.arange(_LENGTH)[None, :] % edited.token_embedding.input_dim
-    with keras.StatelessScope(state_mapping=_random_weights(inserted)):
+    with keras.StatelessScope(state_mapping=_random_weights(layers)):
         try:
             whole = _run(edited, token_ids, 0)
             steps = [
@@ -67,12 +69,83 @@ def check_positionwise(edited, original):
         ),
         inserted[0],
     )
-    raise ValueError(
-        f"Expected the inserted layer {culprit.name!r} to treat each position "
-        "alone, since it has no cache to remember others in. Received a layer "
-        f"of type {type(culprit.layer).__name__} which, called on one position "
-        f"at a time, returns something else than on {_LENGTH} at once."
-        f"{_hint(culprit.layer)}"
+    raise ValueError(_mixes_positions(culprit.layer, culprit.name))
+
+
+def check_layer(layer, shape):
+    """Checks a layer that is called inside a decoder block.
+
+    Args:
+        layer: A built layer.
+        shape: What it takes, `(batch, positions, ...)`. Only what follows the
+            first two dimensions counts.
+
+    Raises:
+        ValueError: If it mixes positions.
+    """
+    x = np.random.default_rng(0).normal(size=(1, _LENGTH, *shape[2:]))
+    x = ops.convert_to_tensor(x, dtype=layer.compute_dtype)
+    with keras.StatelessScope(state_mapping=_random_weights([layer])):
+        whole = layer(x)
+        steps = [layer(x[:, i : i + 1]) for i in range(_LENGTH)]
+    if not _agree(whole, *steps):
+        raise ValueError(_mixes_positions(layer, layer.name))
+
+
+def check_attention(function, query_heads, key_value_heads, head_dim):
+    """Checks a layer that stands in for `attend()`.
+
+    Args:
+        function: A built layer that takes the arguments of `attend()`.
+        query_heads: int.
+        key_value_heads: int.
+        head_dim: int.
+
+    Raises:
+        ValueError: If what it returns for one query depends on the others, or
+            on slots that the mask hides.
+    """
+    rng = np.random.default_rng(0)
+
+    def tensor(*shape):
+        x = rng.normal(size=shape)
+        return ops.convert_to_tensor(x, dtype=function.compute_dtype)
+
+    # One slot more than tokens, as in a cache that is not yet full.
+    key = tensor(1, key_value_heads, _LENGTH + 1, head_dim)
+    value = tensor(1, key_value_heads, _LENGTH + 1, head_dim)
+    query = tensor(1, _LENGTH, query_heads, head_dim)
+
+    def run(first, length, max_length):
+        return function(
+            query=query[:, first : first + length],
+            key=key[:, :, :max_length],
+            value=value[:, :, :max_length],
+            mask=causal_mask(first, length, max_length)[None, None],
+            scale=head_dim**-0.5,
+            soft_cap=None,
+            dropout=None,
+        )
+
+    with keras.StatelessScope(state_mapping=_random_weights([function])):
+        whole = run(0, _LENGTH, _LENGTH)
+        steps = [run(i, 1, _LENGTH + 1) for i in range(_LENGTH)]
+    if not _agree(whole, *steps):
+        raise ValueError(
+            f"Expected the attention function {function.name!r} to treat each "
+            "query alone and to see no slot that `mask` hides. Received a "
+            f"layer of type {type(function).__name__} which gives something "
+            f"else for {_LENGTH} queries at once than for one at a time with "
+            "a hidden slot more."
+        )
+
+
+def _mixes_positions(layer, name):
+    return (
+        f"Expected the inserted layer {name!r} to treat each position alone, "
+        "since it has no cache to remember others in. Received a layer of "
+        f"type {type(layer).__name__} which, called on one position at a time, "
+        f"returns something else than on {_LENGTH} at once.{_hint(layer)}"
     )
 
 
@@ -88,13 +161,13 @@ def _hint(layer):
     return " Attention over the text belongs into a decoder block."
 
 
-def _random_weights(sites):
+def _random_weights(layers):
     rng = np.random.default_rng(0)
     variables = {
         id(v): v
-        for site in sites
-        if isinstance(site.layer, keras.layers.Layer)
-        for v in site.layer.variables
+        for layer in layers
+        if isinstance(layer, keras.layers.Layer)
+        for v in layer.variables
         if keras.backend.is_float_dtype(v.dtype)
     }
     return [

@@ -1,0 +1,156 @@
+"""The edits that every test of surgery runs over, on models of three blocks."""
+
+import dataclasses
+import functools
+import itertools
+import typing
+
+import keras
+import numpy as np
+
+from keras_nlp_cache import surgery
+from keras_nlp_cache.surgery.rewiring import backbone_of
+from tests.families import random_tokens
+from tests.families import to_numpy
+
+BLOCKS = 3
+LENGTH = 8
+TOKENS = random_tokens(2, LENGTH)
+
+
+@functools.cache
+def original(family):
+    """A task of three blocks, made once for all tests, and not changed."""
+    return family.ours("CausalLM")(family.backbone(num_layers=BLOCKS), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One way to edit a model.
+
+    Attributes:
+        apply: Function from a model to the edited model.
+        caches: How many caches a model of `BLOCKS` blocks then has.
+    """
+
+    apply: typing.Callable
+    caches: int = BLOCKS
+
+
+_count = itertools.count()
+
+
+def dense(layer):
+    return keras.layers.Dense(32)
+
+
+def new(layer):
+    """A layer like another one, with weights of its own."""
+    config = {**layer.get_config(), "name": f"new_{next(_count)}"}
+    return type(layer).from_config(config)
+
+
+def scale_odd(layer, x, *args, **kwargs):
+    x = layer(x, *args, **kwargs)
+    return x * 1.5 if layer.name.endswith("1") else x
+
+
+def lora(model):
+    adapted = surgery.add_lora(model, slice(0, 2), 2, ["query", "output"])
+    rng = np.random.default_rng(1)
+    for weight in adapted.weights:
+        if weight.name == "up":
+            weight.assign(0.3 * rng.normal(size=weight.shape))
+    return adapted
+
+
+EDITS = {
+    "insert_after": Edit(lambda m: surgery.insert_after(m, slice(None), dense)),
+    "insert_before": Edit(
+        lambda m: surgery.insert_before(m, 1, keras.layers.Dense(32))
+    ),
+    "insert_a_block": Edit(
+        lambda m: surgery.insert_after(m, 0, new), BLOCKS + 1
+    ),
+    "replace_by_a_layer": Edit(
+        lambda m: surgery.replace(m, 1, dense), BLOCKS - 1
+    ),
+    "replace_by_a_block": Edit(lambda m: surgery.replace(m, 0, new)),
+    "remove": Edit(lambda m: surgery.remove(m, -1), BLOCKS - 1),
+    "repeat_blocks": Edit(
+        lambda m: surgery.repeat_blocks(m, slice(0, 2)), BLOCKS + 2
+    ),
+    "keep_blocks": Edit(
+        lambda m: surgery.keep_blocks(m, slice(None, None, 2)), BLOCKS - 1
+    ),
+    "rewire": Edit(lambda m: surgery.rewire(m, scale_odd)),
+    "add_lora": Edit(lora),
+    "replace_projections": Edit(
+        lambda m: surgery.replace_projections(m, 1, "key", new)
+    ),
+    "ablate_heads": Edit(lambda m: surgery.ablate_heads(m, 0, [0, -1])),
+    "add_attention_sink": Edit(
+        lambda m: surgery.add_attention_sink(m, [0, 2], initial=1.0)
+    ),
+    "tap": Edit(lambda m: surgery.tap(m, slice(None))),
+}
+
+
+def hidden_states(outputs):
+    """The hidden states among what a backbone returns."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def full_forward(backbone, token_ids=TOKENS, **inputs):
+    """What a backbone makes of all tokens at once, without a cache."""
+    return to_numpy(hidden_states(backbone({"token_ids": token_ids, **inputs})))
+
+
+def cached_forward(backbone, sizes, token_ids=TOKENS, **inputs):
+    """What it makes of a few tokens at a time, through its cache."""
+    cache = backbone.make_cache(*token_ids.shape)
+    outputs, index = [], 0
+    for size in sizes:
+        output, cache, *_ = backbone(
+            {
+                "token_ids": token_ids[:, index : index + size],
+                "cache": cache,
+                "cache_update_index": index,
+                **inputs,
+            }
+        )
+        outputs.append(to_numpy(output))
+        index += size
+    return np.concatenate(outputs, axis=1)
+
+
+def greedy_loop(lm, inputs):
+    """Generates by full forward passes, with no cache anywhere."""
+    token_ids, mask = inputs["token_ids"].copy(), inputs["padding_mask"].copy()
+    for i in range(1, token_ids.shape[1]):
+        logits = to_numpy(lm({"token_ids": token_ids, "padding_mask": mask}))
+        free = mask[:, i] == 0
+        token_ids[free, i] = logits[free, i - 1].argmax(axis=-1)
+        mask[free, i] = 1
+    return token_ids
+
+
+def snapshot(lm):
+    """All of a model that an edit of another must not change."""
+    backbone = backbone_of(lm)
+    return {
+        "outputs": to_numpy(backbone({"token_ids": TOKENS})),
+        "weights": [(w.path, w.trainable, to_numpy(w)) for w in lm.weights],
+        "calls": backbone.sites,
+        "cache": backbone.cache_spec,
+        "blocks": tuple(backbone.blocks),
+        "attributes": sorted(vars(backbone)),
+        "config": backbone.get_config(),
+        "layers": [layer.name for layer in backbone.layers],
+        "inputs": [x.name for x in backbone.inputs],
+    }
+
+
+def assert_unchanged(before, after):
+    for name, value in before.items():
+        np.testing.assert_equal(after[name], value, err_msg=name)

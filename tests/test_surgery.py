@@ -1,0 +1,223 @@
+"""An edited graph is what runs, with a cache and without, and generates."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import HealthCheck
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from keras_nlp_cache import surgery
+from keras_nlp_cache.sharing import attributes
+from tests.edits import assert_unchanged
+from tests.edits import BLOCKS
+from tests.edits import cached_forward
+from tests.edits import EDITS
+from tests.edits import full_forward
+from tests.edits import greedy_loop
+from tests.edits import LENGTH
+from tests.edits import original
+from tests.edits import snapshot
+from tests.edits import TOKENS
+from tests.families import every_family
+from tests.families import padding_mask
+from tests.families import to_numpy
+
+PROMPTS = {
+    "token_ids": TOKENS * padding_mask([3, 5], LENGTH),
+    "padding_mask": padding_mask([3, 5], LENGTH),
+}
+every_edit = pytest.mark.parametrize("edit", EDITS)
+
+
+def assert_close(x, y):
+    np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-4)
+
+
+@every_family
+@every_edit
+def test_edit(family, edit):
+    lm = original(family)
+    before = snapshot(lm)
+    edited = EDITS[edit].apply(lm)
+
+    assert type(edited) is type(lm)
+    assert type(edited.backbone) is type(lm.backbone)
+    assert len(edited.backbone.make_cache(2, LENGTH)) == EDITS[edit].caches
+    assert len(edited.backbone.blocks) == EDITS[edit].caches
+    full = full_forward(edited.backbone)
+    assert_close(cached_forward(edited.backbone, (5, 1, 2)), full)
+    changed = np.abs(full - before["outputs"]).max() > 1e-3
+    assert changed == (edit != "tap")
+
+    # What is shared is the same variable, not a copy.
+    ours = {id(w) for w in lm.weights}
+    shared = [w for w in edited.weights if id(w) in ours]
+    assert {w.path for w in shared} >= {
+        w.path for w in lm.weights if "embedding" in w.path
+    }
+    assert_unchanged(before, snapshot(lm))
+
+
+@every_family
+@every_edit
+def test_edit_generates(family, edit):
+    edited = EDITS[edit].apply(original(family))
+    edited.compile(sampler="greedy")
+    generated = edited.generate(PROMPTS, stop_token_ids=None)
+    np.testing.assert_array_equal(
+        generated["token_ids"], greedy_loop(edited, PROMPTS)
+    )
+
+
+@every_family
+def test_padding_of_an_edited_model(family):
+    """The padding mask reaches blocks that are called without one."""
+    backbone = surgery.rewire(
+        original(family).backbone,
+        lambda layer, x, *args, **kwargs: (
+            layer(x) if "layer_" in layer.name else layer(x, *args, **kwargs)
+        ),
+    )
+    mask = padding_mask([3, 8], LENGTH)
+    full = full_forward(backbone, padding_mask=mask)
+    expected = full_forward(original(family).backbone, padding_mask=mask)
+    np.testing.assert_array_equal(full, expected)
+    assert_close(
+        cached_forward(backbone, (2, 6), padding_mask=mask)[mask == 1],
+        full[mask == 1],
+    )
+
+
+@every_family
+def test_edited_to_nothing_new(family):
+    """A rewiring that calls every layer gives the model again."""
+    lm = original(family)
+    same = surgery.rewire(lm, lambda layer, *args, **kw: layer(*args, **kw))
+    assert [w.path for w in same.weights] == [w.path for w in lm.weights]
+    assert all(v is w for v, w in zip(same.weights, lm.weights))
+    np.testing.assert_array_equal(
+        full_forward(same.backbone), full_forward(lm.backbone)
+    )
+    assert attributes(same.backbone).keys() >= attributes(lm.backbone).keys()
+
+
+@every_family
+def test_a_block_called_twice_has_two_caches(family):
+    backbone = original(family).backbone
+    twice = surgery.repeat_blocks(backbone, 1, times=3)
+    assert [site.name for site in surgery.select(twice, slice(None))] == [
+        f"{backbone.blocks[0].name}",
+        f"{backbone.blocks[1].name}",
+        f"{backbone.blocks[1].name}_1",
+        f"{backbone.blocks[1].name}_2",
+        f"{backbone.blocks[2].name}",
+    ]
+    _, cache, *_ = twice(
+        {
+            "token_ids": TOKENS,
+            "cache": twice.make_cache(2, LENGTH),
+            "cache_update_index": 0,
+        }
+    )
+    keys = [to_numpy(key) for key, _ in cache]
+    for i in range(1, 4):
+        assert np.abs(keys[i] - keys[i + 1]).max() > 1e-3
+    # One of the calls can be edited alone.
+    one = surgery.remove(twice, surgery.select(twice, 2))
+    two = surgery.repeat_blocks(backbone, 1)
+    np.testing.assert_array_equal(full_forward(one), full_forward(two))
+    ablated = surgery.ablate_heads(two, 2, 0)
+    assert len({id(block) for block in ablated.blocks}) == BLOCKS + 1
+    assert_close(cached_forward(ablated, (3, 5)), full_forward(ablated))
+
+
+@every_family
+def test_taps(family):
+    backbone = original(family).backbone
+    blocks = surgery.tap(backbone, slice(None))
+    _, taps = blocks({"token_ids": TOKENS})
+    assert list(taps) == [block.name for block in backbone.blocks]
+    _, cache, cached_taps = blocks(
+        {
+            "token_ids": TOKENS,
+            "cache": blocks.make_cache(2, LENGTH),
+            "cache_update_index": 0,
+        }
+    )
+    assert len(cache) == BLOCKS
+    for i, name in enumerate(taps):
+        # The norm stays where it is, so a tap is what it would get.
+        early = surgery.keep_blocks(backbone, slice(0, i + 1))
+        norm = backbone.layers[-1]
+        assert_close(to_numpy(norm(taps[name])), full_forward(early))
+        assert_close(to_numpy(cached_taps[name]), to_numpy(taps[name]))
+    # A later edit shows in them, and they stay where they are.
+    doubled = surgery.insert_after(
+        blocks, 0, keras.layers.Rescaling(2.0, name="doubled")
+    )
+    _, later = doubled({"token_ids": TOKENS})
+    first = backbone.blocks[0].name
+    assert_close(to_numpy(later[first]), 2 * to_numpy(taps[first]))
+    assert doubled.taps == blocks.taps
+
+
+@every_family
+def test_taps_symbolically(family):
+    tapped = surgery.tap(original(family).backbone, 1)
+    _, taps = tapped(tapped.input)
+    probe = keras.Model(tapped.input, next(iter(taps.values())))
+    inputs = {"token_ids": TOKENS, "padding_mask": padding_mask([5, 8], LENGTH)}
+    expected = tapped(inputs)[1]
+    assert_close(to_numpy(probe(inputs)), to_numpy(*expected.values()))
+
+
+@every_family
+def test_replaced_layers_are_attributes(family):
+    """What turns hidden states into logits follows the embedding."""
+    lm = original(family)
+    config = lm.backbone.token_embedding.get_config()
+    config["name"] = "another_embedding"
+    embedding = type(lm.backbone.token_embedding).from_config(config)
+    edited = surgery.replace(lm, "token_embedding", embedding)
+    assert edited.backbone.token_embedding is embedding
+    assert lm.backbone.token_embedding is not embedding
+    paths = {w.path for w in edited.weights}
+    assert not any(path.startswith("token_embedding/") for path in paths)
+    edited.compile(sampler="greedy")
+    generated = edited.generate(PROMPTS, stop_token_ids=None)
+    np.testing.assert_array_equal(
+        generated["token_ids"], greedy_loop(edited, PROMPTS)
+    )
+
+
+COMPOSABLE = [name for name in EDITS if "tap" not in name]
+
+
+@every_family
+@settings(
+    max_examples=20,  # Of each family: one hundred.
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    names=st.lists(st.sampled_from(COMPOSABLE), min_size=2, max_size=4),
+    cut=st.integers(1, LENGTH - 1),
+)
+def test_edits_compose(family, names, cut):
+    backbone = original(family).backbone
+    before = full_forward(backbone)
+    for name in names:
+        # The edits speak of three blocks.
+        if len(backbone.blocks) < BLOCKS:
+            backbone = surgery.repeat_blocks(backbone, 0, times=BLOCKS)
+        backbone = EDITS[name].apply(backbone)
+    assert len(backbone.make_cache(2, LENGTH)) == len(backbone.blocks)
+    assert_close(
+        cached_forward(backbone, (cut, LENGTH - cut)), full_forward(backbone)
+    )
+    np.testing.assert_array_equal(
+        full_forward(original(family).backbone), before
+    )

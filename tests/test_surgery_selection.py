@@ -1,0 +1,111 @@
+"""What an edit would apply to can be looked at before."""
+
+import re
+
+import keras
+import pytest
+
+from keras_nlp_cache import surgery
+from tests.edits import original
+from tests.families import every_family
+
+
+def names(model, where):
+    return [site.name for site in surgery.select(model, where)]
+
+
+@every_family
+def test_selections(family):
+    lm = original(family)
+    blocks = lm.backbone.blocks
+    all_blocks = [block.name for block in blocks]
+    block_cls = type(blocks[0])
+    stem = all_blocks[0].rstrip("0")
+    for where, expected in (
+        (blocks[1], all_blocks[1:2]),
+        (all_blocks[2], all_blocks[2:]),
+        (f"{stem}*", all_blocks),
+        (f"{stem}[02]", all_blocks[::2]),
+        (re.compile(f"{stem}[12]$"), all_blocks[1:]),
+        (block_cls, all_blocks),
+        (block_cls.__mro__[2], all_blocks),  # Upstream's class.
+        (0, all_blocks[:1]),
+        (-1, all_blocks[-1:]),
+        (slice(1, None), all_blocks[1:]),
+        (slice(None, None, -2), all_blocks[::2]),
+        (range(2), all_blocks[:2]),
+        (lambda layer: layer in blocks[:2], all_blocks[:2]),
+        ([2, all_blocks[0]], all_blocks[::2]),
+        (surgery.select(lm, 1), all_blocks[1:2]),
+        (surgery.select(lm, 1)[0], all_blocks[1:2]),
+        ("token_embedding", ["token_embedding"]),
+    ):
+        assert names(lm, where) == expected, where
+        assert names(lm.backbone, where) == expected, where
+
+
+@every_family
+def test_sites(family):
+    lm = original(family)
+    sites = surgery.select(lm, keras.Operation)
+    assert {site.layer for site in sites} == {
+        operation
+        for operation in lm.backbone.operations
+        if not isinstance(operation, keras.layers.InputLayer)
+        and operation.name not in ("positions", "mask")
+    }
+    assert [site.block for site in surgery.select(lm, slice(None))] == [0, 1, 2]
+    embedding, *_ = surgery.select(lm, "token_embedding")
+    assert embedding.block is None
+    assert embedding.shape == (None, None, 32)
+    assert "token_embedding" in repr(embedding)
+    assert "cache 2" in repr(surgery.select(lm, 2))
+
+
+@every_family
+def test_calls_of_one_layer(family):
+    lm = original(family)
+    twice = surgery.repeat_blocks(lm, 0)
+    name = lm.backbone.blocks[0].name
+    assert names(twice, name) == [name, f"{name}_1"]
+    assert names(twice, lm.backbone.blocks[0]) == [name, f"{name}_1"]
+    assert names(twice, 1) == [f"{name}_1"]
+    assert [site.call for site in surgery.select(twice, name)] == [0, 1]
+
+
+NOTHING = {
+    "a name": "no_such_layer",
+    "a pattern": "no_such_*",
+    "a regular expression": re.compile("no such"),
+    "a class": keras.layers.Conv1D,
+    "an index": 3,
+    "a negative index": -4,
+    "a slice": slice(3, None),
+    "a predicate": lambda layer: False,
+    "a list": [],
+    "a layer": keras.layers.Dense(3),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+@every_family
+def test_nothing_selected(family, kind):
+    with pytest.raises(ValueError, match="which selects nothing") as error:
+        surgery.select(original(family), NOTHING[kind])
+    assert "3 decoder blocks" in str(error.value)
+    assert "token_embedding" in str(error.value)
+
+
+@every_family
+def test_sites_of_another_model(family):
+    lm = original(family)
+    edited = surgery.remove(lm, 0)
+    with pytest.raises(ValueError, match="selects nothing"):
+        surgery.select(edited, surgery.select(lm, 1))
+
+
+@pytest.mark.parametrize("where", [None, 1.5, True, b"x"])
+@every_family
+def test_where_of_the_wrong_type(family, where):
+    with pytest.raises(ValueError, match="Expected `where` to be a layer"):
+        surgery.select(original(family), where)

@@ -1,0 +1,99 @@
+"""Edited models train, and what they learned shows when they generate."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_nlp_cache import surgery
+from tests.edits import BLOCKS
+from tests.edits import dense
+from tests.edits import EDITS
+from tests.edits import greedy_loop
+from tests.edits import LENGTH
+from tests.edits import TOKENS
+from tests.families import every_family
+from tests.families import padding_mask
+from tests.families import to_numpy
+
+PROMPTS = {
+    "token_ids": TOKENS * padding_mask([3, 5], LENGTH),
+    "padding_mask": padding_mask([3, 5], LENGTH),
+}
+LEARNED = 7
+
+
+def fit(lm):
+    """Teaches a model to always say the same."""
+    x = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
+    y = np.full_like(TOKENS, LEARNED)
+    lm.compile(optimizer=keras.optimizers.Adam(0.05), sampler="greedy")
+    return lm.fit(x, y, epochs=25, verbose=0).history["loss"]
+
+
+@every_family
+@pytest.mark.parametrize("edit", ["insert_after", "add_lora"])
+def test_inserted_layers_train(family, edit):
+    lm = family.ours("CausalLM")(family.backbone(num_layers=BLOCKS), None)
+    edited = EDITS[edit].apply(lm)
+    base = {id(w) for w in lm.weights}
+    inserted = [w for w in edited.weights if id(w) not in base]
+    assert inserted
+    for weight in lm.weights:
+        weight.trainable = False
+    before = [to_numpy(w) for w in lm.weights]
+    expected = lm.generate(PROMPTS, stop_token_ids=None)["token_ids"]
+
+    edited.compile(sampler="greedy")
+    untrained = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
+    losses = fit(edited)
+    assert losses[-1] < 0.5 * losses[0]
+    trained = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
+    assert (trained != untrained).any()
+    np.testing.assert_array_equal(trained, greedy_loop(edited, PROMPTS))
+    free = PROMPTS["padding_mask"] == 0
+    assert (trained[free] == LEARNED).mean() > 0.5
+
+    # The base model shares its weights, which did not change.
+    for weight, value in zip(lm.weights, before):
+        np.testing.assert_array_equal(to_numpy(weight), value)
+    assert expected.shape == trained.shape
+
+
+@every_family
+def test_assigning_shows_in_a_compiled_function(family):
+    lm = family.ours("CausalLM")(family.backbone(num_layers=BLOCKS), None)
+    edited = surgery.insert_after(lm, slice(None), dense)
+    edited.compile(sampler="greedy")
+    first = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
+    function = edited.generate_function
+    for site in surgery.select(edited, keras.layers.Dense):
+        site.layer.kernel.assign(np.eye(32)[::-1])
+    second = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
+    assert edited.generate_function is function
+    assert (first != second).any()
+    np.testing.assert_array_equal(second, greedy_loop(edited, PROMPTS))
+
+
+@every_family
+def test_compiled_as_the_original(family):
+    lm = family.ours("CausalLM")(family.backbone(num_layers=BLOCKS), None)
+    lm.compile(
+        optimizer=keras.optimizers.SGD(0.25),
+        sampler="greedy",
+        run_eagerly=True,
+        weighted_metrics=[keras.metrics.SparseTopKCategoricalAccuracy(k=3)],
+    )
+    edited = surgery.remove(lm, 0)
+    assert edited.sampler is lm.sampler
+    assert edited.run_eagerly
+    assert edited.optimizer is not lm.optimizer
+    assert isinstance(edited.optimizer, keras.optimizers.SGD)
+    assert float(edited.optimizer.learning_rate) == 0.25
+    config, original = edited._compile_config, lm._compile_config
+    assert config.config["weighted_metrics"][0].k == 3
+    assert (
+        config.config["weighted_metrics"]
+        != (original.config["weighted_metrics"])
+    )
+    bare = family.ours("CausalLM")(lm.backbone, None, compile=False)
+    assert not surgery.remove(bare, 0).compiled
