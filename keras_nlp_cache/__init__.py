@@ -13,12 +13,14 @@ _HOMES = {
     "stream": "keras_nlp_cache.streaming",
 }
 
-__all__ = ["load_model", "models", "stream"]
+_MODULES = ("models", "surgery")
+
+__all__ = ["load_model", "models", "stream", "surgery"]
 
 
 def __getattr__(name):
-    if name == "models":
-        return importlib.import_module("keras_nlp_cache.models")
+    if name in _MODULES:
+        return importlib.import_module(f"keras_nlp_cache.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

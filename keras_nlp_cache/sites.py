@@ -2,10 +2,7 @@
 
 import typing
 
-from keras import tree
-
 from keras_nlp_cache.cache import LayerCache
-from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.step import AttentionMask
 from keras_nlp_cache.step import Positions
 
@@ -47,32 +44,33 @@ class Site(typing.NamedTuple):
 
 
 def sites_of(model):
-    """The calls of a functional model, in the order of their execution.
+    """The calls of a backbone, in the order of their execution.
 
     What stands in for the inputs, positions and mask is left out.
     """
-    found, calls, blocks = [], {}, 0
+    found, calls = [], {}
+    cache_of = {
+        id(key): i for i, (key, _) in enumerate(model._inputs_struct["cache"])
+    }
     for depth in sorted(model._nodes_by_depth, reverse=True):
         for node in model._nodes_by_depth[depth]:
             layer = node.operation
             if node.is_input or isinstance(layer, Positions | AttentionMask):
                 continue
-            is_block = isinstance(layer, DecoderBlock) and any(
-                isinstance(x, LayerCache)
-                for x in node.arguments.kwargs.values()
-            )
             call = calls.get(id(layer), 0)
             calls[id(layer)] = call + 1
+            caches = [
+                cache_of[id(x.key)]
+                for x in node.arguments.kwargs.values()
+                if isinstance(x, LayerCache)
+            ]
             found.append(
                 Site(
                     layer=layer,
                     call=call,
-                    block=blocks if is_block else None,
-                    shape=tree.map_structure(
-                        lambda x: tuple(x.shape), node.outputs[0]
-                    ),
+                    block=caches[0] if caches else None,
+                    shape=tuple(node.outputs[0].shape),
                     node=node,
                 )
             )
-            blocks += is_block
     return tuple(found)

@@ -10,6 +10,7 @@ import contextvars
 
 import keras
 
+from keras_nlp_cache.attention import first_argument
 from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.step import AttentionMask
 from keras_nlp_cache.step import Positions
@@ -104,6 +105,8 @@ class Wiring:
                 block.padding_argument: self.inputs["padding_mask"],
                 **kwargs,
             }
+        if not block.built:
+            block.build(first_argument(args, kwargs).shape)
         kwargs[block.cache_argument] = self._layer_cache(block)
         hidden_states, updated = block(*args, **kwargs)
         self.blocks.append(block)

@@ -14,7 +14,9 @@ import pytest
 
 import keras_nlp_cache
 from keras_nlp_cache import models
+from keras_nlp_cache import surgery
 from tests.families import FAMILIES
+from tests.families import to_numpy
 
 ROOT = pathlib.Path(__file__).parent.parent
 FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -70,7 +72,10 @@ def namespace():
         "keras_nlp_cache": keras_nlp_cache,
         "np": np,
         "lm": lm,
+        "backbone": lm.backbone,
         "stream": keras_nlp_cache.stream,
+        "surgery": surgery,
+        "ControlVector": surgery.ControlVector,
         **{name: getattr(models, name) for name in models.__all__},
     }
 
@@ -87,14 +92,44 @@ def test_there_are_examples():
     assert {family.prefix + "Backbone" for family in FAMILIES} <= names
 
 
-def test_readme(namespace):
-    blocks = FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(blocks) >= 3
+def run_blocks(name, namespace):
+    """Runs the Python code in a file, one section after the other."""
+    blocks = FENCE.findall((ROOT / name).read_text(encoding="utf-8"))
+    assert blocks
     shared = dict(namespace)
     for block in blocks:
         # Each section takes a model with a preprocessor for granted.
         shared["lm"] = namespace["lm"]
         exec(block, shared)
+    return blocks
+
+
+def test_readme(namespace, smollm2, capsys):
+    blocks = run_blocks("README.md", namespace)
+    (demo,) = (block for block in blocks if "default_model" in block)
+    assert len(demo.splitlines()) < 15
+    # A layer after every block changes the text, and so does steering.
+    texts = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("The weather today is")
+    ]
+    assert len(set(texts)) == 3
+
+
+def test_contributing(namespace):
+    shared = dict(namespace)
+    for block in FENCE.findall((ROOT / "CONTRIBUTING.md").read_text("utf-8")):
+        exec(textwrap.dedent(block), shared)
+    before = namespace["backbone"]
+    layer = keras.layers.Dense(32)
+    after = shared["skip_connection"](before, slice(None), layer)
+    cache = after.make_cache(1, 4)
+    inputs = {"token_ids": np.array([[1, 2, 3, 4]])}
+    x, _ = after({**inputs, "cache": cache, "cache_update_index": 0})
+    x = to_numpy(x)
+    np.testing.assert_allclose(x, to_numpy(after(inputs)), atol=1e-5, rtol=1e-5)
+    assert np.abs(x - to_numpy(before(inputs))).max() > 1e-3
 
 
 def test_commands():
@@ -110,3 +145,5 @@ def test_public_names_are_documented():
         assert vars(getattr(models, name)).get("__doc__"), name
     for name in ("load_model", "stream"):
         assert "Example:" in getattr(keras_nlp_cache, name).__doc__
+    for name in surgery.__all__:
+        assert vars(surgery)[name].__doc__, name

@@ -17,6 +17,7 @@ from tests.edits import EDITS
 from tests.edits import full_forward
 from tests.edits import greedy_loop
 from tests.edits import LENGTH
+from tests.edits import new
 from tests.edits import original
 from tests.edits import snapshot
 from tests.edits import TOKENS
@@ -131,6 +132,30 @@ def test_a_block_called_twice_has_two_caches(family):
     ablated = surgery.ablate_heads(two, 2, 0)
     assert len({id(block) for block in ablated.blocks}) == BLOCKS + 1
     assert_close(cached_forward(ablated, (3, 5)), full_forward(ablated))
+
+
+@every_family
+def test_blocks_side_by_side(family):
+    """Blocks in parallel branches, one of them new, have a cache each."""
+    backbone = original(family).backbone
+    first, second, third = backbone.blocks
+    added = new(first)
+
+    def branch(layer, x, *args, **kwargs):
+        y = layer(x, *args, **kwargs)
+        return y + third(x) + added(x) if layer is second else y
+
+    edited = surgery.rewire(backbone, branch)
+    assert edited.blocks == [first, second, third, added, third]
+    full = full_forward(edited)
+    assert_close(cached_forward(edited, (3, 5)), full)
+    loaded = type(edited).from_config(edited.get_config())
+    loaded.set_weights(edited.get_weights())
+    names = [block.name for block in edited.blocks]
+    assert [block.name for block in loaded.blocks] == names
+    assert_close(full_forward(loaded), full)
+    without = surgery.remove(edited, 3)
+    assert without.blocks == [first, second, third, third]
 
 
 @every_family

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from keras_nlp_cache import surgery
-from tests.edits import BLOCKS
 from tests.edits import dense
 from tests.edits import EDITS
 from tests.edits import greedy_loop
@@ -22,46 +21,45 @@ PROMPTS = {
 LEARNED = 7
 
 
-def fit(lm):
-    """Teaches a model to always say the same."""
-    x = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
-    y = np.full_like(TOKENS, LEARNED)
-    lm.compile(optimizer=keras.optimizers.Adam(0.05), sampler="greedy")
-    return lm.fit(x, y, epochs=25, verbose=0).history["loss"]
+def task(family):
+    """A task of its own for each test, since training changes it."""
+    return family.ours("CausalLM")(family.backbone(num_layers=2), None)
 
 
 @every_family
 @pytest.mark.parametrize("edit", ["insert_after", "add_lora"])
 def test_inserted_layers_train(family, edit):
-    lm = family.ours("CausalLM")(family.backbone(num_layers=BLOCKS), None)
+    """What is compiled before the training shows it after."""
+    lm = task(family)
     edited = EDITS[edit].apply(lm)
     base = {id(w) for w in lm.weights}
-    inserted = [w for w in edited.weights if id(w) not in base]
-    assert inserted
+    assert any(id(w) not in base for w in edited.trainable_weights)
     for weight in lm.weights:
         weight.trainable = False
     before = [to_numpy(w) for w in lm.weights]
-    expected = lm.generate(PROMPTS, stop_token_ids=None)["token_ids"]
 
-    edited.compile(sampler="greedy")
+    edited.compile(optimizer=keras.optimizers.Adam(0.05), sampler="greedy")
     untrained = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
-    losses = fit(edited)
+    x = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
+    y = np.full_like(TOKENS, LEARNED)
+    losses = edited.fit(x, y, epochs=25, verbose=0).history["loss"]
     assert losses[-1] < 0.5 * losses[0]
     trained = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
     assert (trained != untrained).any()
     np.testing.assert_array_equal(trained, greedy_loop(edited, PROMPTS))
     free = PROMPTS["padding_mask"] == 0
-    assert (trained[free] == LEARNED).mean() > 0.5
+    assert (trained[free] == LEARNED).mean() > (
+        (untrained[free] == LEARNED).mean() + 0.2
+    )
 
     # The base model shares its weights, which did not change.
     for weight, value in zip(lm.weights, before):
         np.testing.assert_array_equal(to_numpy(weight), value)
-    assert expected.shape == trained.shape
 
 
 @every_family
 def test_assigning_shows_in_a_compiled_function(family):
-    lm = family.ours("CausalLM")(family.backbone(num_layers=BLOCKS), None)
+    lm = task(family)
     edited = surgery.insert_after(lm, slice(None), dense)
     edited.compile(sampler="greedy")
     first = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
@@ -76,7 +74,7 @@ def test_assigning_shows_in_a_compiled_function(family):
 
 @every_family
 def test_compiled_as_the_original(family):
-    lm = family.ours("CausalLM")(family.backbone(num_layers=BLOCKS), None)
+    lm = task(family)
     lm.compile(
         optimizer=keras.optimizers.SGD(0.25),
         sampler="greedy",

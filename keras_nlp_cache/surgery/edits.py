@@ -292,8 +292,6 @@ def _adopt(layer, x):
             if not layer.built:
                 layer.build(x.shape)
             specialize(layer, cls)
-    if isinstance(layer, DecoderBlock) and not layer.built:
-        layer.build(x.shape)
 
 
 def _accepted(layer, kwargs):

@@ -158,7 +158,10 @@ def _hint(layer):
                 f" It calls the decoder block {inner.name!r} inside. Call the "
                 "block in the graph itself, where it gets its cache."
             )
-    return " Attention over the text belongs into a decoder block."
+    return (
+        " Attention over the text belongs into a decoder block of this package,"
+        " such as `type(backbone.blocks[0])`."
+    )
 
 
 def _random_weights(layers):
