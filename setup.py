@@ -35,6 +35,7 @@ TEST = [
     "parameterized",
     "pydot",
     "pytest",
+    "pytest-xdist",
     "ruff",
     "sentencepiece",
     "tox>=4",

@@ -1,8 +1,9 @@
-"""The command line: `keras-nlp-cache generate` and `keras-nlp-cache info`."""
+"""The command line: `keras-nlp-cache generate`, `steer` and `info`."""
 
 import argparse
 import importlib.metadata
 import os
+import pathlib
 import sys
 import time
 
@@ -63,19 +64,9 @@ def _parser():
 
     generate = commands.add_parser(
         "generate",
-        parents=[common],
+        parents=[common, _answering(max_new_tokens=256)],
         help="answer a prompt",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    generate.add_argument("prompt", help="a question, or with --raw any text")
-    generate.add_argument(
-        "--preset",
-        help="a keras_hub preset or hub handle, or the path of a local preset "
-        "or Hugging Face directory (default: SmolLM2-135M-Instruct)",
-        default=argparse.SUPPRESS,
-    )
-    generate.add_argument(
-        "--max-new-tokens", type=_positive(int), default=256, metavar="N"
     )
     generate.add_argument("--sampler", choices=_SAMPLERS, default="greedy")
     generate.add_argument(
@@ -87,18 +78,46 @@ def _parser():
         help="make a random sampler repeatable",
         default=argparse.SUPPRESS,
     )
-    generate.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="dtype of weights and computation",
-    )
-    generate.add_argument(
-        "--raw",
-        action="store_true",
-        help="pass the prompt on as it is, without a chat template",
-    )
     generate.set_defaults(run=_generate)
+
+    steer = commands.add_parser(
+        "steer",
+        # Three answers take three times as long, and share a screen.
+        parents=[common, _answering(max_new_tokens=64)],
+        help="answer a prompt in three moods, steered by a control vector",
+        description="Train a control vector on a contrast of two personas "
+        "(happy and sad, by default), and answer a prompt with the vector "
+        "subtracted, left out, and added.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    steer.add_argument(
+        "--strength",
+        type=_positive(float),
+        default=3.0,
+        metavar="X",
+        help="what to multiply the vector by",
+    )
+    for name in ("positive", "negative"):
+        steer.add_argument(
+            f"--{name}",
+            nargs="+",
+            metavar="TEXT",
+            help=f"personas of the {name} side, as in `extremely TEXT`",
+            default=argparse.SUPPRESS,
+        )
+    steer.add_argument(
+        "--vector",
+        metavar="FILE",
+        help="use a vector from a .gguf or .safetensors file, and train none",
+        default=argparse.SUPPRESS,
+    )
+    steer.add_argument(
+        "--save",
+        metavar="FILE",
+        help="keep the trained vector in a .gguf or .safetensors file",
+        default=argparse.SUPPRESS,
+    )
+    steer.set_defaults(run=_steer)
 
     info = commands.add_parser(
         "info",
@@ -107,6 +126,36 @@ def _parser():
     )
     info.set_defaults(run=_info)
     return parser
+
+
+def _answering(max_new_tokens):
+    """The arguments of commands that answer a prompt."""
+    answer = argparse.ArgumentParser(add_help=False)
+    answer.add_argument("prompt", help="a question, or with --raw any text")
+    answer.add_argument(
+        "--preset",
+        help="a keras_hub preset or hub handle, or the path of a local preset "
+        "or Hugging Face directory (default: SmolLM2-135M-Instruct)",
+        default=argparse.SUPPRESS,
+    )
+    answer.add_argument(
+        "--max-new-tokens",
+        type=_positive(int),
+        default=max_new_tokens,
+        metavar="N",
+    )
+    answer.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="dtype of weights and computation",
+    )
+    answer.add_argument(
+        "--raw",
+        action="store_true",
+        help="pass the prompt on as it is, without a chat template",
+    )
+    return answer
 
 
 def _positive(kind):
@@ -123,29 +172,39 @@ def _positive(kind):
 
 
 def _generate(args):
-    if not args.prompt.strip():
-        raise CommandError("expected a prompt, received an empty one")
+    _check_prompt(args.prompt)
     preset = getattr(args, "preset", None) or _default_preset()
     lm = _load(preset, args.dtype)
     lm.compile(sampler=_sampler(args))
     prompt = args.prompt
     if not args.raw:
         prompt = _chat_prompt(preset, prompt, lm.preprocessor)
-
-    from keras_nlp_cache.streaming import stream
-
     times = [time.perf_counter()]
     try:
-        for piece, _ in stream(lm, prompt, args.max_new_tokens):
-            times.append(time.perf_counter())
+        for piece in _answer(lm, prompt, args.max_new_tokens, times):
             print(piece, end="", flush=True)
-    except ValueError as e:
-        raise CommandError(e) from e
     finally:
         if len(times) > 1:
             print(flush=True)
     print(_speed(times), file=sys.stderr)
     return 0
+
+
+def _check_prompt(prompt):
+    if not prompt.strip():
+        raise CommandError("expected a prompt, received an empty one")
+
+
+def _answer(lm, prompt, max_new_tokens, times):
+    """Yields an answer in pieces, and notes in `times` when each came."""
+    from keras_nlp_cache.streaming import stream
+
+    try:
+        for piece, _ in stream(lm, prompt, max_new_tokens):
+            times.append(time.perf_counter())
+            yield piece
+    except ValueError as e:
+        raise CommandError(e) from e
 
 
 def _speed(times):
@@ -200,6 +259,102 @@ def _chat_prompt(preset, question, preprocessor):
     if getattr(preprocessor, "add_start_token", False):
         start_token = tokenizer.id_to_token(tokenizer.start_token_id)
     return chat_prompt(preset, question, start_token)
+
+
+def _steer(args):
+    _check_prompt(args.prompt)
+    # Mistakes come to light before the work that they would waste.
+    personas = _personas(args)
+    vector = _load_vector(args.vector) if personas is None else None
+    _check_save(args)
+    preset = getattr(args, "preset", None) or _default_preset()
+    lm = _load(preset, args.dtype)
+    lm.compile(sampler="greedy")
+
+    def chat_prompt(text):
+        if args.raw:
+            return text
+        return _chat_prompt(preset, text, lm.preprocessor)
+
+    from keras_nlp_cache import steer_command
+    from keras_nlp_cache.surgery.control_vector import AddDirection
+
+    try:
+        if vector is None:
+            vector = steer_command.train(lm, *personas, chat_prompt)
+        if hasattr(args, "save"):
+            vector.save(args.save)
+        steered = vector.apply(lm)
+    except (ImportError, OSError, ValueError) as e:
+        raise CommandError(e) from e
+    # The preset may have been steered before.
+    (layer,) = (
+        x
+        for x in steered.backbone.layers
+        if isinstance(x, AddDirection) and x not in lm.backbone.layers
+    )
+    # One model for all three: what is compiled for the first serves the next.
+    answers = {}
+    for strength in (-args.strength, 0.0, args.strength):
+        heading = f"strength {strength:+g}" if strength else "strength 0"
+        layer.strength.assign(strength)
+        times = [time.perf_counter()]
+        pieces = _answer(
+            steered, chat_prompt(args.prompt), args.max_new_tokens, times
+        )
+        answers[heading] = "".join(pieces)
+        print(f"{heading}: {_speed(times)}", file=sys.stderr)
+    steer_command.show(answers)
+    return 0
+
+
+def _personas(args):
+    """The two lists of personas to train on, `None` if none is to be."""
+    from keras_nlp_cache import steer_command
+
+    sides = ("positive", "negative")
+    if hasattr(args, "vector"):
+        for name in (*sides, "save"):
+            if hasattr(args, name):
+                raise CommandError(
+                    f"expected --vector or --{name}, received both; a vector "
+                    "from a file is not trained"
+                )
+        return None
+    if not any(hasattr(args, name) for name in sides):
+        return steer_command.POSITIVE, steer_command.NEGATIVE
+    positive, negative = (getattr(args, name, []) for name in sides)
+    if len(positive) != len(negative):
+        raise CommandError(
+            "expected as many --positive as --negative personas, received "
+            f"{len(positive)} and {len(negative)}"
+        )
+    return positive, negative
+
+
+def _load_vector(path):
+    from keras_nlp_cache.surgery.control_vector import ControlVector
+
+    try:
+        return ControlVector.load(path)
+    except (ImportError, OSError, ValueError) as e:
+        raise CommandError(e) from e
+
+
+def _check_save(args):
+    from keras_nlp_cache.surgery import vector_files
+
+    if not hasattr(args, "save"):
+        return
+    try:
+        vector_files.check_path(args.save)
+    except ValueError as e:
+        raise CommandError(e) from e
+    if not pathlib.Path(args.save).parent.is_dir():
+        raise CommandError(
+            "expected --save to name a file in a folder that exists, received "
+            f"{args.save!r}"
+        )
 
 
 def _info(args):

@@ -109,12 +109,11 @@ def test_readme(namespace, smollm2, capsys):
     (demo,) = (block for block in blocks if "default_model" in block)
     assert len(demo.splitlines()) < 15
     # A layer after every block changes the text, and so does steering.
-    texts = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("The weather today is")
-    ]
-    assert len(set(texts)) == 3
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert len(set(shown.splitlines())) == 3
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert printed[:3] == shown.splitlines()
 
 
 def test_contributing(namespace):

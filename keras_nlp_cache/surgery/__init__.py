@@ -14,6 +14,8 @@ from keras_nlp_cache.surgery.attention_edits import add_attention_sink
 from keras_nlp_cache.surgery.attention_edits import add_lora
 from keras_nlp_cache.surgery.attention_edits import replace_attention
 from keras_nlp_cache.surgery.attention_edits import replace_projections
+from keras_nlp_cache.surgery.control_vector import apply
+from keras_nlp_cache.surgery.control_vector import ControlVector
 from keras_nlp_cache.surgery.edits import insert_after
 from keras_nlp_cache.surgery.edits import insert_before
 from keras_nlp_cache.surgery.edits import keep_blocks
@@ -26,12 +28,14 @@ from keras_nlp_cache.surgery.selection import select
 
 __all__ = [
     "AttentionSink",
+    "ControlVector",
     "LowRankAdapter",
     "ScaledHeads",
     "Site",
     "ablate_heads",
     "add_attention_sink",
     "add_lora",
+    "apply",
     "insert_after",
     "insert_before",
     "keep_blocks",
