@@ -14,7 +14,8 @@ from keras_nlp_cache.models import LlamaBackbone
 PICTURE = pathlib.Path(__file__).with_name("surgery.svg")
 
 
-def main():
+def draw():
+    """The graph of a small backbone before and after surgery."""
     backbone = LlamaBackbone(
         vocabulary_size=100,
         num_layers=3,
@@ -32,22 +33,22 @@ def main():
     for title, model in (("before", backbone), ("after", edited)):
         drawn = keras.utils.model_to_dot(model, show_layer_names=True)
         cluster = pydot.Cluster(title, label=title, fontsize=28)
+        # Keras names nodes by their `id()`, which differs every time.
+        names = {}
         for node in drawn.get_nodes():
-            if node.get_name() not in ("node", "edge", "graph"):
-                node.set_name(f"{title}_{node.get_name()}")
-                node.set("shape", "plaintext")
-                node.set("fontname", "Helvetica")
-                cluster.add_node(node)
+            if node.get_name() in ("node", "edge", "graph"):
+                continue
+            names[node.get_name()] = f"{title}_{len(names)}"
+            node.set_name(names[node.get_name()])
+            node.set("shape", "plaintext")
+            node.set("fontname", "Helvetica")
+            cluster.add_node(node)
         for edge in drawn.get_edges():
-            cluster.add_edge(
-                pydot.Edge(
-                    f"{title}_{edge.get_source()}",
-                    f"{title}_{edge.get_destination()}",
-                )
-            )
+            source, destination = edge.get_source(), edge.get_destination()
+            cluster.add_edge(pydot.Edge(names[source], names[destination]))
         picture.add_subgraph(cluster)
-    picture.write(str(PICTURE), format="svg")
+    return picture
 
 
 if __name__ == "__main__":
-    main()
+    draw().write(str(PICTURE), format="svg")

@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import runpy
 import textwrap
 
 import keras
@@ -129,6 +130,17 @@ def test_contributing(namespace):
     x = to_numpy(x)
     np.testing.assert_allclose(x, to_numpy(after(inputs)), atol=1e-5, rtol=1e-5)
     assert np.abs(x - to_numpy(before(inputs))).max() > 1e-3
+
+
+def test_picture():
+    """The picture in the README shows the graphs that its script draws."""
+    script = runpy.run_path(str(ROOT / "docs" / "draw_surgery.py"))
+    shown = script["PICTURE"].read_text(encoding="utf-8")
+    labels = re.findall(r"<b>(\w+)</b>", script["draw"]().to_string())
+    assert len(labels) > 20
+    for label in labels:
+        # Keras numbers layers without a name as they come.
+        assert re.sub(r"(dense)_\d+", r"\1", label) in shown, label
 
 
 def test_commands():

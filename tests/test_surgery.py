@@ -217,6 +217,18 @@ def test_replaced_layers_are_attributes(family):
     )
 
 
+@every_family
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "float16"])
+def test_reduced_precision(family, dtype):
+    """Rounding is not taken for a layer that mixes positions."""
+    backbone = family.backbone(num_layers=BLOCKS, dtype=dtype)
+    for edit in ("insert_after", "add_lora", "add_attention_sink"):
+        edited = EDITS[edit].apply(backbone)
+        full = full_forward(edited)
+        error = np.std(cached_forward(edited, (5, 3)) - full)
+        assert error < 0.05 * np.std(full)
+
+
 COMPOSABLE = [name for name in EDITS if "tap" not in name]
 
 

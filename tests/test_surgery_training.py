@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 from keras_nlp_cache import surgery
+from tests.edits import BLOCKS
+from tests.edits import cached_forward
 from tests.edits import dense
 from tests.edits import EDITS
+from tests.edits import full_forward
 from tests.edits import greedy_loop
 from tests.edits import LENGTH
 from tests.edits import TOKENS
@@ -95,3 +98,26 @@ def test_compiled_as_the_original(family):
     )
     bare = family.ours("CausalLM")(lm.backbone, None, compile=False)
     assert not surgery.remove(bare, 0).compiled
+
+
+@every_family
+def test_upstreams_lora(family, tmp_path):
+    """`enable_lora()` finds its layers where an edit has put them."""
+    backbone = family.backbone(num_layers=BLOCKS)
+    backbone.enable_lora(2)
+    edited = surgery.insert_before(surgery.remove(backbone, 0), 0, dense)
+    rng = np.random.default_rng(0)
+    adapters = [w for w in edited.weights if "lora" in w.name]
+    assert len(adapters) == 4 * (BLOCKS - 1)
+    for weight in adapters:
+        weight.assign(0.3 * rng.normal(size=weight.shape))
+    expected = full_forward(edited)
+    np.testing.assert_allclose(
+        cached_forward(edited, (3, 5)), expected, atol=2e-5, rtol=2e-4
+    )
+    edited.save_lora_weights(str(tmp_path / "x.lora.h5"))
+    for weight in adapters:
+        weight.assign(np.zeros(weight.shape))
+    assert np.abs(full_forward(edited) - expected).max() > 1e-3
+    edited.load_lora_weights(str(tmp_path / "x.lora.h5"))
+    np.testing.assert_allclose(full_forward(edited), expected, atol=1e-6)

@@ -202,18 +202,15 @@ def _run(model, token_ids, index):
 
 def _agree(whole, *steps):
     """Whether the results for single positions make up that for all."""
+    dtype = keras.backend.standardize_dtype(whole.dtype)
+    tolerance = 1e-3 if dtype in ("float32", "float64") else 0.05
     whole, *steps = (
         ops.convert_to_numpy(ops.cast(x, "float32")) for x in (whole, *steps)
     )
     steps = np.concatenate(steps, axis=1)
     if steps.shape != whole.shape:
         return False
-    exact = keras.backend.standardize_dtype(whole.dtype) == "float32"
     scale = np.nanmax(np.abs(whole), initial=1e-6)
     return np.allclose(
-        whole,
-        steps,
-        rtol=0,
-        atol=(1e-3 if exact else 0.05) * scale,
-        equal_nan=True,
+        whole, steps, rtol=0, atol=tolerance * scale, equal_nan=True
     )
