@@ -11,6 +11,7 @@ class Site(typing.NamedTuple):
     """One call of one layer in the graph of a backbone.
 
     Args:
+        name: The layer's name, numbered from its second call on.
         layer: The layer, or another Keras operation such as an addition.
         call: int. How often the layer was called before.
         block: int, the index of its cache, for a decoder block. `None` for
@@ -19,16 +20,12 @@ class Site(typing.NamedTuple):
         node: What Keras knows of the call.
     """
 
+    name: str
     layer: typing.Any
     call: int
     block: typing.Any
     shape: tuple
     node: typing.Any
-
-    @property
-    def name(self):
-        """The layer's name, numbered from its second call on."""
-        return self.layer.name + (f"_{self.call}" if self.call else "")
 
     def __repr__(self):
         cache = "" if self.block is None else f", cache {self.block}"
@@ -49,6 +46,8 @@ def sites_of(model):
     What stands in for the inputs, positions and mask is left out.
     """
     found, calls = [], {}
+    # Another layer may have the name that a second call would get.
+    taken = {layer.name for layer in model.operations}
     cache_of = {
         id(key): i for i, (key, _) in enumerate(model._inputs_struct["cache"])
     }
@@ -59,6 +58,11 @@ def sites_of(model):
                 continue
             call = calls.get(id(layer), 0)
             calls[id(layer)] = call + 1
+            name, number = layer.name, call
+            while call and name in taken:
+                name = f"{layer.name}_{number}"
+                number += 1
+            taken.add(name)
             caches = [
                 cache_of[id(x.key)]
                 for x in node.arguments.kwargs.values()
@@ -66,6 +70,7 @@ def sites_of(model):
             ]
             found.append(
                 Site(
+                    name=name,
                     layer=layer,
                     call=call,
                     block=caches[0] if caches else None,

@@ -36,6 +36,7 @@ def documented():
             if inspect.isclass(value):
                 objects += vars(value).values()
             for x in objects:
+                x = getattr(x, "__func__", x)  # Of a class method.
                 doc = vars(x).get("__doc__") if inspect.isclass(x) else None
                 if inspect.isfunction(x):
                     doc = x.__doc__

@@ -73,6 +73,24 @@ def test_calls_of_one_layer(family):
     assert [site.call for site in surgery.select(twice, name)] == [0, 1]
 
 
+@every_family
+def test_sites_have_names_of_their_own(family):
+    """Also where a layer is called as a second call would be."""
+    lm = original(family)
+    name = lm.backbone.blocks[0].name
+    edited = surgery.insert_after(
+        surgery.repeat_blocks(lm, 0, times=3),
+        2,
+        keras.layers.Rescaling(0.5, name=f"{name}_1"),
+    )
+    assert names(edited, slice(0, 3)) == [name, f"{name}_2", f"{name}_3"]
+    every = names(edited, keras.Operation)
+    assert len(set(every)) == len(every)
+    assert names(edited, f"{name}_1") == [f"{name}_1"]
+    taps = surgery.tap(edited, keras.layers.Layer).backbone.taps
+    assert len(set(taps)) == len(taps)
+
+
 NOTHING = {
     "a name": "no_such_layer",
     "a pattern": "no_such_*",

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.surgery import vector_files
 from keras_nlp_cache.surgery.rewiring import backbone_of
 from keras_nlp_cache.surgery.rewiring import rewire_sites
@@ -433,7 +434,13 @@ def _hidden_dim(backbone):
 
 
 def _model_hint(backbone):
-    return type(backbone).__name__.removesuffix("Backbone").lower()
+    """The family in the words of transformers, where Llama 3 is a Llama."""
+    *_, family = (
+        cls
+        for cls in type(backbone).__mro__
+        if issubclass(cls, CachedBackbone) and cls is not CachedBackbone
+    )
+    return family.__name__.removesuffix("Backbone").lower()
 
 
 def _direction(block, x):
