@@ -26,6 +26,7 @@ from keras_nlp_cache import saved_graph
 from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.sharing import attributes
+from keras_nlp_cache.sites import Site
 from keras_nlp_cache.sites import sites_of
 from keras_nlp_cache.step import AttentionMask
 from keras_nlp_cache.step import Positions
@@ -49,10 +50,6 @@ def without_taps():
         yield
     finally:
         _without_taps.reset(token)
-
-
-def _call_site(site, *args, **kwargs):
-    return site.layer(*args, **kwargs)
 
 
 def plain_python(function):
@@ -140,8 +137,8 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         for block in self.blocks:
             specialize(block, self.block_cls)
         graph = keras.Function(inputs, outputs)
-        # Which of its layers a saved edited model refers to by number. Weak:
-        # what an edit removed is to be freed.
+        # The numbers by which a saved edit refers to layers. Weak, for an edit
+        # that removes a layer not to keep it.
         self._constructed = weakref.WeakKeyDictionary()
         for i, layer in enumerate(graph.operations):
             if isinstance(layer, keras.layers.Layer):
@@ -391,7 +388,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             return self.call(inputs, *args, **kwargs)
         if isinstance(inputs["token_ids"], keras.KerasTensor):
             if self.taps and not _without_taps.get():
-                return self.replay(inputs, None, _call_site)
+                return self.replay(inputs, None, Site.__call__)
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None, **kwargs):

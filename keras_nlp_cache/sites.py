@@ -32,6 +32,10 @@ class Site(typing.NamedTuple):
         kind = type(self.layer).__name__
         return f"Site({self.name}: {kind} -> {self.shape}{cache})"
 
+    def __call__(self, *args, **kwargs):
+        """Calls the layer."""
+        return self.layer(*args, **kwargs)
+
     def without_cache(self, arguments):
         """The keyword arguments of the call but for the cache."""
         if self.block is None:

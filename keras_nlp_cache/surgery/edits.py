@@ -7,6 +7,7 @@ import keras
 from keras_nlp_cache.attention import first_argument
 from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
+from keras_nlp_cache.sites import Site
 from keras_nlp_cache.surgery.rewiring import backbone_of
 from keras_nlp_cache.surgery.rewiring import EditError
 from keras_nlp_cache.surgery.rewiring import rewire_sites
@@ -155,7 +156,7 @@ def keep_blocks(model, where):
         if site.block is not None and site not in kept
     ]
     if not others:
-        return rewire_sites(model, _as_it_is)
+        return rewire_sites(model, Site.__call__)
     return remove(model, others)
 
 
@@ -238,11 +239,7 @@ def tap(model, where):
     })
     ```
     """
-    return rewire_sites(model, _as_it_is, tapped=select(model, where))
-
-
-def _as_it_is(site, *args, **kwargs):
-    return site.layer(*args, **kwargs)
+    return rewire_sites(model, Site.__call__, tapped=select(model, where))
 
 
 def _layers(layer):
