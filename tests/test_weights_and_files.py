@@ -10,6 +10,7 @@ import pytest
 import keras_nlp_cache
 from keras_nlp_cache import models
 from keras_nlp_cache.backbone import CachedBackbone
+from tests import text
 from tests.families import decode
 from tests.families import every_family
 from tests.families import FAMILIES
@@ -158,6 +159,52 @@ def test_task_presets(family, tmp_path):
             assert type(loaded.backbone) is type(backbone)
             loaded.compile(sampler="greedy")
             assert loaded.generate(prompt, max_length=20) == expected
+
+
+def test_special_tokens_of_another_model(tmp_path):
+    """Upstream forgets them, and cannot load what it saved of such a model."""
+    family = next(x for x in FAMILIES if x.prefix == "Llama3")
+    arguments = text.tokenizer_arguments("Llama3")
+    arguments["vocabulary"] = {
+        token.replace("<|", "<|im_"): i
+        for token, i in arguments["vocabulary"].items()
+    }
+
+    def task(package):
+        tokenizer = keras_hub.models.Llama3Tokenizer(
+            **arguments,
+            bos_token="<|im_begin_of_text|>",
+            eos_token="<|im_end_of_text|>",
+            misc_special_tokens={"<|im_eot_id|>"},
+        )
+        preprocessor = keras_hub.models.Llama3CausalLMPreprocessor(
+            tokenizer, sequence_length=16
+        )
+        backbone = family.backbone(vocabulary_size=tokenizer.vocabulary_size())
+        if package is keras_hub.models:
+            backbone = family.upstream_backbone(
+                backbone, vocabulary_size=tokenizer.vocabulary_size()
+            )
+        return package.Llama3CausalLM(backbone, preprocessor)
+
+    task(keras_hub.models).save_to_preset(tmp_path / "upstream")
+    with pytest.raises(ValueError, match="special token"):
+        keras_hub.models.Llama3Tokenizer.from_preset(str(tmp_path / "upstream"))
+    ours = task(models)
+    ours.compile(sampler="greedy")
+    expected = ours.generate("the fox", max_length=16)
+    ours.save_to_preset(tmp_path / "ours")
+    ours.save(tmp_path / "ours.keras")
+    for loaded in (
+        models.CausalLM.from_preset(str(tmp_path / "ours")),
+        keras.saving.load_model(tmp_path / "ours.keras"),
+    ):
+        assert type(loaded) is type(ours)
+        loaded.compile(sampler="greedy")
+        assert loaded.generate("the fox", max_length=16) == expected
+        tokenizer = loaded.preprocessor.tokenizer
+        assert tokenizer.end_token == "<|im_end_of_text|>"
+        assert tokenizer.special_token_000 == "<|im_eot_id|>"
 
 
 @every_family
