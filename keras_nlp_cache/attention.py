@@ -5,73 +5,14 @@ together with upstream's attention layer and states only what differs: how it
 projects, how it scales, whether it caps its logits or slides a window.
 """
 
+import functools
+
 from keras import ops
 
+from keras_nlp_cache.attend import attend
+from keras_nlp_cache.attend import attend_filled
+from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import LayerCache
-from keras_nlp_cache.cache import MASKED
-
-
-def attend(
-    query, key, value, mask, scale, soft_cap=None, dropout=None, sink=None
-):
-    """Scaled dot-product attention with grouped queries.
-
-    Each key/value head serves `query_heads / key_value_heads` query heads. The
-    queries are grouped by the head that serves them, so that the keys and
-    values are read where they lie and never repeated.
-
-    Args:
-        query: Tensor `(B, T, query_heads, head_dim)`.
-        key: Tensor `(B, key_value_heads, S, head_dim)`.
-        value: Tensor `(B, key_value_heads, S, head_dim)`.
-        mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits.
-        scale: float. Multiplies the logits.
-        soft_cap: Optional float. Bounds the logits to `(-soft_cap, soft_cap)`
-            by a tanh, as in Gemma 2 (https://arxiv.org/abs/2408.00118).
-        dropout: Optional callable, applied to the attention weights.
-        sink: Optional tensor `(query_heads,)`. One more logit for each head,
-            of a key that has no value: what is attended there is attended
-            nowhere else.
-
-    Returns:
-        A tensor `(B, T, query_heads, head_dim)` of the dtype of `query`. Zero
-        for a query that may attend to nothing.
-
-    Reference:
-        Grouped-query attention, https://arxiv.org/abs/2305.13245
-    """
-    dtype = query.dtype
-    batch, length, query_heads, head_dim = ops.shape(query)
-    heads, max_length = ops.shape(key)[1:3]
-    groups = query_heads // heads
-
-    query = ops.reshape(query, (batch, length, heads, groups, head_dim))
-    query = ops.transpose(query, (0, 2, 3, 1, 4))
-    query = ops.reshape(query, (batch, heads, groups * length, head_dim))
-    logits = ops.matmul(query, ops.cast(ops.swapaxes(key, 2, 3), dtype))
-    logits = ops.cast(logits, "float32") * scale
-    if soft_cap is not None:
-        logits = ops.tanh(logits / soft_cap) * soft_cap
-    logits = ops.reshape(logits, (batch, heads, groups, length, max_length))
-    logits = logits + mask[:, :, None]
-    if sink is None:
-        weights = ops.softmax(logits, axis=-1)
-    else:
-        sink = ops.reshape(ops.cast(sink, "float32"), (heads, groups, 1, 1))
-        sink = ops.broadcast_to(sink, (*ops.shape(logits)[:-1], 1))
-        logits = ops.concatenate([logits, sink], axis=-1)
-        weights = ops.softmax(logits, axis=-1)[..., :-1]
-    weights = ops.cast(weights, dtype)
-    if dropout is not None:
-        weights = dropout(weights)
-
-    weights = ops.reshape(weights, (batch, heads, groups * length, max_length))
-    output = ops.matmul(weights, ops.cast(value, dtype))
-    output = ops.reshape(output, (batch, heads, groups, length, head_dim))
-    output = ops.transpose(output, (0, 3, 1, 2, 4))
-    output = ops.reshape(output, (batch, length, query_heads, head_dim))
-    sees_any = ops.max(mask, axis=-1) > MASKED / 2
-    return output * ops.cast(sees_any, dtype)[:, 0, :, None, None]
 
 
 def first_argument(args, kwargs):
@@ -159,9 +100,7 @@ class CachedAttention:
         remembered = cache.update(
             ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         )
-        # No default on the class: it would hide what PyTorch keeps apart.
-        attention_function = getattr(self, "replaced_attention", attend)
-        x = attention_function(
+        x = self._attention_function(cache, ops.shape(x)[1])(
             query=query,
             key=remembered.key,
             value=remembered.value,
@@ -173,3 +112,11 @@ class CachedAttention:
         if cache.key is None:
             return self.merge_heads(x), (None, None)
         return self.merge_heads(x), (remembered.key, remembered.value)
+
+    def _attention_function(self, cache, length):
+        if hasattr(self, "replaced_attention"):
+            return self.replaced_attention
+        if cache.key is None or not is_owned():
+            return attend
+        filled = ops.cast(cache.index, "int32") + length
+        return functools.partial(attend_filled, filled=filled)

@@ -41,6 +41,11 @@ def owned_cache():
         _owned.reset(token)
 
 
+def is_owned():
+    """Whether the caches of this scope belong to the caller."""
+    return _owned.get()
+
+
 def slots(index, length):
     """The slots that `length` tokens written at `index` take, `(length,)`."""
     return ops.arange(length, dtype="int32") + ops.cast(index, "int32")
@@ -167,6 +172,6 @@ def _write(slots_of_head, update, index):
     # `ops.slice_update` reads the index back into Python on torch; an index
     # kernel leaves it on the device.
     where = ops.cast(slots(index, update.shape[2]), "int64")
-    if _owned.get():
+    if is_owned():
         return slots_of_head.index_copy_(2, where, update)
     return slots_of_head.index_copy(2, where, update)

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_nlp_cache.attention import attend
+from keras_nlp_cache.attend import attend
 from keras_nlp_cache.saved_graph import deserialize_layer
 from keras_nlp_cache.saved_graph import serialize_layer
 

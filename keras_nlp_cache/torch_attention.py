@@ -1,0 +1,67 @@
+"""Attention to a prefix of a cache, as one operator of PyTorch.
+
+How long the prefix is, is a value, and what is captured of a decode step knows
+no values. So the operator is captured as a whole, and looks when it runs.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from keras_nlp_cache.cache import MASKED
+
+_LIBRARY = torch.library.Library("keras_nlp_cache", "DEF")
+_LIBRARY.define(
+    "attend_prefix(Tensor query, Tensor key, Tensor value, Tensor mask, "
+    "Tensor filled, float scale, float? soft_cap) -> Tensor"
+)
+
+
+def attend_prefix(
+    query, key, value, mask, filled, scale, soft_cap=None, dropout=None
+):
+    """Attends to the first `filled` slots. See `attend.attend_filled()`.
+
+    Nothing is trained through a cache that a loop owns, so there is no
+    dropout.
+    """
+    return torch.ops.keras_nlp_cache.attend_prefix(
+        query, key, value, mask, filled, scale, soft_cap
+    )
+
+
+def _attend_prefix(query, key, value, mask, filled, scale, soft_cap):
+    if filled.is_cpu:
+        # On another device, to look would be to wait for it.
+        filled = int(filled)
+        key, value = key[:, :, :filled], value[:, :, :filled]
+        mask = mask[..., :filled]
+    dtype, heads = query.dtype, key.shape[1]
+    groups, length = query.shape[2] // heads, query.shape[1]
+    if length == 1:
+        query = query.view(-1, heads, groups, query.shape[3])
+    else:
+        query = query.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4)
+        query = query.flatten(2, 3)
+    key, value = key.to(dtype), value.to(dtype)
+    bias = mask if length == 1 else mask.repeat(1, 1, groups, 1)
+    if soft_cap is None:
+        # A softmax over infinities would not be a number.
+        bias = bias.clamp(min=torch.finfo(dtype).min / 2).to(dtype)
+        x = scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, scale=scale
+        )
+    else:
+        logits = torch.matmul(query, key.transpose(2, 3)).float() * scale
+        logits = torch.tanh(logits / soft_cap) * soft_cap + bias
+        x = torch.matmul(torch.softmax(logits, dim=-1).to(dtype), value)
+    x = x.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    sees_any = mask.amax(dim=-1) > MASKED / 2
+    return x * sees_any[:, 0, :, None, None].to(dtype)
+
+
+_LIBRARY.impl("attend_prefix", _attend_prefix, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("keras_nlp_cache::attend_prefix", lib=_LIBRARY)
+def _(query, key, value, mask, filled, scale, soft_cap):
+    return torch.empty_like(query)

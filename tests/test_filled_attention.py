@@ -1,0 +1,70 @@
+"""Attention to what is filled gives what attention to all slots gives."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_nlp_cache.attend import attend
+from keras_nlp_cache.attend import attend_filled
+from keras_nlp_cache.attend import BLOCK
+from keras_nlp_cache.cache import causal_mask
+from keras_nlp_cache.cache import MASKED
+
+SLOTS = (64, 2 * BLOCK, 3 * BLOCK, 2 * BLOCK + 8)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    slots=st.sampled_from(SLOTS),
+    filled=st.floats(0, 1),
+    length=st.sampled_from([1, 3]),
+    soft_cap=st.sampled_from([None, 5.0]),
+    window=st.sampled_from([None, 7]),
+    seed=st.integers(0, 2**16),
+)
+def test_equal(slots, filled, length, soft_cap, window, seed):
+    index = round(filled * (slots - length))
+    rng = np.random.default_rng(seed)
+    query = rng.normal(size=(2, length, 4, 8)).astype("float32")
+    key, value = rng.normal(size=(2, 2, 2, slots, 8)).astype("float32")
+    # What lies past the filled slots is not to be looked at.
+    key[:, :, index + length :] = value[:, :, index + length :] = 1e3
+    query, key, value = map(ops.convert_to_tensor, (query, key, value))
+    mask = causal_mask(index, length, slots, window)[None, None]
+    kwargs = dict(query=query, key=key, value=value, mask=mask, scale=0.35)
+    expected = attend(**kwargs, soft_cap=soft_cap)
+    actual = attend_filled(
+        **kwargs,
+        soft_cap=soft_cap,
+        filled=ops.convert_to_tensor(index + length, "int32"),
+    )
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(actual),
+        ops.convert_to_numpy(expected),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_query_that_sees_nothing(dtype):
+    x = ops.ones((1, 2, 2 * BLOCK, 4), dtype)
+    query = ops.ones((1, 2, 4, 4), dtype)
+    mask = np.zeros((1, 1, 2, 2 * BLOCK), "float32")
+    mask[:, :, 1] = MASKED
+    output = attend_filled(
+        query=query,
+        key=x,
+        value=x,
+        mask=ops.convert_to_tensor(mask),
+        scale=1.0,
+        filled=ops.convert_to_tensor(BLOCK + 3, "int32"),
+    )
+    assert keras.backend.standardize_dtype(output.dtype) == dtype
+    output = ops.convert_to_numpy(ops.cast(output, "float32"))
+    np.testing.assert_allclose(output[:, 0], 1.0, rtol=1e-2)
+    np.testing.assert_array_equal(output[:, 1], 0.0)
