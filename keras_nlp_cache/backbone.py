@@ -205,6 +205,22 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
                 exceeds the positions of the model, or if `dtype` is not
                 floating.
         """
+        self.check_cache_size(batch_size, max_length)
+        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            raise ValueError(
+                f"Expected `dtype` to be a floating dtype. Received: {dtype}."
+            )
+        return tuple(
+            tuple(
+                ops.zeros((batch_size, heads, max_length, dim), dtype=dtype)
+                for _ in range(2)
+            )
+            for heads, dim in self.cache_spec
+        )
+
+    def check_cache_size(self, batch_size, max_length):
+        """Raises what `make_cache()` raises for sizes that it cannot make."""
         for name, size in (
             ("batch_size", batch_size),
             ("max_length", max_length),
@@ -227,18 +243,6 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
                     f"{self.max_positions} positions that the model learned "
                     f"(`max_sequence_length`). Received: {max_length}."
                 )
-        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
-        if not keras.backend.is_float_dtype(dtype):
-            raise ValueError(
-                f"Expected `dtype` to be a floating dtype. Received: {dtype}."
-            )
-        return tuple(
-            tuple(
-                ops.zeros((batch_size, heads, max_length, dim), dtype=dtype)
-                for _ in range(2)
-            )
-            for heads, dim in self.cache_spec
-        )
 
     @property
     def cache_spec(self):

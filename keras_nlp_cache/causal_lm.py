@@ -1,6 +1,7 @@
 """The task that generates through the backbone's graph."""
 
 import keras_hub
+import numpy as np
 from keras import ops
 from keras.src.models.functional import Functional
 from keras_hub.src.utils.pipeline_model import PipelineModel
@@ -8,10 +9,12 @@ from keras_hub.src.utils.preset_utils import get_preset_loader
 from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
+from keras_nlp_cache import loops
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import owned_cache
-from keras_nlp_cache.decode_step import compile_decode_step
+from keras_nlp_cache.loops.generation import slots_for
+from keras_nlp_cache.loops.generation import supports
 
 
 # For the second base see `CachedBackbone`.
@@ -47,8 +50,6 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
     Reference:
         https://github.com/keras-team/keras-hub/issues/1862
     """
-
-    decode_step_function = None
 
     def __init__(self, backbone, *args, **kwargs):
         if not isinstance(backbone, CachedBackbone):
@@ -124,32 +125,61 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         with owned_cache():
             return super().generate_step(inputs, stop_token_ids)
 
-    def make_decode_step(self):
-        """Returns one compiled step of generation, made at the first call.
-
-        See `keras_nlp_cache.decode_step`.
-        """
-        if self.decode_step_function is None:
-            self.decode_step_function = compile_decode_step(self)
-        return self.decode_step_function
-
     def compile(self, *args, **kwargs):
-        super().compile(*args, **kwargs)
-        self.decode_step_function = None
+        """Configures training and generation.
 
-    def _post_quantize(self, mode, **kwargs):
-        super()._post_quantize(mode, **kwargs)
-        self.decode_step_function = None
+        Upstream's method. `run_eagerly` and `jit_compile` hold for generation
+        too; `jit_compile="auto"`, the default, uses XLA wherever it is there,
+        and never PyTorch's Inductor.
+        """
+        super().compile(*args, **kwargs)
+        self.generation_jit_compile = bool(kwargs.get("jit_compile", True))
+        self._loop = None
+
+    @property
+    def generation_loop(self):
+        """The `keras_nlp_cache.loops.Loop` that the model generates with.
+
+        Kept, with what it compiled, while the model has the same variables:
+        their values may change.
+        """
+        if self._loop is None or not self._loop.is_current():
+            self._loop = loops.make_loop(self)
+        return self._loop
 
     def make_generate_function(self):
-        """Returns the generation function, with its inputs checked."""
-        generate = super().make_generate_function()
+        """Returns the function that generates from a batch of tokens."""
+        if supports(self.sampler):
+            generate = self._generate
+        else:
+            generate = super().make_generate_function()
 
         def checked_generate(inputs, stop_token_ids=None):
             _check_prompts(inputs)
             return generate(inputs, stop_token_ids=stop_token_ids)
 
         return checked_generate
+
+    def _generate(self, inputs, stop_token_ids):
+        token_ids = ops.convert_to_numpy(inputs["token_ids"])
+        given = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
+        length = token_ids.shape[1]
+        generation = self.generation_loop.prefill(
+            token_ids, given, slots_for(length, self.backbone.max_positions)
+        )
+        generation = self.generation_loop.decode(
+            generation,
+            length,
+            () if stop_token_ids is None else stop_token_ids,
+        )
+        token_ids = ops.convert_to_numpy(generation.token_ids)[:, :length]
+        if stop_token_ids is None:
+            padding_mask = np.ones_like(given)
+        else:
+            ends = np.isin(token_ids, stop_token_ids) & ~given
+            # True up to the first end, and there.
+            padding_mask = np.cumsum(ends, axis=1) - ends == 0
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
 
     def generate(
         self,
@@ -280,6 +310,4 @@ def _check_text(prompts, max_length, preprocessor):
 
 def _lengths(padding_mask):
     """The number of tokens in each row, as a NumPy array."""
-    return ops.convert_to_numpy(
-        ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
-    )
+    return ops.convert_to_numpy(padding_mask).astype("int32").sum(axis=-1)

@@ -3,6 +3,8 @@
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache.loops.generation import slots_for
+
 # What `detokenize()` puts in place of bytes that are not yet a character.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -94,25 +96,14 @@ def stream_tokens(lm, token_ids, max_new_tokens):
             f"that the model learned. Received: {length} + {max_new_tokens}. "
             "Shorten the prompt or lower `max_new_tokens`."
         )
-    # Sizes are rounded up so that prompts of similar length share what was
-    # compiled. The slots past the prompt are overwritten before they are seen.
-    padded = _round_up(length, limit)
-    prompt = np.zeros((1, padded), "int32")
-    prompt[0, :length] = token_ids
-    cache = lm.backbone.make_cache(
-        1, _round_up(max(padded, length + max_new_tokens), limit)
+    loop = lm.generation_loop
+    prompt = np.asarray(token_ids, "int32")[None]
+    generation = loop.prefill(
+        prompt, np.ones_like(prompt), slots_for(length + max_new_tokens, limit)
     )
-    step = lm.make_decode_step()
-    token, cache = step(ops.convert_to_tensor(prompt), cache, 0, length - 1)
-    yield int(token[0])
-    for index in range(length, length + max_new_tokens - 1):
-        token, cache = step(token[:, None], cache, index, 0)
-        yield int(token[0])
-
-
-def _round_up(size, limit):
-    size = max(32, 1 << (size - 1).bit_length())
-    return size if limit is None else min(size, limit)
+    for end in range(length + 1, length + max_new_tokens + 1):
+        generation = loop.decode(generation, end)
+        yield int(ops.convert_to_numpy(generation.token_ids)[0, end - 1])
 
 
 def _tokenize(preprocessor, prompt):

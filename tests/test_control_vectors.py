@@ -424,9 +424,9 @@ def test_strength_is_assigned_between_streams(monkeypatch):
     layer = steered.backbone.get_layer("control_vector")
     for strength in (-3.0, 0.0, 3.0):
         layer.strength.assign(strength)
-        step = steered.make_decode_step()
+        loop = steered.generation_loop
         text = "".join(x for x, _ in stream(steered, "the fox", 8, None))
-        assert steered.make_decode_step() is step
+        assert steered.generation_loop is loop
         fresh = vector_for([0, 1]).apply(lm, strength)
         assert text == "".join(x for x, _ in stream(fresh, "the fox", 8, None))
 

@@ -78,15 +78,6 @@ def test_a_seeded_sampler_repeats_itself(family):
     assert list(stream_tokens(lm, PROMPT[0], 8)) != runs[0]
 
 
-def test_what_is_compiled_is_kept_until_it_is_stale():
-    lm = FAMILIES[0].lm_pair[0]
-    lm.compile(sampler="greedy")
-    step = lm.make_decode_step()
-    assert lm.make_decode_step() is step
-    lm.compile(sampler="top_k")
-    assert lm.make_decode_step() is not step
-
-
 def test_mistakes():
     lm = FAMILIES[0].lm_pair[0]
     with pytest.raises(ValueError, match="`preprocessor`"):

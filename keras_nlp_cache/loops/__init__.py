@@ -1,0 +1,38 @@
+"""The loop that generates tokens, as fast as each backend can run it.
+
+`generation.py` says what is done: a prompt is *prefilled* into a cache, then
+*decode steps* add one token each. One module per backend says how it is
+compiled. All share one interface, `Loop`.
+"""
+
+import keras
+
+from keras_nlp_cache.loops.generation import Loop
+
+
+def make_loop(lm):
+    """Makes the loop for a model, its sampler and the backend.
+
+    Args:
+        lm: A `CausalLM`, compiled. Its `run_eagerly` and its `jit_compile` are
+            respected.
+
+    Returns:
+        A `Loop`.
+    """
+    if lm.run_eagerly:
+        return Loop(lm)
+    backend = keras.config.backend()
+    if backend == "jax":
+        from keras_nlp_cache.loops.jax_loop import JaxLoop
+
+        return JaxLoop(lm)
+    if backend == "tensorflow":
+        from keras_nlp_cache.loops.tensorflow_loop import TensorFlowLoop
+
+        return TensorFlowLoop(lm)
+    if backend == "torch":
+        from keras_nlp_cache.loops.torch_loop import TorchLoop
+
+        return TorchLoop(lm)
+    return Loop(lm)

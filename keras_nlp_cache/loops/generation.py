@@ -1,0 +1,241 @@
+"""What generating is: a prefill, then decode steps."""
+
+import typing
+
+import numpy as np
+from keras import ops
+from keras_hub.samplers import Sampler
+
+from keras_nlp_cache.cache import owned_cache
+
+# The fewest slots of a cache. Sizes are powers of two, so that texts of similar
+# length share what was compiled.
+FEWEST_SLOTS = 256
+
+
+class Generation(typing.NamedTuple):
+    """A batch of texts, and all that is needed to go on with them.
+
+    Attributes:
+        token_ids: int32 `(B, S)`. Zeros after the last token.
+        given: bool `(B, S)`. Where a token is part of a prompt.
+        done: bool `(B,)`. Which rows have generated a stop token.
+        index: int32 scalar. The slot of the last token, of which nothing is in
+            the cache yet.
+        cache: As from `backbone.make_cache(B, S)`.
+    """
+
+    token_ids: typing.Any
+    given: typing.Any
+    done: typing.Any
+    index: typing.Any
+    cache: typing.Any
+
+
+def supports(sampler):
+    """Whether a sampler picks one token at a time from a distribution.
+
+    Greedy, top-k, top-p, random, and all that define `get_next_token()` alone.
+    Those with a loop of their own (beam, contrastive, speculative) run it.
+    """
+    return (
+        isinstance(sampler, Sampler)
+        and type(sampler).__call__ is Sampler.__call__
+        and type(sampler).run_loop is Sampler.run_loop
+    )
+
+
+def slots_for(length, limit=None):
+    """How many slots to make for a text of some length.
+
+    Args:
+        length: int.
+        limit: Optional int. The number of positions that the model learned.
+    """
+    slots = max(FEWEST_SLOTS, 1 << (length - 1).bit_length())
+    return slots if limit is None else max(length, min(slots, limit))
+
+
+def decode_step(lm, call, generation, stop_token_ids):
+    """Generates one token in every row.
+
+    Args:
+        lm: A `CausalLM`.
+        call: Function from a `Generation` to `(logits, cache)`, logits
+            `(B, vocabulary_size)` of what follows its last tokens.
+        generation: A `Generation`.
+        stop_token_ids: int32 `(N,)`.
+
+    Returns:
+        The `Generation` with one token more. Where the prompt of a row is
+        longer than that of others, the token is the prompt's.
+    """
+    token_ids, given, done, index, cache = generation
+    batch = ops.shape(token_ids)[0]
+    logits, cache = call(generation)
+    probabilities = lm.sampler.compute_probabilities(logits)
+    next_token = lm.sampler.get_next_token(probabilities)
+
+    index = index + 1
+    known = ops.slice(token_ids, (0, index), (batch, 1))[:, 0]
+    is_given = ops.slice(given, (0, index), (batch, 1))[:, 0]
+    next_token = ops.where(is_given, known, ops.cast(next_token, "int32"))
+    stops = ops.any(next_token[:, None] == stop_token_ids[None], axis=1)
+    done = ops.logical_or(
+        done, ops.logical_and(stops, ops.logical_not(is_given))
+    )
+    token_ids = ops.slice_update(token_ids, (0, index), next_token[:, None])
+    return Generation(token_ids, given, done, index, cache)
+
+
+def unfinished(generation, limit):
+    """Whether there is room for another token, and a row to use it."""
+    return ops.logical_and(
+        generation.index + 1 < limit,
+        ops.logical_not(ops.all(generation.done)),
+    )
+
+
+class Loop:
+    """Generation with its loop in Python, on any backend.
+
+    The compiled loops are subclasses, and replace methods with an underscore.
+
+    Args:
+        lm: A `CausalLM` whose sampler is one that `supports()` knows.
+
+    Attributes:
+        compilations: int. How many functions were compiled so far.
+    """
+
+    # A prompt goes through the model in pieces, for memory to be bounded.
+    chunk = 512
+    compilations = 0
+
+    def __init__(self, lm):
+        self.lm = lm
+        self.variables = lm.variables
+
+    def is_current(self):
+        """Whether the model still has the variables it had."""
+        now = self.lm.variables
+        return len(now) == len(self.variables) and all(
+            a is b for a, b in zip(now, self.variables)
+        )
+
+    def prefill(self, token_ids, given, slots):
+        """Starts to generate after prompts.
+
+        Args:
+            token_ids: int32 array `(B, T)`, prompts padded at their end.
+            given: bool array `(B, T)`, false for padding.
+            slots: int. How long texts may become; see `slots_for()`.
+
+        Returns:
+            A `Generation` up to the end of the shortest prompt.
+
+        Raises:
+            ValueError: If the model learned fewer positions than `slots`.
+        """
+        self.lm.backbone.check_cache_size(len(token_ids), slots)
+        padding = ((0, 0), (0, slots - token_ids.shape[1]))
+        return self._prefill(
+            np.pad(np.asarray(token_ids, "int32"), padding),
+            np.pad(np.asarray(given, "bool"), padding),
+            np.int32(np.sum(given, axis=1).min()),
+        )
+
+    def decode(self, generation, limit, stop_token_ids=()):
+        """Generates until texts have some length, or all rows are done.
+
+        Args:
+            generation: A `Generation`, not to be used any more.
+            limit: int. The number of tokens to reach, prompts included.
+            stop_token_ids: Sequence of ints. A row is done once it has
+                generated one of them.
+
+        Returns:
+            The `Generation` that was reached.
+        """
+        # Padded, so that their number compiles nothing.
+        stop = np.full(max(8, len(stop_token_ids)), -1, "int32")
+        stop[: len(stop_token_ids)] = stop_token_ids
+        return self._decode(generation, np.int32(limit), stop)
+
+    def _prefill(self, token_ids, given, length):
+        with owned_cache():
+            cache = self.lm.backbone.make_cache(*token_ids.shape)
+            for start in range(0, length - 1, self.chunk):
+                end = min(start + self.chunk, int(length) - 1)
+                _, cache = self.lm.run_backbone(
+                    token_ids[:, start:end], cache, start
+                )
+        return Generation(
+            token_ids=ops.convert_to_tensor(token_ids),
+            given=ops.convert_to_tensor(given),
+            done=ops.zeros(len(token_ids), "bool"),
+            index=int(length) - 1,
+            cache=cache,
+        )
+
+    def _decode(self, generation, limit, stop_token_ids):
+        stop_token_ids = ops.convert_to_tensor(stop_token_ids)
+        call = self._make_call()
+        with owned_cache():
+            while unfinished(generation, limit):
+                generation = decode_step(
+                    self.lm, call, generation, stop_token_ids
+                )
+        return generation
+
+    def _make_call(self):
+        """The `call` of `decode_step()`."""
+
+        def call(generation):
+            token_ids, _, _, index, cache = generation
+            batch = ops.shape(token_ids)[0]
+            logits, _, cache = self.lm.call_with_cache(
+                ops.slice(token_ids, (0, index), (batch, 1)), cache, index
+            )
+            return logits[:, 0], cache
+
+        return call
+
+
+class CompiledLoop(Loop):
+    """What loops that are compiled as a whole have in common."""
+
+    # A prompt fills its last chunk by half on average, and 32 rows are enough
+    # to keep two cores busy. One size, for one compilation.
+    chunk = 32
+
+    def _fill(self, token_ids, given, length, cache):
+        """Prefills, to be compiled: `length` is a tensor."""
+        batch, slots = ops.shape(token_ids)
+        chunk = min(self.chunk, slots)
+
+        def body(i, cache):
+            # The last chunk may overlap the one before, and writes the same.
+            # What it writes past the prompt is written again before it is read.
+            start = ops.minimum(i * chunk, slots - chunk)
+            tokens = ops.slice(token_ids, (0, start), (batch, chunk))
+            return self.lm.run_backbone(tokens, cache, start)[1]
+
+        with owned_cache():
+            cache = ops.fori_loop(
+                0, (length - 1 + chunk - 1) // chunk, body, cache
+            )
+        return Generation(
+            token_ids=token_ids,
+            given=given,
+            done=ops.zeros((batch,), "bool"),
+            index=length - 1,
+            cache=cache,
+        )
+
+    def _step(self, generation, stop_token_ids):
+        """One decode step, to be compiled."""
+        with owned_cache():
+            return decode_step(
+                self.lm, self._make_call(), generation, stop_token_ids
+            )

@@ -1,0 +1,201 @@
+"""A PyTorch function, captured once and replayed without Keras.
+
+A decode step of a small model spends most of its time in Python, calling
+layers. Captured, it is a list of operators and no more. Those that give the
+same result at every call or in every layer (rotary tables, masks, conversions)
+are then done once.
+"""
+
+import math
+import operator
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+_aten = torch.ops.aten
+_RESHAPES = (
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.expand.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+)
+
+
+def capture(function, *args):
+    """Captures what a function does to tensors.
+
+    Args:
+        function: Takes tensors, in any nesting, and returns tensors. May modify
+            its arguments in place. What it does must not depend on values.
+        *args: Tensors to capture it with. Only their shapes, dtypes and
+            devices count: nothing is computed.
+
+    Returns:
+        A `torch.fx.GraphModule` that takes the arguments of the function as one
+        flat list.
+    """
+    flat, structure = pytree.tree_flatten(args)
+
+    def flat_function(*flat):
+        with _EinsumAsMatmul():
+            return function(*pytree.tree_unflatten(flat, structure))
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad():
+        fakes = [mode.from_tensor(x.detach()) for x in flat]
+        module = make_fx(flat_function)(*fakes)
+    _fold_constants(module)
+    _merge_reshapes(module.graph)
+    _share_repeated(module.graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+class _EinsumAsMatmul(TorchFunctionMode):
+    """Turns the einsum of a dense layer into one matrix product.
+
+    `torch.einsum` moves dimensions about and ends in a batched product, several
+    operators for what is a matrix times a vector in a decode step.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.einsum:
+            output = _dense_einsum(*args)
+            if output is not None:
+                return output
+        return function(*args, **(kwargs or {}))
+
+
+def _dense_einsum(equation, *operands):
+    """The result, if the last axes of `x` meet the first of a kernel."""
+    if len(operands) != 2 or "." in equation:
+        return None
+    terms, output = equation.replace(" ", "").split("->")
+    x_axes, kernel_axes = terms.split(",")
+    count = len(set(x_axes) & set(kernel_axes))
+    kept, contracted = x_axes[:-count], x_axes[-count:]
+    free = kernel_axes[count:]
+    if count == 0 or kernel_axes[:count] != contracted or output != kept + free:
+        return None
+    x, kernel = operands
+    x_shape, kernel_shape = x.shape[: len(kept)], kernel.shape[count:]
+    size = math.prod(kernel.shape[:count])
+    product = x.reshape(*x_shape, size) @ kernel.reshape(size, -1)
+    return product.reshape(*x_shape, *kernel_shape)
+
+
+def _is_repeatable(node):
+    """Whether a call has no effect and always the same result."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        return False
+    return not node.target._schema.is_mutable
+
+
+def _modified_arguments(node):
+    """The arguments of a call that it modifies in place."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    return [
+        x
+        for x, argument in zip(node.args, node.target._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _storage(node):
+    """What a tensor shares with its views, `None` for anything else."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage()._cdata
+    return None
+
+
+def _fold_constants(module):
+    """Computes now what depends on no argument, and keeps one of each."""
+    graph, values, constants = module.graph, {}, {}
+
+    def value_of(x):
+        return values[x] if isinstance(x, torch.fx.Node) else x
+
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            values[node] = operator.attrgetter(node.target)(module)
+        elif node.op == "call_function" and _is_repeatable(node):
+            if all(x in values for x in node.all_input_nodes):
+                args, kwargs = torch.fx.node.map_arg(
+                    (node.args, node.kwargs), value_of
+                )
+                values[node] = node.target(*args, **kwargs)
+    for node, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if all(user in values for user in node.users):
+            continue
+        key = (value.dtype, tuple(value.shape), str(value.tolist()))
+        if key not in constants:
+            name = f"constant_{len(constants)}"
+            module.register_buffer(name, value, persistent=False)
+            with graph.inserting_before(next(iter(graph.nodes))):
+                constants[key] = graph.get_attr(name)
+            constants[key].meta = node.meta
+        node.replace_all_uses_with(constants[key])
+    graph.eliminate_dead_code()
+
+
+def _merge_reshapes(graph):
+    """Replaces chains of reshapes by one, and those to the same shape by none.
+
+    A view of a contiguous tensor that is itself contiguous, and as large, is
+    the same memory under another shape. In a decode step, where many dimensions
+    are 1, that is what most permutations come to.
+    """
+
+    def is_reshape(node):
+        return (
+            node.target in _RESHAPES
+            and node.meta["val"].is_contiguous()
+            and node.args[0].meta["val"].is_contiguous()
+            and node.args[0].meta["val"].numel() == node.meta["val"].numel()
+        )
+
+    for node in graph.nodes:
+        if not is_reshape(node):
+            continue
+        shape, source = list(node.meta["val"].shape), node.args[0]
+        if is_reshape(source):
+            source = source.args[0]
+        if list(source.meta["val"].shape) == shape:
+            node.replace_all_uses_with(source)
+        else:
+            node.target, node.args = _aten.view.default, (source, shape)
+
+
+def _share_repeated(graph):
+    """Replaces a call by an earlier one of the same operator and arguments."""
+    modified = {
+        _storage(x) for node in graph.nodes for x in _modified_arguments(node)
+    }
+    first, changing = {}, set()
+    for node in graph.nodes:
+        # Neither what is modified in place nor what is computed from it.
+        if _storage(node) in modified or any(
+            x in changing for x in node.all_input_nodes
+        ):
+            changing.add(node)
+        if node.op != "call_function" or not _is_repeatable(node):
+            continue
+        if node in changing:
+            continue
+        key = node.target, repr(node.args), repr(node.kwargs)
+        node.replace_all_uses_with(first.setdefault(key, node))

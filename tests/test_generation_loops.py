@@ -1,0 +1,269 @@
+"""The loops of the backends: what they compile, copy, and keep up to date."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_nlp_cache import loops
+from keras_nlp_cache.loops.generation import FEWEST_SLOTS
+from keras_nlp_cache.loops.generation import Loop
+from keras_nlp_cache.loops.generation import slots_for
+from tests.families import every_family
+from tests.families import FAMILIES
+from tests.families import padding_mask
+from tests.families import random_tokens
+from tests.families import randomize
+from tests.families import to_numpy
+
+BACKEND = keras.config.backend()
+LLAMA = next(x for x in FAMILIES if x.name == "llama")
+
+
+def generate(lm, lengths, max_length, stop_token_ids=None):
+    """Tokens after random prompts of some lengths."""
+    mask = padding_mask(lengths, max_length)
+    inputs = {
+        "token_ids": random_tokens(len(lengths), max_length) * mask,
+        "padding_mask": mask,
+    }
+    return lm.generate(inputs, stop_token_ids=stop_token_ids)["token_ids"]
+
+
+def greedy_lm(family, **kwargs):
+    """A task that no other test compiled anything for."""
+    lm = family.ours("CausalLM")(family.backbone(**kwargs), None)
+    lm.compile(sampler="greedy")
+    return lm
+
+
+def assert_greedy(lm, token_ids, start):
+    """Each token from `start` on is what a forward pass without cache says."""
+    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    expected = to_numpy(lm(inputs)).argmax(axis=-1)
+    np.testing.assert_array_equal(
+        token_ids[:, start:], expected[:, start - 1 : -1]
+    )
+
+
+def test_prompts_of_all_lengths_compile_twice_per_cache_size():
+    lm = greedy_lm(LLAMA)
+    loop = lm.generation_loop
+    rng = np.random.default_rng(0)
+    limits = rng.permutation(np.arange(200, 300, 5))
+    for length, max_length in zip(range(3, 183, 9), limits):
+        # A stop token that comes soon, for the test to be quick.
+        generate(lm, [length], int(max_length), stop_token_ids=range(100))
+    assert lm.generation_loop is loop
+    assert len({slots_for(int(x)) for x in limits}) == 2
+    assert 0 < loop.compilations <= 4
+    before = loop.compilations
+    generate(lm, [11], 222, stop_token_ids=range(50))
+    assert loop.compilations == before
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="counts what JAX compiles")
+def test_all_that_jax_compiles_is_counted():
+    import jax
+
+    lm = greedy_lm(LLAMA)
+    generate(lm, [5], 20)
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for length in range(3, 60, 7):
+            generate(lm, [length], length + 20)
+        assert compiled == []
+        generate(lm, [5, 6], 20)
+        assert len(compiled) == lm.generation_loop.compilations - 2
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@every_family
+@pytest.mark.parametrize("lengths", [[1], [33], [45, 38]])
+def test_prompts_of_several_chunks(family, lengths):
+    lm = greedy_lm(family)
+    loop = lm.generation_loop
+    tokens = generate(lm, lengths, 50)
+    assert loop.chunk < 45 or BACKEND == "torch"
+    if len(lengths) == 1:
+        assert_greedy(lm, tokens, lengths[0])
+    else:
+        assert_greedy(lm, tokens[:1], 45)
+        assert_greedy(lm, tokens[1:], 38)
+
+
+def test_a_last_chunk_that_does_not_fit():
+    """With 40 positions, the second chunk of 32 has to overlap the first."""
+    lm = greedy_lm(FAMILIES[0], max_sequence_length=40)
+    assert_greedy(lm, generate(lm, [38], 40), 38)
+    with pytest.raises(ValueError, match="at most the 40 positions"):
+        generate(lm, [38], 41)
+
+
+@pytest.mark.parametrize("name", [x.name for x in FAMILIES if x.name != "gpt2"])
+def test_caches_of_several_blocks(name):
+    """Attention over more slots than are read at a time."""
+    family = next(x for x in FAMILIES if x.name == name)
+    lm = greedy_lm(family)
+    tokens = random_tokens(2, 600)
+    loop = lm.generation_loop
+    generation = loop.prefill(tokens[:, :508], np.ones((2, 508)), 1024)
+    generation = loop.decode(generation, 520)
+    generated = ops.convert_to_numpy(generation.token_ids)
+    np.testing.assert_array_equal(generated[:, :508], tokens[:, :508])
+    assert not generated[:, 520:].any()
+    assert_greedy(lm, generated[:, :520], 508)
+
+
+def test_generation_ends_when_all_rows_are_done():
+    lm = greedy_lm(LLAMA)
+    free = generate(lm, [4, 6], 40)
+    # What the second row says fifth, and the first at some time or never.
+    stop = int(free[1, 10])
+    expected = max(
+        (list(row[n:]).index(stop) if stop in row[n:] else 40 - n) + n
+        for row, n in zip(free, (4, 6))
+    )
+    loop = lm.generation_loop
+    prompts = random_tokens(2, 40)
+    given = padding_mask([4, 6], 40)
+    generation = loop.prefill(prompts * given, given, FEWEST_SLOTS)
+    generation = loop.decode(generation, 40, [stop])
+    assert int(generation.index) == min(expected, 39)
+
+
+def changes():
+    def assign(lm):
+        randomize(lm.backbone, seed=1)
+
+    def lora(lm):
+        lm.backbone.enable_lora(4)
+        for weight in lm.backbone.trainable_variables:
+            weight.assign(np.random.default_rng(0).normal(size=weight.shape))
+
+    def fit(lm):
+        x = {
+            "token_ids": random_tokens(2, 8),
+            "padding_mask": np.ones((2, 8), "int32"),
+        }
+        lm.compile(sampler="greedy", optimizer=keras.optimizers.SGD(10.0))
+        generate(lm, [5], 20)
+        lm.fit(x, random_tokens(2, 8), verbose=0)
+
+    return [assign, lora, fit]
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda x: x.__name__)
+def test_changed_weights_are_seen(change):
+    lm = greedy_lm(LLAMA)
+    before = generate(lm, [5], 20)
+    change(lm)
+    after = generate(lm, [5], 20)
+    assert (before != after).any()
+    assert_greedy(lm, after, 5)
+
+
+def test_quantized_weights_are_seen():
+    lm = greedy_lm(LLAMA)
+    generate(lm, [5], 20)
+    loop = lm.generation_loop
+    lm.quantize("int8")
+    after = generate(lm, [5], 20)
+    assert lm.generation_loop is not loop
+    lm.compile(sampler="greedy", run_eagerly=True)
+    np.testing.assert_array_equal(after, generate(lm, [5], 20))
+
+
+def test_new_weights_compile_nothing(tmp_path):
+    lm = greedy_lm(LLAMA)
+    other = greedy_lm(LLAMA)
+    randomize(other.backbone, seed=2)
+    other.save_weights(tmp_path / "other.weights.h5")
+    before = generate(lm, [5], 20)
+    loop, compiled = lm.generation_loop, lm.generation_loop.compilations
+    lm.load_weights(tmp_path / "other.weights.h5")
+    after = generate(lm, [5], 20)
+    assert (before != after).any()
+    np.testing.assert_array_equal(after, generate(other, [5], 20))
+    assert lm.generation_loop is loop and loop.compilations == compiled
+
+
+def test_how_a_model_was_compiled_is_respected():
+    lm = greedy_lm(LLAMA)
+    expected = generate(lm, [5, 3], 12)
+    compiled = lm.generation_loop
+    assert lm.generation_loop is compiled
+    lm.compile(sampler="greedy", run_eagerly=True)
+    assert type(lm.generation_loop) is Loop
+    np.testing.assert_array_equal(generate(lm, [5, 3], 12), expected)
+    assert lm.generation_loop.compilations == 0
+    lm.compile(sampler="greedy", jit_compile=False)
+    assert type(lm.generation_loop) is type(compiled) is not Loop
+    assert lm.generation_loop is not compiled
+    np.testing.assert_array_equal(generate(lm, [5, 3], 12), expected)
+
+
+@every_family
+def test_a_decode_step_does_not_copy_the_cache(family):
+    lm = greedy_lm(family)
+    loop = lm.generation_loop
+    prompt = random_tokens(2, 5)
+    generation = loop.prefill(prompt, np.ones_like(prompt), slots_for(40, 64))
+    generation = loop.decode(generation, 6)
+    shape = tuple(generation.cache[0][0].shape)
+    given = [x for pair in generation.cache for x in pair]
+    if BACKEND == "torch":
+        generation = loop.decode(generation, 8)
+        returned = [x for pair in generation.cache for x in pair]
+        assert all(a is b for a, b in zip(given, returned))
+        (module,) = loop._captured.values()
+        names = [str(x.target) for x in module.graph.nodes]
+        assert names.count("aten.index_copy_.default") == len(given)
+        assert "aten.index_copy.default" not in names
+        if "gemma" not in family.name:
+            # Gemma's kernels have their input in the middle: (heads, in, out).
+            assert "aten.bmm.default" not in names
+        return
+    if BACKEND == "jax":
+        text = loop._compiled_decode.lower(
+            loop._weights(), [], generation, np.int32(8), np.zeros(8, "int32")
+        )
+        text = text.compile().as_text()
+        loop.decode(generation, 8)
+        assert all(x.is_deleted() for x in given)
+    else:
+        import tensorflow as tf
+
+        text = loop._compiled_decode.experimental_get_compiler_ir(
+            generation.cache,
+            generation._replace(cache=()),
+            tf.constant(8),
+            tf.zeros(8, "int32"),
+        )(stage="optimized_hlo")
+    cache = "f32[" + ",".join(map(str, shape)) + "]"
+    assert text.count("may-alias") >= len(given)
+    lines = [x for x in text.splitlines() if f"= {cache}" in x]
+    updates = [x for x in lines if "dynamic-update-slice" in x]
+    assert len(updates) >= len(given)
+    assert not [x for x in lines if " copy(" in x]
+
+
+def test_samplers_with_a_loop_of_their_own():
+    lm = LLAMA.lm_pair[0]
+    for sampler, known in {
+        "greedy": True,
+        "top_k": True,
+        "top_p": True,
+        "random": True,
+        "beam": False,
+        "contrastive": False,
+    }.items():
+        lm.compile(sampler=sampler)
+        assert loops.generation.supports(lm.sampler) is known
