@@ -1,11 +1,16 @@
-"""Compares `generate()` with upstream's and with transformers'.
+"""Compares generation with upstream's and with transformers'.
 
 Each system runs in a process of its own. They take turns, round by round, on
 the same weights and the same prompt, so that a machine that slows down slows
-down all of them. The first round compiles and is not counted. Unless all
-systems generate the same tokens, no time is reported.
+down all of them. The first round compiles and is not counted, and no time is
+reported unless all systems generated the same tokens in it.
 
-    python -m benchmarks --backend jax --model smollm2
+    python -m benchmarks speed --model gpt2 --batch 8 --prompt 128 --new 384
+    python -m benchmarks first-token --model smollm2
+    python -m benchmarks position --model smollm2
+    python -m benchmarks memory --model gpt2
+
+Each prints a table, writes JSON to `benchmarks/results/` and draws a figure.
 """
 
 import argparse
@@ -19,56 +24,43 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
+import psutil
+from tabulate import tabulate
+
+from benchmarks import figures
+from benchmarks import models
 from benchmarks.worker import SYSTEMS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-
-
-def gpt2(folder):
-    """GPT-2 base with random weights, as a Hugging Face directory."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-    model.save_pretrained(folder)
-    return folder
-
-
-def smollm2(folder):
-    """SmolLM2-135M-Instruct, with its own weights."""
-    from keras_nlp_cache import default_model
-
-    return default_model.preset()
-
-
-MODELS = {f.__name__: f for f in (gpt2, smollm2)}
+BACKENDS = ("jax", "tensorflow", "torch")
+# Tokens whose logits are closer than this are a tie that rounding decides.
+TIE = 1e-3
 
 
 class Worker:
-    """A benchmarks.worker process that generates on request."""
+    """A system under test, as a process of `benchmarks.worker`."""
 
-    def __init__(self, system, preset, args):
-        sizes = [
-            f"--{x}={getattr(args, x)}" for x in ("batch", "prompt", "new")
-        ]
+    def __init__(self, name, preset, dtype):
+        system, _, backend = name.partition("-")
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        if backend:
+            environment["KERAS_BACKEND"] = backend
+        self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", system, preset, *sizes],
+            [sys.executable, "-m", "benchmarks.worker", system, preset, dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                "KERAS_BACKEND": args.backend,
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-            },
+            env=environment,
         )
 
-    def generate(self):
-        print(file=self.process.stdin, flush=True)
+    def ask(self, method, **kwargs):
+        request = json.dumps({"method": method, **kwargs})
+        print(request, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("A worker died; what it said is above.")
+            raise SystemExit(f"{self.name} died; what it said is above.")
         return json.loads(line)
 
     def __enter__(self):
@@ -79,36 +71,163 @@ class Worker:
         self.process.wait()
 
 
-def measure(preset, args):
-    """Returns the rows of each system, the first of them not to be counted."""
-    rows = {system: [] for system in args.systems}
+@contextlib.contextmanager
+def workers(args, systems=SYSTEMS):
+    """One worker per system, and per backend where it has several."""
+    names = []
+    for system in args.systems:
+        if system not in systems:
+            continue
+        if system in ("ours", "keras_hub"):
+            names += [f"{system}-{backend}" for backend in args.backends]
+        else:
+            names.append(system)
     with contextlib.ExitStack() as stack:
-        workers = {
-            system: stack.enter_context(Worker(system, preset, args))
-            for system in args.systems
+        yield {
+            name: stack.enter_context(Worker(name, args.preset, args.dtype))
+            for name in names
         }
-        for _ in range(args.rounds + 1):
-            for system, worker in workers.items():
-                rows[system].append(worker.generate())
-    return rows
 
 
-def summarize(rows, args):
-    """Medians and spread of each system, in tokens per second."""
-    tokens = [row["tokens"] for results in rows.values() for row in results]
-    if any(x != tokens[0] for x in tokens):
-        raise SystemExit("The systems generated different tokens: no result.")
-    summary = {}
-    for system, (first, *counted) in rows.items():
-        rates = [args.batch * args.new / row["seconds"] for row in counted]
-        summary[system] = {
+def prompt(batch, length):
+    rng = np.random.default_rng(0)
+    return rng.integers(100, 10_000, (batch, length)).tolist()
+
+
+def check_tokens(answers, running, prompts):
+    """Ends the program unless all generated the same, ties aside."""
+    (reference, first), *others = answers.items()
+    judge = next(w for name, w in running.items() if name.startswith("ours"))
+    ties = 0
+    for name, answer in others:
+        rows = zip(prompts, first["tokens"], answer["tokens"])
+        for row, (start, expected, actual) in enumerate(rows):
+            if expected == actual:
+                continue
+            at = next(i for i, x in enumerate(expected) if x != actual[i])
+            gap = judge.ask(
+                "logit_gap",
+                tokens=start + expected[:at],
+                candidates=[expected[at], actual[at]],
+            )["gap"]
+            if gap > TIE:
+                raise SystemExit(
+                    f"No result: {reference} and {name} differ in row {row}, "
+                    f"token {at}, where logits are {gap:.2g} apart."
+                )
+            ties += 1
+    return ties
+
+
+def measure_floors(args, cache_bytes):
+    floors = {}
+    for backend in args.backends:
+        command = (backend, args.preset, str(args.batch), str(cache_bytes))
+        output = subprocess.run(
+            [sys.executable, "-m", "benchmarks.floors", *command],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        floors[backend] = json.loads(output.splitlines()[-1])
+    return floors
+
+
+def speed(args):
+    """Tokens per second of whole calls, beside what the machine allows."""
+    prompts = prompt(args.batch, args.prompt)
+    rows = {}
+    with workers(args) as running:
+        first = {
+            name: worker.ask("timed", prompt=prompts, new=args.new)
+            for name, worker in running.items()
+        }
+        ties = check_tokens(first, running, prompts)
+        for _ in range(args.rounds):
+            for name, worker in running.items():
+                answer = worker.ask("timed", prompt=prompts, new=args.new)
+                rows.setdefault(name, []).append(answer)
+    filled = args.prompt + args.new // 2
+    cache = args.batch * filled * models.cache_bytes_per_slot(args.preset)
+    floors = measure_floors(args, cache)
+    systems = {}
+    for name, answers in rows.items():
+        rates = [args.batch * args.new / x["seconds"] for x in answers]
+        systems[name] = {
             "tokens_per_second": statistics.median(rates),
             "slowest": min(rates),
             "fastest": max(rates),
-            "first_call_seconds": first["seconds"],
-            "peak_mib": counted[-1]["peak_mib"],
+            "first_call_seconds": first[name]["seconds"],
+            "peak_mib": answers[-1]["peak_mib"],
         }
-    return summary
+        floor = floors.get(name.partition("-")[2] or "torch")
+        for kind, seconds in (floor or {}).items():
+            systems[name][f"of_{kind}_floor"] = (
+                systems[name]["tokens_per_second"] * seconds / args.batch
+            )
+    return {"systems": systems, "floors": floors, "ties": ties}
+
+
+def first_token(args):
+    """Seconds from a prompt to its first token, by `max_length`."""
+    prompts = prompt(1, args.prompt)
+    systems = {}
+    with workers(args) as running:
+        for name, worker in running.items():
+            answer = worker.ask("timed", prompt=prompts, new=1)
+            stop = answer["tokens"][0][0]
+            for max_length in args.max_lengths:
+                request = {
+                    "prompt": prompts,
+                    "new": 1,
+                    "max_length": max_length,
+                    "stop": stop,
+                }
+                times = [
+                    worker.ask("timed", **request)["seconds"]
+                    for _ in range(args.rounds + 1)
+                ]
+                systems.setdefault(name, {})[max_length] = statistics.median(
+                    times[1:]
+                )
+    return {"systems": systems}
+
+
+def position(args):
+    """Milliseconds of a decode step, by how much there is to attend to."""
+    systems = {}
+    with workers(args, ("ours", "transformers")) as running:
+        for at in args.positions:
+            for name, worker in running.items():
+                request = {
+                    "prompt": prompt(1, at - 1),
+                    "new": 64,
+                    "max_length": args.max_length,
+                }
+                times = [
+                    worker.ask("step_milliseconds", **request)["milliseconds"]
+                    for _ in range(args.rounds + 1)
+                ]
+                systems.setdefault(name, {})[at] = statistics.median(times[1:])
+    return {"systems": systems}
+
+
+def memory(args):
+    """Peak memory, by the size of the cache."""
+    per_slot = models.cache_bytes_per_slot(args.preset)
+    systems, sizes = {}, []
+    for length in args.lengths:
+        sizes.append(args.batch * length * per_slot / 2**20)
+        # A new process each: what was freed is not always given back.
+        with workers(args) as running:
+            for name, worker in running.items():
+                answer = worker.ask(
+                    "memory",
+                    prompt=prompt(args.batch, args.prompt),
+                    new=length - args.prompt,
+                )
+                systems.setdefault(name, []).append(answer["peak_mib"])
+    return {"systems": systems, "cache_mib": sizes}
 
 
 def write(path, result):
@@ -121,41 +240,77 @@ def write(path, result):
     os.replace(file.name, path)
 
 
+def print_table(result):
+    rows = []
+    for name, values in result["systems"].items():
+        if isinstance(values, list):
+            values = dict(
+                zip(map("{:.0f} MiB".format, result["cache_mib"]), values)
+            )
+        rows.append({"system": name, **values})
+    print(tabulate(rows, headers="keys", floatfmt=".3g"))
+    for backend, floor in result.get("floors", {}).items():
+        steps = {k: f"{v * 1e3:.1f} ms" for k, v in floor.items()}
+        print(f"floors of a step, {backend}: {steps}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--backend", required=True)
-    parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.set_defaults(systems=list(SYSTEMS))
+    shared = argparse.ArgumentParser(
+        add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    shared.add_argument("--model", choices=models.MODELS, required=True)
+    shared.add_argument("--backends", nargs="+", choices=BACKENDS)
+    shared.add_argument("--systems", nargs="+", choices=SYSTEMS)
+    shared.add_argument("--dtype", default="float32")
+    shared.add_argument("--rounds", type=int, default=3)
+    shared.set_defaults(
+        backends=list(BACKENDS), systems=["ours", "keras_hub", "transformers"]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(function, **defaults):
+        name = function.__name__.replace("_", "-")
+        sub = commands.add_parser(
+            name, parents=[shared], help=function.__doc__.split("\n")[0]
+        )
+        for option, default in defaults.items():
+            many = isinstance(default, list)
+            sub.add_argument(
+                f"--{option.replace('_', '-')}",
+                type=int,
+                default=default,
+                nargs="+" if many else None,
+            )
+        sub.set_defaults(function=function)
+
+    command(speed, batch=1, prompt=32, new=128)
+    command(first_token, prompt=32, max_lengths=[128, 256, 512, 1024])
+    command(position, positions=[128, 512, 1024, 2048, 3968], max_length=4096)
+    command(memory, batch=8, prompt=32, lengths=[64, 128, 256, 512])
     args = parser.parse_args()
 
+    function = vars(args).pop("function")
     with tempfile.TemporaryDirectory() as folder:
-        summary = summarize(measure(MODELS[args.model](folder), args), args)
-    case = (
-        f"{args.model}-{args.backend}-batch{args.batch}"
-        f"-{args.prompt}+{args.new}"
+        args.preset = str(models.MODELS[args.model](folder))
+        result = function(args)
+    del args.preset
+    gib = psutil.virtual_memory().total / 2**30
+    result["machine"] = (
+        f"{os.cpu_count()} cores, {platform.machine()}, {gib:.0f} GiB"
     )
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    print(f"{case}, float32, {machine}, median of {args.rounds}")
-    for system, row in summary.items():
-        print(
-            f"{system:<14}{row['tokens_per_second']:8.1f} tokens/s  "
-            f"({row['slowest']:.1f} to {row['fastest']:.1f})  "
-            f"first call {row['first_call_seconds']:6.1f} s  "
-            f"peak {row['peak_mib']:6.0f} MiB"
-        )
-    write(
-        RESULTS / f"{case}.json",
-        {"machine": machine, "arguments": vars(args), "systems": summary},
-    )
+    result["arguments"] = vars(args)
+    case = [args.command, args.model]
+    if args.command == "speed":
+        case += [f"batch{args.batch}", f"{args.prompt}+{args.new}"]
+    path = RESULTS / f"{'-'.join(case)}.json"
+    write(path, result)
+    print(f"{path.stem}, {args.dtype}, {result['machine']}")
+    print_table(result)
+    figures.draw(RESULTS)
 
 
 if __name__ == "__main__":

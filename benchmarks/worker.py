@@ -1,7 +1,7 @@
 """One system under test, in a process of its own.
 
-Loads a model, then for every line on standard input generates once and writes
-a line of JSON: how long it took, and the tokens.
+Loads a model, then answers every line of JSON on standard input with one on
+standard output. A request names a method of `System` and its arguments.
 """
 
 import argparse
@@ -13,87 +13,174 @@ import time
 import numpy as np
 
 
-def keras_system(models, args):
-    lm = models.CausalLM.from_preset(args.preset, preprocessor=None)
-    lm.compile(sampler="greedy")
+class System:
+    """What a system under test can be asked to do.
 
-    def generate(prompt):
+    Subclasses load a model and define `generate()`.
+    """
+
+    def generate(self, prompt, new, max_length=None, stop=None):
+        """Greedy tokens `(B, new)` after a prompt `(B, P)`, as an array.
+
+        Args:
+            prompt: int32 array.
+            new: int. How many tokens to generate, unless `stop` comes first.
+            max_length: int. The length that the system is to be ready for.
+            stop: int. A token to stop after.
+        """
+        raise NotImplementedError
+
+    def timed(self, prompt, **kwargs):
+        start = time.perf_counter()
+        tokens = self.generate(np.asarray(prompt, "int32"), **kwargs)
+        return {
+            "seconds": time.perf_counter() - start,
+            "tokens": np.asarray(tokens).tolist(),
+            "peak_mib": peak_mib(),
+        }
+
+    def memory(self, prompt, **kwargs):
+        """How much one more generation adds to what was loaded."""
+        return {**self.timed(prompt, **kwargs), "loaded_mib": self.loaded_mib}
+
+
+class KerasSystem(System):
+    """A `CausalLM` of Keras, on the backend of `KERAS_BACKEND`."""
+
+    def __init__(self, models, preset, dtype):
+        self.lm = models.CausalLM.from_preset(
+            preset, preprocessor=None, dtype=dtype
+        )
+        self.lm.compile(sampler="greedy")
+
+    def generate(self, prompt, new, max_length=None, stop=None):
         batch, length = prompt.shape
-        total = length + args.new
+        total = max_length or length + new
         inputs = {
-            "token_ids": np.pad(prompt, ((0, 0), (0, args.new))),
+            "token_ids": np.pad(prompt, ((0, 0), (0, total - length))),
             "padding_mask": np.tile(np.arange(total) < length, (batch, 1)),
         }
-        output = lm.generate(inputs, stop_token_ids=None)
-        return output["token_ids"][:, length:]
+        output = self.lm.generate(
+            inputs, stop_token_ids=None if stop is None else (stop,)
+        )
+        return output["token_ids"][:, length : length + new]
 
-    return generate
-
-
-def ours(args):
-    from keras_nlp_cache import models
-
-    return keras_system(models, args)
-
-
-def keras_hub(args):
-    from keras_hub import models
-
-    return keras_system(models, args)
+    def logit_gap(self, tokens, candidates):
+        """How far apart two candidates for the next token are."""
+        tokens = np.asarray(tokens, "int32")[None]
+        logits = self.lm({"token_ids": tokens, "padding_mask": tokens * 0 + 1})
+        logits = np.array(logits[0, -1], "float64")[candidates]
+        return {"gap": float(abs(logits[0] - logits[1]))}
 
 
-def transformers(args):
-    import torch
-    import transformers
+class Ours(KerasSystem):
+    """keras_nlp_cache."""
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.preset, dtype=torch.float32
-    ).eval()
+    def __init__(self, preset, dtype):
+        from keras_nlp_cache import models
 
-    def generate(prompt):
+        super().__init__(models, preset, dtype)
+
+    def step_milliseconds(self, prompt, new, max_length):
+        """The mean duration of a decode step after a prompt."""
+        prompt = np.asarray(prompt, "int32")
+        loop = self.lm.generation_loop
+        generation = loop.prefill(prompt, np.ones_like(prompt), max_length)
+        length = prompt.shape[1]
+        generation = loop.decode(generation, length + 1)
+        start = time.perf_counter()
+        loop.decode(generation, length + 1 + new)
+        return {"milliseconds": (time.perf_counter() - start) / new * 1e3}
+
+
+class KerasHub(KerasSystem):
+    """keras_hub."""
+
+    def __init__(self, preset, dtype):
+        from keras_hub import models
+
+        super().__init__(models, preset, dtype)
+
+
+class Transformers(System):
+    """transformers on PyTorch, eager, with its default cache."""
+
+    options = {}
+
+    def __init__(self, preset, dtype):
+        import torch
+        import transformers
+
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            preset, dtype=getattr(torch, dtype)
+        ).eval()
+
+    def generate(self, prompt, new, max_length=None, stop=None):
+        import torch
+
         prompt = torch.tensor(prompt.astype("int64"))
         with torch.no_grad():
-            output = model.generate(
+            output = self.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=False,
-                min_new_tokens=args.new,
-                max_new_tokens=args.new,
+                min_new_tokens=None if stop is not None else new,
+                max_new_tokens=new,
                 pad_token_id=0,
-                eos_token_id=None,
+                eos_token_id=stop,
+                **self.options,
             )
         return output[:, prompt.shape[1] :].numpy()
 
-    return generate
+    def step_milliseconds(self, prompt, new, max_length):
+        prompt = np.asarray(prompt, "int32")
+        start = time.perf_counter()
+        self.generate(prompt, 1)
+        middle = time.perf_counter()
+        self.generate(prompt, 1 + new)
+        seconds = time.perf_counter() - middle - (middle - start)
+        return {"milliseconds": seconds / new * 1e3}
 
 
-SYSTEMS = {f.__name__: f for f in (ours, keras_hub, transformers)}
+class TransformersCompiled(Transformers):
+    """transformers with a static cache and a forward pass that is compiled."""
+
+    options = {"cache_implementation": "static"}
+
+    def __init__(self, preset, dtype):
+        import torch
+
+        super().__init__(preset, dtype)
+        self.model.forward = torch.compile(self.model.forward)
+
+
+SYSTEMS = {
+    "ours": Ours,
+    "keras_hub": KerasHub,
+    "transformers": Transformers,
+    "transformers_compiled": TransformersCompiled,
+}
+
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("preset")
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--prompt", type=int, required=True)
-    parser.add_argument("--new", type=int, required=True)
+    parser.add_argument("dtype")
     args = parser.parse_args()
 
     results = sys.stdout
     sys.stdout = sys.stderr  # Whatever libraries print is no result.
-    generate = SYSTEMS[args.system](args)
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(100, 10_000, (args.batch, args.prompt))
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        tokens = np.asarray(generate(prompt.astype("int32")))
-        row = {
-            "seconds": time.perf_counter() - start,
-            "tokens": tokens.tolist(),
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            / 1024,
-        }
-        print(json.dumps(row), file=results, flush=True)
+    system = SYSTEMS[args.system](args.preset, args.dtype)
+    system.loaded_mib = peak_mib()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(system, request.pop("method"))(**request)
+        print(json.dumps(answer), file=results, flush=True)
 
 
 if __name__ == "__main__":

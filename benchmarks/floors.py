@@ -1,0 +1,105 @@
+"""What no implementation can be faster than, measured on this machine.
+
+    python -m benchmarks.floors torch PRESET BATCH BYTES
+
+prints, as JSON, the seconds that a decode step takes at least: `bandwidth`, to
+read weights and filled cache once; `products`, to multiply a batch of vectors
+with every weight matrix in that framework.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+
+
+def matrix_shapes(preset):
+    """Shapes `(out, in)` of all matrices that a decode step multiplies by."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(preset)
+    shapes = [
+        # GPT-2 keeps its matrices the other way around, as `Conv1D`.
+        tuple(x.weight.shape[::-1])
+        if type(x).__name__ == "Conv1D"
+        else tuple(x.weight.shape)
+        for x in model.modules()
+        if type(x).__name__ in ("Linear", "Conv1D")
+    ]
+    size = sum(x.numel() * 4 for x in model.parameters())
+    return shapes, size
+
+
+def median_seconds(function, repetitions=7):
+    seconds = []
+    for _ in range(repetitions + 2):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def bandwidth():
+    """Bytes per second, all cores reading from memory."""
+    import torch
+
+    x = torch.ones(2**27)
+    return x.numel() * 4 / median_seconds(lambda: x.sum())
+
+
+def products(backend, shapes, batch):
+    """Seconds for one batch of vectors times every matrix."""
+    rng = np.random.default_rng(0)
+    sizes = sorted(set(shapes))
+    matrices = [rng.normal(size=x).astype("float32") for x in shapes]
+    vectors = {
+        x: rng.normal(size=(batch, x)).astype("float32") for _, x in sizes
+    }
+    if backend == "torch":
+        import torch
+
+        matrices = [torch.tensor(x.T) for x in matrices]
+        vectors = {n: torch.tensor(x) for n, x in vectors.items()}
+        return median_seconds(
+            lambda: [vectors[x.shape[0]] @ x for x in matrices]
+        )
+    if backend == "jax":
+        import jax
+
+        matrices = [jax.numpy.asarray(x.T) for x in matrices]
+
+        @jax.jit
+        def multiply(matrices):
+            return [vectors[x.shape[0]] @ x for x in matrices]
+
+        return median_seconds(lambda: jax.block_until_ready(multiply(matrices)))
+    import tensorflow as tf
+
+    matrices = [tf.Variable(x.T) for x in matrices]
+
+    @tf.function(jit_compile=True)
+    def multiply():
+        return [tf.constant(vectors[x.shape[0]]) @ x for x in matrices]
+
+    return median_seconds(lambda: [x.numpy() for x in multiply()])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("backend", choices=["jax", "tensorflow", "torch"])
+    parser.add_argument("preset")
+    parser.add_argument("batch", type=int)
+    parser.add_argument("cache_bytes", type=int)
+    args = parser.parse_args()
+    shapes, size = matrix_shapes(args.preset)
+    floors = {
+        "bandwidth": (size + args.cache_bytes) / bandwidth(),
+        "products": products(args.backend, shapes, args.batch),
+    }
+    print(json.dumps(floors))
+
+
+if __name__ == "__main__":
+    main()
