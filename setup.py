@@ -27,7 +27,7 @@ DEMO = [
     "torch",
     "transformers>=5",
 ]
-BENCH = [*DEMO, *BACKENDS["jax"]]
+BENCH = [*DEMO, *BACKENDS["jax"], "matplotlib", "psutil", "tabulate"]
 TEST = [
     *DEMO,
     *BACKENDS["jax"],

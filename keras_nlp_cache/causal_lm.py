@@ -3,6 +3,7 @@
 import keras_hub
 import numpy as np
 from keras import ops
+from keras import tree
 from keras.src.models.functional import Functional
 from keras_hub.src.utils.pipeline_model import PipelineModel
 from keras_hub.src.utils.preset_utils import get_preset_loader
@@ -129,11 +130,11 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         """Configures training and generation.
 
         Upstream's method. `run_eagerly` and `jit_compile` hold for generation
-        too; `jit_compile="auto"`, the default, uses XLA wherever it is there,
-        and never PyTorch's Inductor.
+        too. `jit_compile="auto"`, the default, uses XLA on TensorFlow, on a
+        CPU as well, and not PyTorch's Inductor.
         """
         super().compile(*args, **kwargs)
-        self.generation_jit_compile = bool(kwargs.get("jit_compile", True))
+        self.generation_jit_compile = kwargs.get("jit_compile", "auto")
         self._loop = None
 
     @property
@@ -180,6 +181,14 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             # True up to the first end, and there.
             padding_mask = np.cumsum(ends, axis=1) - ends == 0
         return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def _normalize_generate_outputs(self, outputs, input_is_scalar):
+        # Upstream concatenates, which JAX compiles for every new length, even
+        # if there is one batch.
+        if len(outputs) == 1 and isinstance(outputs[0], dict):
+            if not input_is_scalar:
+                return tree.map_structure(ops.convert_to_numpy, outputs[0])
+        return super()._normalize_generate_outputs(outputs, input_is_scalar)
 
     def generate(
         self,

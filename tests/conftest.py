@@ -19,3 +19,12 @@ def smollm2():
     from keras_nlp_cache import default_model
 
     return default_model.preset()
+
+
+if keras.config.backend() == "tensorflow":
+    from keras_nlp_cache.loops.tensorflow_loop import TensorFlowLoop
+
+    # TensorFlow keeps what XLA compiled for as long as the process lives, some
+    # 20 MiB for each of hundreds of small models. Tests of the compiled loops
+    # ask for it with `jit_compile=True`.
+    TensorFlowLoop.jit_compile_by_default = False

@@ -12,6 +12,8 @@ from keras import ops
 from keras_nlp_cache import models
 from tests import text
 
+# Arguments of `compile()` for tests of compiled loops; see `conftest.py`.
+XLA = {"jit_compile": True} if keras.config.backend() == "tensorflow" else {}
 VOCABULARY_SIZE = 100
 
 _LLAMA = dict(

@@ -15,6 +15,7 @@ from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import randomize
 from tests.families import to_numpy
+from tests.families import XLA
 
 BACKEND = keras.config.backend()
 LLAMA = next(x for x in FAMILIES if x.name == "llama")
@@ -33,7 +34,7 @@ def generate(lm, lengths, max_length, stop_token_ids=None):
 def greedy_lm(family, **kwargs):
     """A task that no other test compiled anything for."""
     lm = family.ours("CausalLM")(family.backbone(**kwargs), None)
-    lm.compile(sampler="greedy")
+    lm.compile(sampler="greedy", **XLA)
     return lm
 
 
@@ -58,7 +59,7 @@ def test_prompts_of_all_lengths_compile_twice_per_cache_size():
     assert len({slots_for(int(x)) for x in limits}) == 2
     assert 0 < loop.compilations <= 4
     before = loop.compilations
-    generate(lm, [11], 222, stop_token_ids=range(50))
+    generate(lm, [11], 222, stop_token_ids=range(100))
     assert loop.compilations == before
 
 

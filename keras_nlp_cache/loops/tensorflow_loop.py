@@ -11,6 +11,9 @@ from keras_nlp_cache.loops.generation import unfinished
 class TensorFlowLoop(CompiledLoop):
     """Generation whose loops are one `tf.function` each.
 
+    Attributes:
+        jit_compile_by_default: bool. What `jit_compile="auto"` means.
+
     Compiled by XLA unless the model was compiled with `jit_compile=False`.
     Keras' `"auto"` leaves XLA off on a CPU, where it is several times as fast
     for this.
@@ -19,12 +22,14 @@ class TensorFlowLoop(CompiledLoop):
     place. What is passed as a tensor, it copies.
     """
 
+    jit_compile_by_default = True
+
     def __init__(self, lm):
         super().__init__(lm)
-        options = {
-            "autograph": False,
-            "jit_compile": lm.generation_jit_compile,
-        }
+        jit_compile = lm.generation_jit_compile
+        if jit_compile == "auto":
+            jit_compile = self.jit_compile_by_default
+        options = {"autograph": False, "jit_compile": bool(jit_compile)}
         self._compiled_prefill = tf.function(self._prefill_into, **options)
         self._compiled_decode = tf.function(self._decode_into, **options)
 
