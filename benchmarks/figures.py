@@ -9,6 +9,7 @@ import pathlib
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "The same results give the same file."
 
 from matplotlib import pyplot
 
