@@ -6,12 +6,10 @@ python -m benchmarks.figures
 import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "The same results give the same file."
-
 from matplotlib import pyplot
+
+pyplot.switch_backend("Agg")
+pyplot.rcParams["svg.hashsalt"] = "The same results give the same file."
 
 # One color per system, one line or hatch per backend.
 COLORS = {"ours": "#d0410c", "keras_hub": "#8d99ae", "transformers": "#e9b44c"}
