@@ -10,9 +10,27 @@ from keras import ops
 
 from keras_nlp_cache.cache import MASKED
 
-# Slots that are attended at a time. On 2 cores, blocks of 512 were as fast as
-# any for SmolLM2 (3 key/value heads) and for GPT-2 at batch 8 (96 of them).
-BLOCK = 512
+# Numbers per slot, in the keys of all rows and heads, up to which copying a
+# block costs less than reading slots that are empty.
+_NARROW = 2048
+
+
+def block_size(slots, width):
+    """How many slots are attended at a time.
+
+    XLA copies a block before it multiplies it. Where a slot is narrow, blocks
+    stay in the processor's cache and a small one saves the most. Where it is
+    wide, copies go to memory and it takes many empty slots to pay for them.
+    In a long cache, many small blocks cost more than a few large ones.
+
+    Measured on 2 cores with SmolLM2 (a width of 192), GPT-2 (768) and GPT-2 at
+    batch 8 (6144).
+
+    Args:
+        slots: int. The slots of the cache.
+        width: int. The numbers that a slot holds, batch x heads x head size.
+    """
+    return max(128 if width <= _NARROW else 512, slots // 4)
 
 
 def attend(
@@ -72,8 +90,8 @@ def attend_filled(query, key, value, mask, filled, **kwargs):
 
     Args:
         query: Tensor `(B, T, query_heads, head_dim)`.
-        key: Tensor `(B, key_value_heads, S, head_dim)`. If `S` is more than
-            `BLOCK` and no multiple of it, all slots are read.
+        key: Tensor `(B, key_value_heads, S, head_dim)`. If `S` is no multiple
+            of `block_size()`, all slots are read.
         value: Tensor `(B, key_value_heads, S, head_dim)`.
         mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits. Has to
             hide the slots from `filled` on.
@@ -89,14 +107,17 @@ def attend_filled(query, key, value, mask, filled, **kwargs):
         return torch_attention.attend_prefix(
             query, key, value, mask, filled, **kwargs
         )
-    slots = ops.shape(key)[2]
-    if not isinstance(slots, int) or slots <= BLOCK or slots % BLOCK:
+    batch, heads, slots, head_dim = ops.shape(key)
+    if not isinstance(batch, int) or not isinstance(slots, int):
         return attend(query, key, value, mask, **kwargs)
-    return _attend_in_blocks(query, key, value, mask, filled, **kwargs)
+    size = block_size(slots, batch * heads * head_dim)
+    if slots <= size or slots % size:
+        return attend(query, key, value, mask, **kwargs)
+    return _attend_in_blocks(query, key, value, mask, filled, size, **kwargs)
 
 
 def _attend_in_blocks(
-    query, key, value, mask, filled, scale, soft_cap=None, dropout=None
+    query, key, value, mask, filled, size, scale, soft_cap=None, dropout=None
 ):
     """Attention with a running maximum and sum, block by block.
 
@@ -109,7 +130,7 @@ def _attend_in_blocks(
 
     def block(x, axis, i):
         start, shape = [0] * 4, list(ops.shape(x))
-        start[axis], shape[axis] = i * BLOCK, BLOCK
+        start[axis], shape[axis] = i * size, size
         return ops.slice(x, start, shape)
 
     def body(i, largest, total, output):
@@ -130,7 +151,7 @@ def _attend_in_blocks(
 
     shape = (batch, heads, groups, length)
     _, _, total, output = ops.while_loop(
-        lambda i, *_: i * BLOCK < filled,
+        lambda i, *_: i * size < filled,
         body,
         (
             ops.convert_to_tensor(0, "int32"),
@@ -171,11 +192,13 @@ def attention_logits(query, key, mask, scale, soft_cap=None):
     """float32 logits `(B, heads, groups, T, S)`, from grouped queries."""
     batch, heads, groups, length, head_dim = ops.shape(query)
     query = ops.reshape(query, (batch, heads, groups * length, head_dim))
-    key = ops.cast(ops.swapaxes(key, 2, 3), query.dtype)
-    logits = ops.cast(ops.matmul(query, key), "float32") * scale
+    # In this order, since XLA on a CPU transposes what is on the right, and the
+    # keys are many.
+    logits = ops.matmul(ops.cast(key, query.dtype), ops.swapaxes(query, 2, 3))
+    logits = ops.cast(ops.swapaxes(logits, 2, 3), "float32") * scale
     if soft_cap is not None:
         logits = ops.tanh(logits / soft_cap) * soft_cap
-    slots = ops.shape(key)[3]
+    slots = ops.shape(key)[2]
     logits = ops.reshape(logits, (batch, heads, groups, length, slots))
     return logits + mask[:, :, None]
 

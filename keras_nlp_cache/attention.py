@@ -6,6 +6,7 @@ projects, how it scales, whether it caps its logits or slides a window.
 """
 
 import functools
+import string
 
 from keras import ops
 
@@ -22,6 +23,25 @@ def first_argument(args, kwargs):
     are called by keyword.
     """
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def in_order_of_kernel(equation):
+    """The same einsum of a dense layer, its axes named as the kernel has them.
+
+    JAX contracts axes in the order of their names. Where the kernel has them in
+    another, XLA transposes it, at every decode step.
+
+    Args:
+        equation: str, such as `"bquh,uhm->bqm"`.
+
+    Returns:
+        str, such as `"deab,abc->dec"`.
+    """
+    inputs, kernel, _ = equation.replace("->", ",").split(",")
+    names = dict.fromkeys(kernel + inputs)
+    return equation.translate(
+        str.maketrans(dict(zip(names, string.ascii_lowercase)))
+    )
 
 
 class CachedAttention:
@@ -63,6 +83,11 @@ class CachedAttention:
         """`(B, T, query_heads, head_dim)`, from the shape of what comes in."""
         query = getattr(self, self.projections["query"])
         return tuple(query.compute_output_shape(input_shape))
+
+    def specialize_output(self):
+        """Has the output projection read its kernel as it lies in memory."""
+        dense = getattr(self, self.projections["output"])
+        dense.equation = in_order_of_kernel(dense.equation)
 
     def call(self, *args, cache=None, **kwargs):
         """Attends as upstream does, or through a cache.

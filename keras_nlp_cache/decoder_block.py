@@ -44,7 +44,9 @@ class DecoderBlock:
         return getattr(self, self.attention_name).key_value_shape
 
     def specialize_attention(self):
-        specialize(getattr(self, self.attention_name), self.attention_cls)
+        attention = getattr(self, self.attention_name)
+        specialize(attention, self.attention_cls)
+        attention.specialize_output()
 
     def __call__(self, *args, **kwargs):
         cache = kwargs.pop(self.cache_argument, None)

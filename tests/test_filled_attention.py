@@ -10,11 +10,12 @@ from keras import ops
 
 from keras_nlp_cache.attend import attend
 from keras_nlp_cache.attend import attend_filled
-from keras_nlp_cache.attend import BLOCK
+from keras_nlp_cache.attend import block_size
 from keras_nlp_cache.cache import causal_mask
 from keras_nlp_cache.cache import MASKED
 
-SLOTS = (64, 2 * BLOCK, 3 * BLOCK, 2 * BLOCK + 8)
+BLOCK = block_size(256, 1)
+SLOTS = (BLOCK, 2 * BLOCK, 3 * BLOCK, 2 * BLOCK + 8)
 
 
 @settings(deadline=None, max_examples=20)

@@ -12,6 +12,7 @@ if keras.config.backend() != "torch":
 import torch
 
 from keras_nlp_cache.loops.torch_capture import capture
+from keras_nlp_cache.loops.torch_capture import separate_views
 
 
 def operators(module):
@@ -20,40 +21,6 @@ def operators(module):
         for node in module.graph.nodes
         if node.op == "call_function"
     )
-
-
-@pytest.mark.parametrize(
-    "equation, x, kernel",
-    [
-        ("bqm,muh->bquh", (2, 1, 6), (6, 3, 4)),
-        ("bquh,uhm->bqm", (2, 3, 3, 4), (3, 4, 6)),
-        ("btd,df->btf", (1, 1, 6), (6, 5)),
-    ],
-)
-def test_dense_einsums_are_one_product(equation, x, kernel):
-    x, kernel = torch.randn(x), torch.randn(kernel)
-    module = capture(lambda *args: torch.einsum(equation, *args), x, kernel)
-    counts = operators(module)
-    assert counts["aten.mm.default"] == 1 and not counts["aten.bmm.default"]
-    torch.testing.assert_close(
-        module(x, kernel), torch.einsum(equation, x, kernel)
-    )
-
-
-@pytest.mark.parametrize(
-    "equation, shapes",
-    [
-        ("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)]),
-        ("ij,kj->ik", [(2, 3), (4, 3)]),
-        ("ij->ji", [(2, 3)]),
-        ("bi,j->bij", [(2, 3), (4,)]),
-        ("...d,df->...f", [(2, 3), (3, 4)]),
-    ],
-)
-def test_other_einsums_are_left_alone(equation, shapes):
-    args = [torch.randn(x) for x in shapes]
-    module = capture(lambda *args: torch.einsum(equation, *args), *args)
-    torch.testing.assert_close(module(*args), torch.einsum(equation, *args))
 
 
 def test_what_repeats_is_computed_once():
@@ -106,3 +73,18 @@ def test_reshapes_merge_but_expansions_and_transpositions_stay():
         np.testing.assert_array_equal(actual, expected)
     small = capture(lambda x: x.view(1, 1, 4).transpose(0, 1)[0], torch.ones(4))
     assert operators(small)["aten.transpose.int"] == 0
+
+
+def test_views_of_weights_are_made_apart():
+    def function(weights, x):
+        w, v = weights
+        return x @ w.view(3, 4) @ w.view(4, 3).t().t() + v
+
+    weights, x = [torch.randn(12), torch.randn(3)], torch.randn(2, 3)
+    module = capture(function, weights, x)
+    prepare, module = separate_views(module, 2)
+    views = prepare(*weights)
+    torch.testing.assert_close(module(*views, x), function(weights, x))
+    assert {"aten.mm.default", "aten.add.Tensor"} == set(operators(module))
+    weights[0] *= 2
+    torch.testing.assert_close(module(*views, x), function(weights, x))

@@ -6,13 +6,11 @@ same result at every call or in every layer (rotary tables, masks, conversions)
 are then done once.
 """
 
-import math
 import operator
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 _aten = torch.ops.aten
@@ -43,8 +41,7 @@ def capture(function, *args):
     flat, structure = pytree.tree_flatten(args)
 
     def flat_function(*flat):
-        with _EinsumAsMatmul():
-            return function(*pytree.tree_unflatten(flat, structure))
+        return function(*pytree.tree_unflatten(flat, structure))
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad():
@@ -58,37 +55,38 @@ def capture(function, *args):
     return module
 
 
-class _EinsumAsMatmul(TorchFunctionMode):
-    """Turns the einsum of a dense layer into one matrix product.
+def separate_views(module, count):
+    """Splits off what only reshapes the first arguments.
 
-    `torch.einsum` moves dimensions about and ends in a batched product, several
-    operators for what is a matrix times a vector in a decode step.
+    Args:
+        module: From `capture()`. Changed in place.
+        count: int. How many of its arguments are the same in many calls.
+
+    Returns:
+        A tuple `(prepare, module)` of `torch.fx.GraphModule`s. `prepare` takes
+        those arguments and returns a tuple of views of them. `module` takes
+        that tuple's elements and the other arguments.
     """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.einsum:
-            output = _dense_einsum(*args)
-            if output is not None:
-                return output
-        return function(*args, **(kwargs or {}))
-
-
-def _dense_einsum(equation, *operands):
-    """The result, if the last axes of `x` meet the first of a kernel."""
-    if len(operands) != 2 or "." in equation:
-        return None
-    terms, output = equation.replace(" ", "").split("->")
-    x_axes, kernel_axes = terms.split(",")
-    count = len(set(x_axes) & set(kernel_axes))
-    kept, contracted = x_axes[:-count], x_axes[-count:]
-    free = kernel_axes[count:]
-    if count == 0 or kernel_axes[:count] != contracted or output != kept + free:
-        return None
-    x, kernel = operands
-    x_shape, kernel_shape = x.shape[: len(kept)], kernel.shape[count:]
-    size = math.prod(kernel.shape[:count])
-    product = x.reshape(*x_shape, size) @ kernel.reshape(size, -1)
-    return product.reshape(*x_shape, *kernel_shape)
+    graph, outside = module.graph, torch.fx.Graph()
+    fixed = [x for x in graph.nodes if x.op == "placeholder"][:count]
+    copies = {x: outside.placeholder(x.name) for x in fixed}
+    for node in graph.nodes:
+        if node.target in (*_RESHAPES, _aten.t.default):
+            if all(x in copies for x in node.all_input_nodes):
+                copies[node] = outside.node_copy(node, copies.get)
+    used = [x for x in copies if any(user not in copies for user in x.users)]
+    outside.output(tuple(copies[x] for x in used))
+    with graph.inserting_before(next(iter(graph.nodes))):
+        for node in used:
+            argument = graph.placeholder(f"view_of_{node.name}")
+            argument.meta = node.meta
+            node.replace_all_uses_with(
+                argument, delete_user_cb=lambda user: user not in copies
+            )
+    for node in reversed(copies):
+        graph.erase_node(node)
+    module.recompile()
+    return torch.fx.GraphModule({}, outside), module
 
 
 def _is_repeatable(node):

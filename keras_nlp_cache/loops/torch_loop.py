@@ -6,6 +6,8 @@ from torch.utils import _pytree as pytree
 
 from keras_nlp_cache.loops.generation import Loop
 from keras_nlp_cache.loops.torch_capture import capture
+from keras_nlp_cache.loops.torch_capture import separate_views
+from keras_nlp_cache.loops.torch_products import DenseProducts
 
 
 class TorchLoop(Loop):
@@ -28,7 +30,7 @@ class TorchLoop(Loop):
         return len(self._captured)
 
     def _prefill(self, token_ids, given, length):
-        with torch.no_grad():
+        with torch.no_grad(), DenseProducts():
             return super()._prefill(token_ids, given, length)
 
     def _decode(self, generation, limit, stop_token_ids):
@@ -37,16 +39,20 @@ class TorchLoop(Loop):
 
     def _make_call(self):
         weights = [x.value for x in self.variables]
+        views = None
 
         def call(generation):
+            nonlocal views
             token_ids, _, _, index, cache = generation
             args = (
                 token_ids[:, index : index + 1],
                 cache,
                 torch.tensor(index, dtype=torch.int32, device=token_ids.device),
             )
-            step = self._captured_step(weights, *args)
-            return step(*weights, *pytree.tree_leaves(args)), cache
+            prepare, step = self._captured_step(weights, *args)
+            if views is None:
+                views = prepare(*weights)
+            return step(*views, *pytree.tree_leaves(args)), cache
 
         return call
 
@@ -54,12 +60,13 @@ class TorchLoop(Loop):
         key = token_ids.shape[0], cache[0][0].shape[2]
         if key not in self._captured:
             module = capture(self._step, weights, token_ids, cache, index)
+            prepare, step = separate_views(module, len(weights))
             if self.lm.jit_compile:
-                module = torch.compile(module)
-            self._captured[key] = module
+                step = torch.compile(step)
+            self._captured[key] = prepare, step
         return self._captured[key]
 
     def _step(self, weights, token_ids, cache, index):
         mapping = list(zip(self.variables, weights))
-        with keras.StatelessScope(state_mapping=mapping):
+        with keras.StatelessScope(state_mapping=mapping), DenseProducts():
             return self.lm.call_with_cache(token_ids, cache, index)[0][:, 0]

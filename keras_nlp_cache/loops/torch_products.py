@@ -1,0 +1,83 @@
+"""Dense layers on PyTorch, each as one matrix product by the fastest library.
+
+On a CPU, `torch.matmul` goes to MKL, which multiplies a few rows with a matrix
+on one core. oneDNN, which PyTorch ships too and Inductor uses, takes all cores.
+Measured on 2 cores, float32, 768 x 3072: 296 instead of 443 microseconds for
+one row, 318 instead of 912 for eight, half for 512.
+"""
+
+import math
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
+class DenseProducts(TorchFunctionMode):
+    """While active, runs the products of dense layers in the fastest way.
+
+    Applies to inference: there is no gradient.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = None
+        if function is torch.einsum:
+            output = _dense_einsum(*args)
+        elif function in _MATMULS and len(args) == 2 and args[1].ndim == 2:
+            output = dense_product(*args)
+        if output is not None:
+            return output
+        return function(*args, **(kwargs or {}))
+
+
+def dense_product(x, matrix):
+    """`x @ matrix`.
+
+    Args:
+        x: Tensor `(..., K)`.
+        matrix: Tensor `(K, N)`.
+
+    Returns:
+        A tensor `(..., N)`.
+    """
+    if (
+        x.device.type == "cpu"
+        and x.dtype == matrix.dtype == torch.float32
+        and x.ndim > 1
+        and torch.backends.mkldnn.is_available()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(
+            x.contiguous(), matrix.t(), None, "none", [], ""
+        )
+    return x @ matrix
+
+
+def _dense_einsum(equation, *operands):
+    """The product, if `equation` is that of a dense layer.
+
+    Those of `torch.einsum` move dimensions about and end in a batched product,
+    several operators for what is a matrix times a vector in a decode step.
+
+    Returns:
+        A tensor, or `None` if the last axes of `x` do not meet the first of
+        the kernel (but for axes of size 1).
+    """
+    if len(operands) != 2 or "->" not in equation or "." in equation:
+        return None
+    terms, output = equation.replace(" ", "").split("->")
+    x_axes, kernel_axes = terms.split(",")
+    x, kernel = operands
+    count = len(set(x_axes) & set(kernel_axes))
+    kept, contracted = x_axes[: len(x_axes) - count], x_axes[-count:]
+    at = kernel_axes.find(contracted) if count else -1
+    free = kernel_axes.replace(contracted, "")
+    if at < 0 or output != kept + free or math.prod(kernel.shape[:at]) != 1:
+        return None
+    shape = [kernel.shape[kernel_axes.index(axis)] for axis in free]
+    size = math.prod(x.shape[len(kept) :])
+    product = dense_product(
+        x.reshape(*x.shape[: len(kept)], size),
+        kernel.reshape(size, math.prod(shape)),
+    )
+    return product.reshape(*x.shape[: len(kept)], *shape)
