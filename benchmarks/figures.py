@@ -77,7 +77,10 @@ def draw(folder):
         ),
         "memory": (
             draw_lines,
-            {"xlabel": "MiB of keys and values", "ylabel": "peak MiB"},
+            {
+                "xlabel": "MiB of keys and values",
+                "ylabel": "peak above weights",
+            },
         ),
     }
     for command, (function, options) in kinds.items():

@@ -4,10 +4,12 @@
 
 prints, as JSON, the seconds that a decode step takes at least: `bandwidth`, to
 read weights and filled cache once; `products`, to multiply a batch of vectors
-with every weight matrix in that framework.
+with every weight matrix in that framework (on PyTorch by MKL or by oneDNN,
+whichever is faster).
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -60,10 +62,18 @@ def products(backend, shapes, batch):
     if backend == "torch":
         import torch
 
+        from keras_nlp_cache.loops.torch_products import dense_product
+
         matrices = [torch.tensor(x.T) for x in matrices]
         vectors = {n: torch.tensor(x) for n, x in vectors.items()}
-        return median_seconds(
-            lambda: [vectors[x.shape[0]] @ x for x in matrices]
+
+        def all_products(product):
+            for x in matrices:
+                product(vectors[x.shape[0]], x)
+
+        return min(
+            median_seconds(functools.partial(all_products, product))
+            for product in (torch.matmul, dense_product)
         )
     if backend == "jax":
         import jax

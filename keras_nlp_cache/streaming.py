@@ -101,9 +101,9 @@ def stream_tokens(lm, token_ids, max_new_tokens):
     generation = loop.prefill(
         prompt, np.ones_like(prompt), slots_for(length + max_new_tokens, limit)
     )
-    for end in range(length + 1, length + max_new_tokens + 1):
-        generation = loop.decode(generation, end)
-        yield int(ops.convert_to_numpy(generation.token_ids)[0, end - 1])
+    steps = loop.steps(generation, length + max_new_tokens)
+    for end, generation in enumerate(steps, start=length):
+        yield int(ops.convert_to_numpy(generation.token_ids)[0, end])
 
 
 def _tokenize(preprocessor, prompt):

@@ -24,9 +24,16 @@ def attend_prefix(
     Nothing is trained through a cache that a loop owns, so there is no
     dropout.
     """
-    return torch.ops.keras_nlp_cache.attend_prefix(
-        query, key, value, mask, filled, scale, soft_cap
+    # Out here, what is the same in every layer is computed once per step. A
+    # softmax over infinities would not be a number.
+    bias = mask
+    if soft_cap is None:
+        bias = mask.clamp(min=torch.finfo(query.dtype).min / 2).to(query.dtype)
+    sees_any = mask.amax(dim=-1)[:, 0, :, None, None] > MASKED / 2
+    output = torch.ops.keras_nlp_cache.attend_prefix(
+        query, key, value, bias, filled, scale, soft_cap
     )
+    return output * sees_any.to(query.dtype)
 
 
 def _attend_prefix(query, key, value, mask, filled, scale, soft_cap):
@@ -45,8 +52,6 @@ def _attend_prefix(query, key, value, mask, filled, scale, soft_cap):
     key, value = key.to(dtype), value.to(dtype)
     bias = mask if length == 1 else mask.repeat(1, 1, groups, 1)
     if soft_cap is None:
-        # A softmax over infinities would not be a number.
-        bias = bias.clamp(min=torch.finfo(dtype).min / 2).to(dtype)
         x = scaled_dot_product_attention(
             query, key, value, attn_mask=bias, scale=scale
         )
@@ -54,9 +59,8 @@ def _attend_prefix(query, key, value, mask, filled, scale, soft_cap):
         logits = torch.matmul(query, key.transpose(2, 3)).float() * scale
         logits = torch.tanh(logits / soft_cap) * soft_cap + bias
         x = torch.matmul(torch.softmax(logits, dim=-1).to(dtype), value)
-    x = x.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    sees_any = mask.amax(dim=-1) > MASKED / 2
-    return x * sees_any[:, 0, :, None, None].to(dtype)
+    x = x.unflatten(2, (groups, length))
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 _LIBRARY.impl("attend_prefix", _attend_prefix, "CompositeExplicitAutograd")

@@ -157,10 +157,32 @@ class Loop:
         Returns:
             The `Generation` that was reached.
         """
-        # Padded, so that their number compiles nothing.
-        stop = np.full(max(8, len(stop_token_ids)), -1, "int32")
-        stop[: len(stop_token_ids)] = stop_token_ids
-        return self._decode(generation, np.int32(limit), stop)
+        return self._decode(
+            generation, np.int32(limit), self._padded(stop_token_ids)
+        )
+
+    def steps(self, generation, limit, stop_token_ids=()):
+        """Generates as `decode()` does, one token at a time.
+
+        Args:
+            generation: A `Generation`, not to be used any more.
+            limit: int, as for `decode()`.
+            stop_token_ids: Sequence of ints, as for `decode()`.
+
+        Yields:
+            A `Generation` after each step, not to be used after the next.
+        """
+        return self._steps(
+            generation, np.int32(limit), self._padded(stop_token_ids)
+        )
+
+    @staticmethod
+    def _padded(stop_token_ids):
+        """An array of one of few sizes, for their number to compile nothing."""
+        count = len(stop_token_ids)
+        padded = np.full(max(8, 1 << max(count - 1, 0).bit_length()), -1)
+        padded[:count] = stop_token_ids
+        return padded.astype("int32")
 
     def _prefill(self, token_ids, given, length):
         with owned_cache():
@@ -179,14 +201,20 @@ class Loop:
         )
 
     def _decode(self, generation, limit, stop_token_ids):
+        for latest in self._steps(generation, limit, stop_token_ids):
+            generation = latest
+        return generation
+
+    def _steps(self, generation, limit, stop_token_ids):
         stop_token_ids = ops.convert_to_tensor(stop_token_ids)
         call = self._make_call()
+        while unfinished(generation, limit):
+            generation = self._step(call, generation, stop_token_ids)
+            yield generation
+
+    def _step(self, call, generation, stop_token_ids):
         with owned_cache():
-            while unfinished(generation, limit):
-                generation = decode_step(
-                    self.lm, call, generation, stop_token_ids
-                )
-        return generation
+            return decode_step(self.lm, call, generation, stop_token_ids)
 
     def _make_call(self):
         """The `call` of `decode_step()`."""
@@ -233,9 +261,9 @@ class CompiledLoop(Loop):
             cache=cache,
         )
 
-    def _step(self, generation, stop_token_ids):
-        """One decode step, to be compiled."""
-        with owned_cache():
-            return decode_step(
-                self.lm, self._make_call(), generation, stop_token_ids
-            )
+    def _steps(self, generation, limit, stop_token_ids):
+        for end in range(int(generation.index) + 2, int(limit) + 1):
+            generation = self._decode(generation, np.int32(end), stop_token_ids)
+            yield generation
+            if ops.convert_to_numpy(generation.done).all():
+                return

@@ -64,7 +64,9 @@ class JaxLoop(CompiledLoop):
         def body(generation, seeds):
             mapping = weights + list(zip(variables, seeds))
             with keras.StatelessScope(state_mapping=mapping) as scope:
-                generation = self._step(generation, stop_token_ids)
+                generation = self._step(
+                    self._make_call(), generation, stop_token_ids
+                )
                 return generation, [
                     scope.get_current_value(x) for x in variables
                 ]

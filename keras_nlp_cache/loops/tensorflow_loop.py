@@ -79,7 +79,9 @@ class TensorFlowLoop(CompiledLoop):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
         (generation,) = ops.while_loop(
             lambda generation: unfinished(generation, limit),
-            lambda generation: (self._step(generation, stop_token_ids),),
+            lambda generation: (
+                self._step(self._make_call(), generation, stop_token_ids),
+            ),
             (generation._replace(cache=cache),),
         )
         return _assign(variables, generation)

@@ -1,5 +1,7 @@
 """Generation on PyTorch: an eager prefill, a captured decode step."""
 
+import functools
+
 import keras
 import torch
 from torch.utils import _pytree as pytree
@@ -10,6 +12,36 @@ from keras_nlp_cache.loops.torch_capture import separate_views
 from keras_nlp_cache.loops.torch_products import DenseProducts
 
 
+def record(function):
+    """Records what a function does on a GPU, to launch it all at once.
+
+    Args:
+        function: Takes no arguments. Reads and writes the same memory whenever
+            it is called, and may be called twice in place of once.
+
+    Returns:
+        A function that does the same again, and returns the same tensor.
+
+    Reference:
+        https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+    # Libraries set themselves up in the first call, which can't be recorded.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function()
+
+    def replay():
+        graph.replay()
+        return output
+
+    return replay
+
+
 class TorchLoop(Loop):
     """Generation that calls the layers of the model once, not once per token.
 
@@ -17,9 +49,15 @@ class TorchLoop(Loop):
     decode step is captured for each size of the cache. Weights are arguments of
     what is captured, so that new ones are seen.
 
-    With `jit_compile=True`, what was captured is compiled by Inductor, which on
-    two cores takes minutes.
+    On a GPU the operators of a step are recorded and launched as one. With
+    `jit_compile=True`, what was captured is compiled by Inductor, which on two
+    cores takes minutes.
     """
+
+    @staticmethod
+    def is_gpu(device):
+        """Whether to record what runs on a device."""
+        return device.type == "cuda"
 
     def __init__(self, lm):
         super().__init__(lm)
@@ -33,40 +71,57 @@ class TorchLoop(Loop):
         with torch.no_grad(), DenseProducts():
             return super()._prefill(token_ids, given, length)
 
-    def _decode(self, generation, limit, stop_token_ids):
+    def _step(self, call, generation, stop_token_ids):
         with torch.no_grad():
-            return super()._decode(generation, limit, stop_token_ids)
+            return super()._step(call, generation, stop_token_ids)
 
     def _make_call(self):
-        weights = [x.value for x in self.variables]
-        views = None
+        step = None
 
         def call(generation):
-            nonlocal views
+            nonlocal step
             token_ids, _, _, index, cache = generation
-            args = (
-                token_ids[:, index : index + 1],
-                cache,
-                torch.tensor(index, dtype=torch.int32, device=token_ids.device),
-            )
-            prepare, step = self._captured_step(weights, *args)
-            if views is None:
-                views = prepare(*weights)
-            return step(*views, *pytree.tree_leaves(args)), cache
+            if step is None:
+                step = self._bind(token_ids, cache)
+            return step(token_ids[:, index : index + 1], index), cache
 
         return call
+
+    def _bind(self, token_ids, cache):
+        """A step from a token to logits, on the weights and cache of now."""
+        weights = [x.value for x in self.variables]
+        token = torch.zeros_like(token_ids[:, :1])
+        slot = token.new_zeros((), dtype=torch.int32)
+        prepare, step = self._captured_step(weights, token, cache, slot)
+        step = functools.partial(
+            step,
+            *prepare(*weights),
+            *pytree.tree_leaves((token, cache, slot)),
+        )
+        on_gpu = self.is_gpu(token.device)
+
+        def bound_step(new_token, index):
+            nonlocal step, on_gpu
+            token.copy_(new_token)
+            slot.fill_(index)
+            if on_gpu:
+                # Not before: it runs the step, which writes into the cache.
+                step, on_gpu = record(step), False
+            return step()
+
+        return bound_step
 
     def _captured_step(self, weights, token_ids, cache, index):
         key = token_ids.shape[0], cache[0][0].shape[2]
         if key not in self._captured:
-            module = capture(self._step, weights, token_ids, cache, index)
+            module = capture(self._logits, weights, token_ids, cache, index)
             prepare, step = separate_views(module, len(weights))
             if self.lm.jit_compile:
                 step = torch.compile(step)
             self._captured[key] = prepare, step
         return self._captured[key]
 
-    def _step(self, weights, token_ids, cache, index):
+    def _logits(self, weights, token_ids, cache, index):
         mapping = list(zip(self.variables, weights))
         with keras.StatelessScope(state_mapping=mapping), DenseProducts():
             return self.lm.call_with_cache(token_ids, cache, index)[0][:, 0]
