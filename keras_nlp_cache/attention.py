@@ -8,6 +8,7 @@ projects, how it scales, whether it caps its logits or slides a window.
 import functools
 import string
 
+import keras
 from keras import ops
 
 from keras_nlp_cache.attend import attend
@@ -42,6 +43,23 @@ def in_order_of_kernel(equation):
     return equation.translate(
         str.maketrans(dict(zip(names, string.ascii_lowercase)))
     )
+
+
+class EinsumDense(keras.layers.EinsumDense):
+    """Output projection whose kernel a decode loop reads as it lies in memory.
+
+    Everywhere else the equation is upstream's, so that a call without a cache
+    adds up in upstream's order.
+    """
+
+    @property
+    def equation(self):
+        equation = vars(self)["equation"]
+        return in_order_of_kernel(equation) if is_owned() else equation
+
+    @equation.setter
+    def equation(self, equation):
+        vars(self)["equation"] = equation
 
 
 class CachedAttention:
@@ -83,11 +101,6 @@ class CachedAttention:
         """`(B, T, query_heads, head_dim)`, from the shape of what comes in."""
         query = getattr(self, self.projections["query"])
         return tuple(query.compute_output_shape(input_shape))
-
-    def specialize_output(self):
-        """Has the output projection read its kernel as it lies in memory."""
-        dense = getattr(self, self.projections["output"])
-        dense.equation = in_order_of_kernel(dense.equation)
 
     def call(self, *args, cache=None, **kwargs):
         """Attends as upstream does, or through a cache.

@@ -10,6 +10,7 @@ is, and states the outputs that follow from it.
 import keras
 from keras import tree
 
+from keras_nlp_cache.attention import EinsumDense
 from keras_nlp_cache.attention import first_argument
 from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.wiring import active_wiring
@@ -46,7 +47,11 @@ class DecoderBlock:
     def specialize_attention(self):
         attention = getattr(self, self.attention_name)
         specialize(attention, self.attention_cls)
-        attention.specialize_output()
+        attention.autocast = False
+        output = getattr(attention, attention.projections["output"])
+        # Surgery may have put another layer there.
+        if type(output) is keras.layers.EinsumDense:
+            specialize(output, EinsumDense)
 
     def __call__(self, *args, **kwargs):
         cache = kwargs.pop(self.cache_argument, None)
@@ -125,7 +130,7 @@ def specialize(layer, cls):
             "extends."
         )
     layer.__class__ = cls
-    # See `DecoderBlock.__call__`: the constructor of `cls` did not run.
-    layer.autocast = False
     if isinstance(layer, DecoderBlock):
+        # See `DecoderBlock.__call__`: the constructor of `cls` did not run.
+        layer.autocast = False
         layer.specialize_attention()
