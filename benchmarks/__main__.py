@@ -31,6 +31,7 @@ from tabulate import tabulate
 from benchmarks import figures
 from benchmarks import models
 from benchmarks.worker import SYSTEMS
+from keras_nlp_cache import atomic_file
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BACKENDS = ("jax", "tensorflow", "torch")
@@ -237,12 +238,8 @@ def memory(args):
 
 def write(path, result):
     path.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, delete=False
-    ) as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
-    os.replace(file.name, path)
+    with atomic_file.replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def print_table(result):
