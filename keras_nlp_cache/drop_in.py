@@ -12,13 +12,13 @@ both ways and leave keras_hub itself untouched:
   we load something, and no longer.
 """
 
+import importlib
 import json
-import os
 import pathlib
-import shutil
-import tempfile
 
 import keras
+
+from keras_nlp_cache import atomic_file
 
 _PACKAGE = "keras_nlp_cache"
 _UPSTREAM_PACKAGES = ("keras_hub", "keras_nlp")
@@ -112,8 +112,30 @@ def load_model(filepath, **kwargs):
     cache = backbone.make_cache(batch_size=1, max_length=64)
     ```
     """
+    _register_all()
     with scope():
         return keras.saving.load_model(filepath, **kwargs)
+
+
+def unpickle(buffer):
+    """Restores a model of this package from what Keras pickles.
+
+    Keras names a method of the class, which by its `__module__` is upstream's.
+
+    Args:
+        buffer: `io.BytesIO` with a `.keras` file.
+
+    Returns:
+        The model, not compiled, as with all models of Keras.
+    """
+    _register_all()
+    return keras.Model._unpickle_model(buffer)
+
+
+def _register_all():
+    """Has all classes registered, in a process that imported none so far."""
+    for name in ("models", "surgery"):
+        importlib.import_module(f"{_PACKAGE}.{name}")
 
 
 def name_upstream_classes(preset_dir):
@@ -125,7 +147,8 @@ def name_upstream_classes(preset_dir):
     for path in pathlib.Path(preset_dir).glob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if _rename(config):
-            _write_atomically(path, json.dumps(config, indent=4))
+            with atomic_file.replacing(path) as unfinished:
+                unfinished.write_text(json.dumps(config, indent=4), "utf-8")
 
 
 def _rename(config):
@@ -151,18 +174,3 @@ def _model_names():
         for upstream in _replacements
         if issubclass(upstream, keras.Model)
     }
-
-
-def _write_atomically(path, text):
-    """Replaces the text of a file, or leaves the file as it was."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.close()
-            shutil.copymode(path, file.name)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

@@ -15,7 +15,6 @@ from keras import tree
 
 import keras_nlp_cache
 from keras_nlp_cache import models
-from keras_nlp_cache import stream
 from keras_nlp_cache.surgery import tap
 from keras_nlp_cache.surgery import vector_files
 from keras_nlp_cache.surgery import vector_training
@@ -425,10 +424,10 @@ def test_strength_is_assigned_between_streams(monkeypatch):
     for strength in (-3.0, 0.0, 3.0):
         layer.strength.assign(strength)
         loop = steered.generation_loop
-        text = "".join(x for x, _ in stream(steered, "the fox", 8, None))
+        text = "".join(steered.stream("the fox", 8, None))
         assert steered.generation_loop is loop
         fresh = vector_for([0, 1]).apply(lm, strength)
-        assert text == "".join(x for x, _ in stream(fresh, "the fox", 8, None))
+        assert text == "".join(fresh.stream("the fox", 8, None))
 
 
 @every_family

@@ -5,11 +5,10 @@ keys of the GGUF file are those that `repeng` and llama.cpp read and write.
 """
 
 import importlib
-import os
 import pathlib
 import re
-import shutil
-import tempfile
+
+from keras_nlp_cache import atomic_file
 
 _FORMAT = "control_vector"
 _ARCHITECTURE = "controlvector"
@@ -58,18 +57,8 @@ def write(path, directions, model_hint):
     """
     writer, _ = _format(path)
     tensors = {f"direction.{i}": x for i, x in sorted(directions.items())}
-    # Renaming is atomic within a file system, so the new file has to grow
-    # next to the old one. A directory of its own goes away as a whole,
-    # whatever a writer left in it.
-    target = pathlib.Path(path).resolve()
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}.unfinished-", dir=target.parent
-    ) as folder:
-        unfinished = pathlib.Path(folder, target.name)
+    with atomic_file.replacing(path) as unfinished:
         writer(unfinished, tensors, model_hint)
-        if target.exists():
-            shutil.copymode(target, unfinished)
-        os.replace(unfinished, target)
 
 
 def read(path):
