@@ -19,7 +19,7 @@ BACKENDS = {
     "tensorflow": ["tensorflow"],
     "torch": ["torch"],
 }
-STEER = ["gguf", "rich", "safetensors", "scikit-learn"]
+STEER = ["gguf", "rich", "scikit-learn"]
 DEMO = [
     *STEER,
     "accelerate",
@@ -60,6 +60,7 @@ setup(
         "keras-nlp>=0.32",
         "numpy",
         "platformdirs",
+        "safetensors",
         "tqdm",
     ],
     extras_require={

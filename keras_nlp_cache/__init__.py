@@ -10,12 +10,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load_model": "keras_nlp_cache.drop_in",
-    "stream": "keras_nlp_cache.streaming",
 }
 
 _MODULES = ("models", "surgery")
 
-__all__ = ["load_model", "models", "stream", "surgery"]
+__all__ = ["load_model", "models", "surgery"]
 
 
 def __getattr__(name):

@@ -64,6 +64,20 @@ def plain_python(function):
     return tf.autograph.experimental.do_not_convert(function)
 
 
+def floating_dtype(name, dtype):
+    """The standard name of a dtype.
+
+    Raises:
+        ValueError: If it is not floating. `name` says which argument it was.
+    """
+    dtype = keras.backend.standardize_dtype(dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(
+            f"Expected `{name}` to be a floating dtype. Received: {dtype}."
+        )
+    return dtype
+
+
 # `Functional` is named as a base because Keras adds it by rewriting the bases
 # of every path to `keras.Model`, and trips over a class with two of them.
 class CachedBackbone(keras_hub.models.Backbone, Functional):
@@ -186,6 +200,10 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         """Number of positions the model can tell apart, `None` if any."""
         return None
 
+    def __reduce__(self):
+        _, args = super().__reduce__()
+        return drop_in.unpickle, args
+
     @plain_python
     def make_cache(self, batch_size, max_length, dtype=None):
         """Makes an empty cache.
@@ -206,11 +224,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
                 floating.
         """
         self.check_cache_size(batch_size, max_length)
-        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
-        if not keras.backend.is_float_dtype(dtype):
-            raise ValueError(
-                f"Expected `dtype` to be a floating dtype. Received: {dtype}."
-            )
+        dtype = floating_dtype("dtype", dtype or self.compute_dtype)
         return tuple(
             tuple(
                 ops.zeros((batch_size, heads, max_length, dim), dtype=dtype)
@@ -344,13 +358,22 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         Symbolic outputs cannot be `None`, so where no cache goes in, the
         layers are called as upstream calls them.
         """
-        return self.replay(
-            self._normalize(inputs),
-            positions=None,
-            call=lambda site, *args, **kwargs: call(site.layer)(
-                *args, **kwargs
-            ),
-        )[0]
+        return self.intercepted(
+            inputs,
+            lambda site, *args, **kwargs: call(site.layer)(*args, **kwargs),
+        )
+
+    def intercepted(self, inputs, call):
+        """Runs on inputs without a cache, with a say in every call.
+
+        Args:
+            inputs: Dictionary, as the model is called with.
+            call: As for `replay()`.
+
+        Returns:
+            Hidden states `(B, T, hidden_dim)`.
+        """
+        return self.replay(self._normalize(inputs), None, call)[0]
 
     def _run_through_graph(
         self, inputs, operation_fn=lambda op: op, call_fn=None

@@ -1,5 +1,8 @@
 """The task that generates through the backbone's graph."""
 
+import threading
+
+import keras
 import keras_hub
 import numpy as np
 from keras import ops
@@ -12,10 +15,15 @@ from keras_hub.src.utils.python_utils import classproperty
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import loops
 from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.backbone import floating_dtype
 from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import owned_cache
 from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.loops.generation import supports
+from keras_nlp_cache.session import Session
+
+# Threads that generate with one model share its loop.
+_making_loop = threading.Lock()
 
 
 # For the second base see `CachedBackbone`.
@@ -27,6 +35,10 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
     backbone, so whatever was done to its graph shows in what it generates.
     They use nothing of it but its call, its `make_cache()`, and its
     `token_embedding` to turn hidden states into logits.
+
+    Attributes:
+        embeddings_name: Name of the layer of the backbone that returns what
+            `score()` calls the embeddings.
 
     Args:
         backbone: A backbone of this package.
@@ -51,6 +63,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
     Reference:
         https://github.com/keras-team/keras-hub/issues/1862
     """
+
+    embeddings_name = "token_embedding"
 
     def __init__(self, backbone, *args, **kwargs):
         if not isinstance(backbone, CachedBackbone):
@@ -126,14 +140,27 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         with owned_cache():
             return super().generate_step(inputs, stop_token_ids)
 
-    def compile(self, *args, **kwargs):
+    def compile(self, *args, cache_dtype=None, **kwargs):
         """Configures training and generation.
 
         Upstream's method. `run_eagerly` and `jit_compile` hold for generation
         too. `jit_compile="auto"`, the default, uses XLA on TensorFlow, on a
         CPU as well, and not PyTorch's Inductor.
+
+        Args:
+            *args: As for `keras_hub.models.CausalLM.compile()`.
+            cache_dtype: Optional floating dtype of the keys and values that
+                are kept while generating. Defaults to the compute dtype.
+                `"bfloat16"` halves the memory of float32.
+            **kwargs: As for `keras_hub.models.CausalLM.compile()`.
+
+        Raises:
+            ValueError: If `cache_dtype` is not floating.
         """
+        if cache_dtype is not None:
+            cache_dtype = floating_dtype("cache_dtype", cache_dtype)
         super().compile(*args, **kwargs)
+        self.cache_dtype = cache_dtype
         self.generation_jit_compile = kwargs.get("jit_compile", "auto")
         self._loop = None
 
@@ -144,9 +171,10 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         Kept, with what it compiled, while the model has the same variables:
         their values may change.
         """
-        if self._loop is None or not self._loop.is_current():
-            self._loop = loops.make_loop(self)
-        return self._loop
+        with _making_loop:
+            if self._loop is None or not self._loop.is_current():
+                self._loop = loops.make_loop(self)
+            return self._loop
 
     def make_generate_function(self):
         """Returns the function that generates from a batch of tokens."""
@@ -215,6 +243,124 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             strip_prompt=strip_prompt,
         )
 
+    def stream(self, prompt, max_new_tokens=256, stop_token_ids="auto"):
+        """Generates text after a prompt, and yields it as it is produced.
+
+        Args:
+            prompt: str.
+            max_new_tokens: int. Stop after that many tokens.
+            stop_token_ids: As for `generate()`.
+
+        Returns:
+            An iterator with one string for each token, which may be left
+            early. See `Session.stream()`.
+
+        Raises:
+            ValueError: If the model has no preprocessor, the sampler has a
+                loop of its own (beam search, say), or for `Session.stream()`'s
+                reasons.
+
+        Example:
+        ```python
+        for piece in lm.stream("the fox", max_new_tokens=8):
+            print(piece, end="", flush=True)
+        ```
+        """
+        return Session(self).stream(prompt, max_new_tokens, stop_token_ids)
+
+    def start_session(self, path=None):
+        """Starts a text that can be continued turn by turn.
+
+        Args:
+            path: Optional. A file that `Session.save()` wrote, to go on with.
+
+        Returns:
+            A `keras_nlp_cache.session.Session`.
+
+        Raises:
+            ValueError: If the model has no preprocessor, or the file is
+                damaged or of another model.
+        """
+        session = Session(self)
+        if path is not None:
+            session.load(path)
+        return session
+
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode="logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """Scores token ids, with a say in what each decoder block returns.
+
+        Upstream's method. Where upstream calls the layers of the backbone one
+        by one, this runs through the backbone's graph, edits included.
+
+        Args:
+            token_ids: int tensor `(B, T)`.
+            padding_mask: Optional tensor `(B, T)`, 0 for padding.
+            scoring_mode: `"logits"` or `"loss"`.
+            layer_intercept_fn: Optional function from hidden states
+                `(B, T, hidden_dim)` and the index of a decoder block, in the
+                order of calls, to the hidden states to go on with. The index
+                of the embeddings is -1.
+            target_ids: int tensor `(B, T)`, what to compare with in
+                `scoring_mode="loss"`.
+
+        Returns:
+            Logits `(B, T, vocabulary_size)`, or the loss of each token
+            `(B, T)`.
+
+        Raises:
+            ValueError: If `scoring_mode` is neither of the two, or is `"loss"`
+                without `target_ids`.
+
+        Example:
+        ```python
+        norms = {}
+
+        def intercept(x, index):
+            norms[index] = keras.ops.norm(x)
+            return x
+
+        tokens = np.array([[5, 6, 7, 8]])
+        lm.score(tokens[:, :-1], None, "loss", intercept, tokens[:, 1:])
+        ```
+        """
+        if scoring_mode not in ("logits", "loss"):
+            raise ValueError(
+                'Expected `scoring_mode` to be "logits" or "loss". Received: '
+                f"{scoring_mode!r}."
+            )
+        if scoring_mode == "loss" and target_ids is None:
+            raise ValueError(
+                "Expected `target_ids`, the token ids to compare with, with "
+                'scoring_mode="loss". Received: target_ids=None.'
+            )
+        embeddings = getattr(self.backbone, self.embeddings_name)
+
+        def call(site, *args, **kwargs):
+            x = site(*args, **kwargs)
+            if layer_intercept_fn is None:
+                return x
+            if site.block is not None:
+                return layer_intercept_fn(x, site.block)
+            return layer_intercept_fn(x, -1) if site.layer is embeddings else x
+
+        hidden_states = self.backbone.intercepted(
+            {"token_ids": token_ids, "padding_mask": padding_mask}, call
+        )
+        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        if scoring_mode == "logits":
+            return logits
+        loss = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="none"
+        )
+        return loss(target_ids, logits)
+
     def export_to_transformers(self, path):
         """Exports the task in the format of Hugging Face Transformers.
 
@@ -224,6 +370,10 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         """
         self.backbone.refuse_edits("Transformers")
         super().export_to_transformers(path)
+
+    def __reduce__(self):
+        _, args = super().__reduce__()
+        return drop_in.unpickle, args
 
     # === Presets ===
 

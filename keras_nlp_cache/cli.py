@@ -197,10 +197,8 @@ def _check_prompt(prompt):
 
 def _answer(lm, prompt, max_new_tokens, times):
     """Yields an answer in pieces, and notes in `times` when each came."""
-    from keras_nlp_cache.streaming import stream
-
     try:
-        for piece, _ in stream(lm, prompt, max_new_tokens):
+        for piece in lm.stream(prompt, max_new_tokens):
             times.append(time.perf_counter())
             yield piece
     except ValueError as e:

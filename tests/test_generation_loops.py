@@ -328,6 +328,30 @@ def test_a_recorded_step_reads_the_same_memory_each_time(monkeypatch):
     assert len(recordings) == 2
 
 
+@every_family
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_a_cache_of_another_dtype(family, run_eagerly):
+    lm = family.ours("CausalLM")(family.backbone(), None)
+    lm.compile(
+        sampler="greedy", cache_dtype="bfloat16", run_eagerly=run_eagerly
+    )
+    loop, prompt = lm.generation_loop, random_tokens(2, 5)
+    generation = loop.prefill(prompt, np.ones_like(prompt), slots_for(40, 64))
+    generation = loop.decode(generation, 40)
+    for x in (x for pair in generation.cache for x in pair):
+        assert keras.backend.standardize_dtype(x.dtype) == "bfloat16"
+    # What is lost in rounding decides few tokens.
+    tokens = to_numpy(generation.token_ids)[:, :40].astype("int32")
+    logits = to_numpy(
+        lm({"token_ids": tokens, "padding_mask": np.ones_like(tokens)})
+    )[:, 4:-1]
+    chosen = np.take_along_axis(logits, tokens[:, 5:, None], axis=-1)[..., 0]
+    scale = logits.std()
+    assert (logits.max(axis=-1) - chosen).max() < 0.3 * scale
+    with pytest.raises(ValueError, match="`cache_dtype`.*int8"):
+        lm.compile(sampler="greedy", cache_dtype="int8")
+
+
 def test_samplers_with_a_loop_of_their_own():
     lm = LLAMA.lm_pair[0]
     for sampler, known in {

@@ -5,24 +5,25 @@ import itertools
 import keras_hub
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keras_nlp_cache import models
-from keras_nlp_cache import stream
-from keras_nlp_cache.streaming import stream_tokens
+from keras_nlp_cache.pieces import TextPieces
 from tests.families import every_family
-from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import random_tokens
 
 LENGTH = 16
-PROMPT = random_tokens(1, 5)
+# Of the few tokens that the tests' tokenizers know.
+PROMPT = random_tokens(1, 5) % 16 + 1
 
 
-def lm_with_text(family):
+def lm_with_text(family, **kwargs):
     preprocessor = family.preprocessor()
     size = preprocessor.tokenizer.vocabulary_size()
     lm = family.ours("CausalLM")(
-        family.backbone(vocabulary_size=size), preprocessor
+        family.backbone(vocabulary_size=size, **kwargs), preprocessor
     )
     lm.compile(sampler="greedy")
     return lm
@@ -31,9 +32,11 @@ def lm_with_text(family):
 @every_family
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_tokens_are_those_of_generate(family, run_eagerly):
-    lm = family.lm_pair[0]
+    lm = lm_with_text(family)
     lm.compile(sampler="greedy", run_eagerly=run_eagerly)
-    streamed = list(stream_tokens(lm, PROMPT[0], LENGTH - 5))
+    session = lm.start_session()
+    streamed = list(session.stream_tokens(PROMPT[0], LENGTH - 5))
+    lm.preprocessor = None
     prompt = {
         "token_ids": np.pad(PROMPT, ((0, 0), (0, LENGTH - 5))),
         "padding_mask": padding_mask([5], LENGTH),
@@ -46,7 +49,7 @@ def test_tokens_are_those_of_generate(family, run_eagerly):
 def test_text_is_that_of_generate(family):
     lm = lm_with_text(family)
     prompt = "the fox"
-    pieces = [piece for piece, _ in stream(lm, prompt, 12)]
+    pieces = list(lm.stream(prompt, 12))
     x = lm.preprocessor.generate_preprocess([prompt], sequence_length=40)
     start = int(np.sum(np.array(x["padding_mask"])))
     expected = lm.generate(prompt, max_length=start + 12, strip_prompt=True)
@@ -56,39 +59,51 @@ def test_text_is_that_of_generate(family):
 @every_family
 def test_can_be_left_early(family):
     lm = lm_with_text(family)
-    whole = list(stream(lm, "the fox", 6, stop_token_ids=None))
-    some = list(
-        itertools.islice(stream(lm, "the fox", 6, stop_token_ids=None), 3)
-    )
-    assert some == whole[:3]
-    assert [count for _, count in whole] == [1, 2, 3, 4, 5, 6]
+    whole = list(lm.stream("the fox", 6, stop_token_ids=None))
+    some = itertools.islice(lm.stream("the fox", 6, stop_token_ids=None), 3)
+    assert list(some) == whole[:3]
+    assert len(whole) == 6
 
 
 @every_family
 def test_a_seeded_sampler_repeats_itself(family):
-    lm = family.lm_pair[0]
-    runs = []
-    for _ in range(2):
+    lm = lm_with_text(family)
+
+    def compile():
         lm.compile(
             sampler=keras_hub.samplers.RandomSampler(temperature=5.0, seed=3)
         )
-        runs.append(list(stream_tokens(lm, PROMPT[0], 8)))
-    assert runs[0] == runs[1]
+
+    def tokens():
+        return list(lm.start_session().stream_tokens(PROMPT[0], 8))
+
+    compile()
+    first = tokens()
     # The seed advances from one call to the next.
-    assert list(stream_tokens(lm, PROMPT[0], 8)) != runs[0]
+    assert tokens() != first
+    compile()
+    assert tokens() == first
 
 
-def test_mistakes():
-    lm = FAMILIES[0].lm_pair[0]
-    with pytest.raises(ValueError, match="`preprocessor`"):
-        list(stream(lm, "text"))
-    lm = lm_with_text(FAMILIES[0])
-    with pytest.raises(ValueError, match="`max_new_tokens`.*0"):
-        list(stream(lm, "the fox", 0))
-    with pytest.raises(ValueError, match="64 positions"):
-        list(stream(lm, "the fox", 64))
-    with pytest.raises(ValueError, match="at least one token"):
-        list(stream_tokens(lm, np.zeros((0,), "int32"), 4))
+CHARACTERS = "aé€🙂 "
+
+
+@given(st.text(CHARACTERS, max_size=60), st.integers(1, 5))
+def test_pieces(text, size):
+    """Whatever bytes a token has, pieces are whole and make up the text."""
+    data = text.encode()
+    tokens = [data[i : i + size] for i in range(0, len(data), size)]
+    read = []
+
+    def detokenize(window):
+        read.append(len(window))
+        return b"".join(window).decode(errors="replace")
+
+    pieces = TextPieces(detokenize)
+    shown = [pieces.add(token) for token in tokens]
+    assert not any("\N{REPLACEMENT CHARACTER}" in x for x in shown)
+    assert "".join(shown) + pieces.rest() == text
+    assert max(read, default=0) <= TextPieces.longest + 4
 
 
 def test_whole_characters_and_the_text_of_a_real_model(smollm2):
@@ -96,7 +111,7 @@ def test_whole_characters_and_the_text_of_a_real_model(smollm2):
     lm = models.CausalLM.from_preset(smollm2)
     lm.compile(sampler="greedy")
     prompt = "🙂🙃🙂🙃🙂🙃🙂🙃"
-    pieces = [piece for piece, _ in stream(lm, prompt, 24, None)]
+    pieces = list(lm.stream(prompt, 24, None))
     assert "" in pieces, "some token should have been half a character"
     assert not any("\N{REPLACEMENT CHARACTER}" in x for x in pieces[:-1])
     assert "🙃" in "".join(pieces)

@@ -7,6 +7,7 @@ compiled. All share one interface, `Loop`.
 
 import keras
 
+from keras_nlp_cache.loops.generation import check_sampler
 from keras_nlp_cache.loops.generation import Loop
 
 
@@ -19,7 +20,11 @@ def make_loop(lm):
 
     Returns:
         A `Loop`.
+
+    Raises:
+        ValueError: If the sampler has a loop of its own.
     """
+    check_sampler(lm.sampler)
     if lm.run_eagerly:
         return Loop(lm)
     backend = keras.config.backend()

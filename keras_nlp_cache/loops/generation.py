@@ -4,6 +4,7 @@ import typing
 
 import numpy as np
 from keras import ops
+from keras import tree
 from keras_hub.samplers import Sampler
 
 from keras_nlp_cache.cache import owned_cache
@@ -43,6 +44,21 @@ def supports(sampler):
         and type(sampler).__call__ is Sampler.__call__
         and type(sampler).run_loop is Sampler.run_loop
     )
+
+
+def check_sampler(sampler):
+    """Refuses samplers with a loop of their own, which `generate()` runs.
+
+    Raises:
+        ValueError: If `supports(sampler)` is false.
+    """
+    if not supports(sampler):
+        raise ValueError(
+            "Expected a sampler that picks one token at a time, such as "
+            f'"greedy" or "top_p". Received: {type(sampler).__name__}, which '
+            "has a loop of its own. Call `compile(sampler=...)` with another, "
+            "or `generate()`."
+        )
 
 
 def slots_for(length, limit=None):
@@ -96,6 +112,10 @@ def unfinished(generation, limit):
     )
 
 
+def _copied(arrays):
+    return tree.map_structure(lambda x: np.array(x, copy=True), arrays)
+
+
 class Loop:
     """Generation with its loop in Python, on any backend.
 
@@ -123,13 +143,17 @@ class Loop:
             a is b for a, b in zip(now, self.variables)
         )
 
-    def prefill(self, token_ids, given, slots):
+    def prefill(self, token_ids, given, slots, cache=None, start=0):
         """Starts to generate after prompts.
 
         Args:
             token_ids: int32 array `(B, T)`, prompts padded at their end.
             given: bool array `(B, T)`, false for padding.
             slots: int. How long texts may become; see `slots_for()`.
+            cache: The cache of an earlier `Generation`, of as many slots, not
+                to be used any more. Defaults to a new one.
+            start: int. How many slots of `cache` are filled with what
+                `token_ids` begins with.
 
         Returns:
             A `Generation` up to the end of the shortest prompt.
@@ -137,13 +161,25 @@ class Loop:
         Raises:
             ValueError: If the model learned fewer positions than `slots`.
         """
-        self.lm.backbone.check_cache_size(len(token_ids), slots)
-        padding = ((0, 0), (0, slots - token_ids.shape[1]))
-        return self._prefill(
+        batch, length = token_ids.shape
+        self.lm.backbone.check_cache_size(batch, slots)
+        padding = ((0, 0), (0, slots - length))
+        args = (
             np.pad(np.asarray(token_ids, "int32"), padding),
             np.pad(np.asarray(given, "bool"), padding),
             np.int32(np.sum(given, axis=1).min()),
         )
+        if cache is None:
+            return self._prefill(*args)
+        return self._prefill_more(*args, cache, np.int32(start))
+
+    def restore_cache(self, arrays):
+        """A cache to go on with, from copies of its arrays.
+
+        Args:
+            arrays: Pairs of arrays, one pair for each decoder block.
+        """
+        return tree.map_structure(ops.convert_to_tensor, _copied(arrays))
 
     def decode(self, generation, limit, stop_token_ids=()):
         """Generates until texts have some length, or all rows are done.
@@ -185,13 +221,16 @@ class Loop:
         return padded.astype("int32")
 
     def _prefill(self, token_ids, given, length):
+        cache = self.lm.backbone.make_cache(
+            *token_ids.shape, self.lm.cache_dtype
+        )
+        return self._prefill_more(token_ids, given, length, cache, 0)
+
+    def _prefill_more(self, token_ids, given, length, cache, start):
         with owned_cache():
-            cache = self.lm.backbone.make_cache(*token_ids.shape)
-            for start in range(0, length - 1, self.chunk):
-                end = min(start + self.chunk, int(length) - 1)
-                _, cache = self.lm.run_backbone(
-                    token_ids[:, start:end], cache, start
-                )
+            for at in range(start, length - 1, self.chunk):
+                end = min(at + self.chunk, int(length) - 1)
+                _, cache = self.lm.run_backbone(token_ids[:, at:end], cache, at)
         return Generation(
             token_ids=ops.convert_to_tensor(token_ids),
             given=ops.convert_to_tensor(given),
@@ -237,21 +276,21 @@ class CompiledLoop(Loop):
     # to keep two cores busy. One size, for one compilation.
     chunk = 32
 
-    def _fill(self, token_ids, given, length, cache):
-        """Prefills, to be compiled: `length` is a tensor."""
+    def _fill(self, token_ids, given, length, cache, start=0):
+        """Prefills, to be compiled: `length` and `start` may be tensors."""
         batch, slots = ops.shape(token_ids)
         chunk = min(self.chunk, slots)
 
         def body(i, cache):
             # The last chunk may overlap the one before, and writes the same.
             # What it writes past the prompt is written again before it is read.
-            start = ops.minimum(i * chunk, slots - chunk)
-            tokens = ops.slice(token_ids, (0, start), (batch, chunk))
-            return self.lm.run_backbone(tokens, cache, start)[1]
+            at = ops.minimum(start + i * chunk, slots - chunk)
+            tokens = ops.slice(token_ids, (0, at), (batch, chunk))
+            return self.lm.run_backbone(tokens, cache, at)[1]
 
         with owned_cache():
             cache = ops.fori_loop(
-                0, (length - 1 + chunk - 1) // chunk, body, cache
+                0, (length - 1 - start + chunk - 1) // chunk, body, cache
             )
         return Generation(
             token_ids=token_ids,

@@ -8,6 +8,37 @@ from keras_nlp_cache.loops.generation import CompiledLoop
 from keras_nlp_cache.loops.generation import unfinished
 
 
+def sharded(cache):
+    """Lays a cache out over the devices of a `keras.distribution`.
+
+    The batch is split along the distribution's batch axis, the key/value heads
+    along the other one, each as far as it can be split evenly.
+
+    Args:
+        cache: Pairs of arrays `(B, heads, S, head_dim)`.
+
+    Returns:
+        The cache, as it is if there is no distribution.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return cache
+    mesh, batch_axis = distribution.device_mesh, distribution.batch_dim_name
+    sizes = dict(zip(mesh.axis_names, mesh.shape))
+    others = [name for name in mesh.axis_names if name != batch_axis]
+
+    def shard(x):
+        axes = [batch_axis, others[0] if others else None, None, None]
+        axes = [
+            axis if axis is not None and size % sizes[axis] == 0 else None
+            for axis, size in zip(axes, x.shape)
+        ]
+        layout = keras.distribution.TensorLayout(axes, mesh)
+        return keras.distribution.distribute_tensor(x, layout)
+
+    return jax.tree.map(shard, cache)
+
+
 class JaxLoop(CompiledLoop):
     """Generation whose loops are compiled by XLA.
 
@@ -19,19 +50,31 @@ class JaxLoop(CompiledLoop):
     def __init__(self, lm):
         super().__init__(lm)
         self._compiled_prefill = jax.jit(self._stateless_prefill)
+        self._compiled_prefill_more = jax.jit(
+            self._stateless_prefill_more, donate_argnames="cache"
+        )
         self._compiled_decode = jax.jit(
             self._stateless_decode, donate_argnames="generation"
         )
 
     @property
     def compilations(self):
-        return (
-            self._compiled_prefill._cache_size()
-            + self._compiled_decode._cache_size()
+        return sum(
+            function._cache_size()
+            for function in (
+                self._compiled_prefill,
+                self._compiled_prefill_more,
+                self._compiled_decode,
+            )
         )
 
     def _prefill(self, token_ids, given, length):
         return self._compiled_prefill(self._weights(), token_ids, given, length)
+
+    def _prefill_more(self, token_ids, given, length, cache, start):
+        return self._compiled_prefill_more(
+            self._weights(), token_ids, given, length, cache, start
+        )
 
     def _decode(self, generation, limit, stop_token_ids):
         seeds = self.lm.sampler.variables
@@ -46,14 +89,29 @@ class JaxLoop(CompiledLoop):
             variable.assign(value)
         return generation
 
+    def restore_cache(self, arrays):
+        # Not the arrays' own memory, which can't be donated.
+        return sharded(
+            jax.tree.map(lambda x: jax.numpy.array(x, copy=True), arrays)
+        )
+
     def _weights(self):
         return [x.value for x in self.variables]
 
     def _stateless_prefill(self, weights, token_ids, given, length):
         mapping = list(zip(self.variables, weights))
         with keras.StatelessScope(state_mapping=mapping):
-            cache = self.lm.backbone.make_cache(*token_ids.shape)
-            return self._fill(token_ids, given, length, cache)
+            cache = self.lm.backbone.make_cache(
+                *token_ids.shape, self.lm.cache_dtype
+            )
+            return self._fill(token_ids, given, length, sharded(cache))
+
+    def _stateless_prefill_more(
+        self, weights, token_ids, given, length, cache, start
+    ):
+        mapping = list(zip(self.variables, weights))
+        with keras.StatelessScope(state_mapping=mapping):
+            return self._fill(token_ids, given, length, cache, start)
 
     def _stateless_decode(
         self, weights, seeds, generation, limit, stop_token_ids

@@ -1,5 +1,6 @@
 """Generation on TensorFlow: one compiled prefill, one compiled decode loop."""
 
+import numpy as np
 import tensorflow as tf
 from keras import ops
 from keras import tree
@@ -41,14 +42,21 @@ class TensorFlowLoop(CompiledLoop):
         )
 
     def _prefill(self, token_ids, given, length):
-        cache = self._make_cache(*token_ids.shape)
+        cache = self._empty_cache(*token_ids.shape)
+        return self._prefill_more(token_ids, given, length, cache, np.int32(0))
+
+    def _prefill_more(self, token_ids, given, length, cache, start):
         generation = self._compiled_prefill(
             cache,
             tf.constant(token_ids),
             tf.constant(given),
             tf.constant(length),
+            tf.constant(start),
         )
         return generation._replace(cache=cache)
+
+    def restore_cache(self, arrays):
+        return tree.map_structure(tf.Variable, arrays)
 
     def _decode(self, generation, limit, stop_token_ids):
         cache = generation.cache
@@ -60,9 +68,9 @@ class TensorFlowLoop(CompiledLoop):
         )
         return generation._replace(cache=cache)
 
-    def _make_cache(self, batch, slots):
+    def _empty_cache(self, batch, slots):
         """Variables one by one: beside a cache of tensors, there'd be two."""
-        dtype = self.lm.backbone.compute_dtype
+        dtype = self.lm.cache_dtype or self.lm.backbone.compute_dtype
         return tuple(
             tuple(
                 tf.Variable(tf.zeros((batch, heads, slots, dim), dtype))
@@ -71,9 +79,10 @@ class TensorFlowLoop(CompiledLoop):
             for heads, dim in self.lm.backbone.cache_spec
         )
 
-    def _prefill_into(self, variables, token_ids, given, length):
+    def _prefill_into(self, variables, token_ids, given, length, start):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
-        return _assign(variables, self._fill(token_ids, given, length, cache))
+        generation = self._fill(token_ids, given, length, cache, start)
+        return _assign(variables, generation)
 
     def _decode_into(self, variables, generation, limit, stop_token_ids):
         cache = tree.map_structure(tf.convert_to_tensor, variables)

@@ -1,6 +1,7 @@
 """Generation on PyTorch: an eager prefill, a captured decode step."""
 
 import functools
+import threading
 
 import keras
 import torch
@@ -62,14 +63,15 @@ class TorchLoop(Loop):
     def __init__(self, lm):
         super().__init__(lm)
         self._captured = {}
+        self._capturing = threading.Lock()
 
     @property
     def compilations(self):
         return len(self._captured)
 
-    def _prefill(self, token_ids, given, length):
+    def _prefill_more(self, *args):
         with torch.no_grad(), DenseProducts():
-            return super()._prefill(token_ids, given, length)
+            return super()._prefill_more(*args)
 
     def _step(self, call, generation, stop_token_ids):
         with torch.no_grad():
@@ -113,13 +115,14 @@ class TorchLoop(Loop):
 
     def _captured_step(self, weights, token_ids, cache, index):
         key = token_ids.shape[0], cache[0][0].shape[2]
-        if key not in self._captured:
-            module = capture(self._logits, weights, token_ids, cache, index)
-            prepare, step = separate_views(module, len(weights))
-            if self.lm.jit_compile:
-                step = torch.compile(step)
-            self._captured[key] = prepare, step
-        return self._captured[key]
+        with self._capturing:
+            if key not in self._captured:
+                module = capture(self._logits, weights, token_ids, cache, index)
+                prepare, step = separate_views(module, len(weights))
+                if self.lm.jit_compile:
+                    step = torch.compile(step)
+                self._captured[key] = prepare, step
+            return self._captured[key]
 
     def _logits(self, weights, token_ids, cache, index):
         mapping = list(zip(self.variables, weights))

@@ -91,3 +91,4 @@ class GPT2CausalLM(CausalLM, keras_hub.models.GPT2CausalLM):
     """
 
     backbone_cls = GPT2Backbone
+    embeddings_name = "embeddings_add"

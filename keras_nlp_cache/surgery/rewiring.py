@@ -177,5 +177,7 @@ def _with_backbone(lm, backbone):
             ),
             dict(lm._compile_config.config),
         )
-        new.compile(**compile_config, sampler=lm.sampler)
+        new.compile(
+            **compile_config, sampler=lm.sampler, cache_dtype=lm.cache_dtype
+        )
     return new

@@ -1,0 +1,43 @@
+"""Text from tokens that come one at a time."""
+
+# What `detokenize()` puts in place of bytes that are not yet a character.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextPieces:
+    """Cuts a growing text into pieces of whole characters.
+
+    How a token reads may depend on those before it: a byte completes a
+    character, a space is dropped at the start of a text. So tokens are turned
+    into text together with some before them, and never all of them again.
+
+    Args:
+        detokenize: Function from a list of token ids to a string.
+    """
+
+    # Long enough for any character, and for a tokenizer's idea of a start.
+    context = 8
+    longest = 32
+
+    def __init__(self, detokenize):
+        self._detokenize = detokenize
+        self._window, self._shown = [], ""
+
+    def add(self, token_id):
+        """Takes a token, and returns the text that is certain by now."""
+        self._window.append(token_id)
+        text = self._detokenize(self._window)
+        if text.endswith(_INCOMPLETE):
+            return ""
+        piece = text[len(self._shown) :]
+        self._shown = text
+        if len(self._window) > self.longest:
+            self._window = self._window[-self.context :]
+            self._shown = self._detokenize(self._window)
+        return piece
+
+    def rest(self):
+        """What is left when no more tokens come, complete or not."""
+        if not self._window:
+            return ""
+        return self._detokenize(self._window)[len(self._shown) :]

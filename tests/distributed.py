@@ -1,0 +1,79 @@
+"""Generates on 8 virtual devices, as a program for `test_distribution.py`.
+
+python -m tests.distributed {data,model} FAMILY
+"""
+
+import os
+import sys
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import keras
+import numpy as np
+
+from keras_nlp_cache.loops.generation import slots_for
+from tests.families import FAMILIES
+from tests.families import padding_mask
+from tests.families import random_tokens
+
+HEADS = {"num_heads": 4, "num_query_heads": 8, "num_key_value_heads": 4}
+
+
+def make_lm(family, weights=None):
+    config = dict(family.config)
+    heads = {name: value for name, value in HEADS.items() if name in config}
+    lm = family.ours("CausalLM")(family.backbone(**heads), None)
+    if weights is not None:
+        lm.backbone.set_weights(weights)
+    lm.compile(sampler="greedy")
+    return lm
+
+
+def generate(lm):
+    mask = padding_mask([5, 7, 4, 9, 6, 5, 8, 3], 24)
+    inputs = {"token_ids": random_tokens(8, 24) * mask, "padding_mask": mask}
+    return lm.generate(inputs, stop_token_ids=None)["token_ids"]
+
+
+def distribution(kind, family):
+    devices = keras.distribution.list_devices()
+    assert len(devices) == 8
+    if kind == "data":
+        return keras.distribution.DataParallel(devices=devices)
+    mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"), devices)
+    layout_map = family.ours("Backbone").get_layout_map(mesh)
+    return keras.distribution.ModelParallel(
+        layout_map=layout_map, batch_dim_name="batch"
+    )
+
+
+def check_cache(cache, kind):
+    """Each device holds its share, and no more."""
+    for x in jax.tree.leaves(cache):
+        rows, heads = (1, 4) if kind == "data" else (4, 1)
+        assert len(x.addressable_shards) == 8
+        for shard in x.addressable_shards:
+            assert shard.data.shape == (rows, heads, *x.shape[2:]), shard
+
+
+def main(kind, name):
+    family = next(x for x in FAMILIES if x.name == name)
+    alone = make_lm(family)
+    expected = generate(alone)
+    keras.distribution.set_distribution(distribution(kind, family))
+    lm = make_lm(family, alone.backbone.get_weights())
+    np.testing.assert_array_equal(generate(lm), expected)
+    prompt = random_tokens(8, 5)
+    loop = lm.generation_loop
+    generation = loop.prefill(prompt, np.ones_like(prompt), slots_for(24, 64))
+    check_cache(generation.cache, kind)
+    generation = loop.decode(generation, 24)
+    check_cache(generation.cache, kind)
+    restored = loop.restore_cache(jax.tree.map(np.asarray, generation.cache))
+    check_cache(restored, kind)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
