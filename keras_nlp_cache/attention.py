@@ -15,6 +15,7 @@ from keras_nlp_cache.attend import attend
 from keras_nlp_cache.attend import attend_filled
 from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.sharing import share
 
 
 def first_argument(args, kwargs):
@@ -45,23 +46,6 @@ def in_order_of_kernel(equation):
     )
 
 
-class EinsumDense(keras.layers.EinsumDense):
-    """Output projection whose kernel a decode loop reads as it lies in memory.
-
-    Everywhere else the equation is upstream's, so that a call without a cache
-    adds up in upstream's order.
-    """
-
-    @property
-    def equation(self):
-        equation = vars(self)["equation"]
-        return in_order_of_kernel(equation) if is_owned() else equation
-
-    @equation.setter
-    def equation(self, equation):
-        vars(self)["equation"] = equation
-
-
 class CachedAttention:
     """Mixin that gives an upstream attention layer a per-layer cache.
 
@@ -75,8 +59,6 @@ class CachedAttention:
             `(B, T, hidden_dim)` and int32 `(B or 1, T)`. Rotates query and key
             if the family does. The query is `(B, T, query_heads, head_dim)`,
             key and value are `(B, T, key_value_heads, head_dim)`.
-        merge_heads: Method that projects `(B, T, query_heads, head_dim)` to
-            `(B, T, hidden_dim)`.
         scale: float. Multiplies the attention logits.
         soft_cap: Optional float. See `attend()`.
         window: Optional int. How many slots a query sees, its own included.
@@ -101,6 +83,18 @@ class CachedAttention:
         """`(B, T, query_heads, head_dim)`, from the shape of what comes in."""
         query = getattr(self, self.projections["query"])
         return tuple(query.compute_output_shape(input_shape))
+
+    def merge_heads(self, x):
+        """Projects `(B, T, query_heads, head_dim)` to `(B, T, hidden_dim)`."""
+        dense = getattr(self, self.projections["output"])
+        # Surgery may have put another layer there. Everywhere but in a loop,
+        # sums are in upstream's order.
+        if is_owned() and type(dense) is keras.layers.EinsumDense:
+            if keras.config.backend() == "jax":
+                dense = share(
+                    dense, equation=in_order_of_kernel(dense.equation)
+                )
+        return dense(x)
 
     def call(self, *args, cache=None, **kwargs):
         """Attends as upstream does, or through a cache.

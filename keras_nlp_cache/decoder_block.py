@@ -10,7 +10,6 @@ is, and states the outputs that follow from it.
 import keras
 from keras import tree
 
-from keras_nlp_cache.attention import EinsumDense
 from keras_nlp_cache.attention import first_argument
 from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.wiring import active_wiring
@@ -48,10 +47,6 @@ class DecoderBlock:
         attention = getattr(self, self.attention_name)
         specialize(attention, self.attention_cls)
         attention.autocast = False
-        output = getattr(attention, attention.projections["output"])
-        # Surgery may have put another layer there.
-        if type(output) is keras.layers.EinsumDense:
-            specialize(output, EinsumDense)
 
     def __call__(self, *args, **kwargs):
         cache = kwargs.pop(self.cache_argument, None)

@@ -3,8 +3,6 @@
 import numpy as np
 from keras import ops
 
-from keras_nlp_cache.cache import owned_cache
-from keras_nlp_cache.sharing import sublayers
 from tests.families import every_family
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -57,22 +55,3 @@ def test_only_the_new_slots_change(family):
     for old, new in zip(arrays(cache), arrays(updated)):
         changed = (old != new).any(axis=(0, 1, 3))
         assert changed.tolist() == [False] * 5 + [True] * 2 + [False]
-
-
-def equations(backbone):
-    """The einsum equations of all layers, in the order of the layers."""
-    return [
-        layer.equation
-        for top in backbone.layers
-        for _, layer in [((), top), *sublayers(top)]
-        if hasattr(layer, "equation")
-    ]
-
-
-@every_family
-def test_products_are_upstreams_but_in_a_loop(family):
-    ours, upstream = family.pair
-    assert equations(ours) == equations(upstream)
-    with owned_cache():
-        assert equations(ours) != equations(upstream)
-    assert equations(ours) == equations(upstream)

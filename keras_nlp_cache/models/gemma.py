@@ -55,9 +55,6 @@ class CachedGemmaAttention(
             self.value_dense(x),
         )
 
-    def merge_heads(self, x):
-        return self.output_dense(x)
-
 
 @replaces(gemma_decoder_block.GemmaDecoderBlock)
 class GemmaDecoderBlock(DecoderBlock, gemma_decoder_block.GemmaDecoderBlock):

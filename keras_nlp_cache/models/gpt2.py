@@ -30,9 +30,6 @@ class CachedMultiHeadAttention(
     def project(self, x, positions):
         return self._query_dense(x), self._key_dense(x), self._value_dense(x)
 
-    def merge_heads(self, x):
-        return self._output_dense(x)
-
 
 @replaces(keras_hub.layers.TransformerDecoder)
 class TransformerDecoder(DecoderBlock, keras_hub.layers.TransformerDecoder):

@@ -35,7 +35,7 @@ class LlamaAttention(CachedAttention, llama_attention.LlamaAttention):
         )
 
     def merge_heads(self, x):
-        return self._output_dense(self._dropout_layer(x))
+        return super().merge_heads(self._dropout_layer(x))
 
 
 @replaces(llama_decoder.LlamaTransformerDecoder)
