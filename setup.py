@@ -27,9 +27,12 @@ DEMO = [
     "torch",
     "transformers>=5",
 ]
+# What `StepModel.export()` needs, and what runs the files it writes.
+EXPORT = ["ai-edge-litert", "onnx", "onnxruntime", "onnxscript", "tf2onnx"]
 BENCH = [*DEMO, *BACKENDS["jax"], "matplotlib", "psutil", "tabulate"]
 TEST = [
     *DEMO,
+    *EXPORT,
     *BACKENDS["jax"],
     "hypothesis",
     "parameterized",
@@ -67,6 +70,7 @@ setup(
         **BACKENDS,
         "steer": STEER,
         "demo": DEMO,
+        "export": EXPORT,
         "test": TEST,
         "bench": BENCH,
     },

@@ -9,12 +9,13 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
+    "StepModel": "keras_nlp_cache.step_model",
     "load_model": "keras_nlp_cache.drop_in",
 }
 
 _MODULES = ("models", "surgery")
 
-__all__ = ["load_model", "models", "surgery"]
+__all__ = ["StepModel", "load_model", "models", "surgery"]
 
 
 def __getattr__(name):

@@ -30,6 +30,7 @@ from keras_nlp_cache.sites import Site
 from keras_nlp_cache.sites import sites_of
 from keras_nlp_cache.step import AttentionMask
 from keras_nlp_cache.step import Positions
+from keras_nlp_cache.wiring import constant
 from keras_nlp_cache.wiring import dense
 from keras_nlp_cache.wiring import Wiring
 
@@ -167,6 +168,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         def call(operation, *args, **kwargs):
             if operation in takes_positions:
                 kwargs["positions"] = wiring.positions
+            args, kwargs = tree.map_structure(constant, (args, kwargs))
             return operation(*args, **kwargs)
 
         with Wiring(self.blocks[0].dtype_policy) as wiring:

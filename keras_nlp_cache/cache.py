@@ -22,6 +22,7 @@ from keras import ops
 MASKED = -1e9
 
 _owned = contextvars.ContextVar("keras_nlp_cache_owned", default=False)
+_portable = contextvars.ContextVar("keras_nlp_cache_portable", default=False)
 
 
 @contextlib.contextmanager
@@ -44,6 +45,20 @@ def owned_cache():
 def is_owned():
     """Whether the caches of this scope belong to the caller."""
     return _owned.get()
+
+
+@contextlib.contextmanager
+def portable_writes():
+    """Writes to caches in operations that every exporter knows.
+
+    What Keras makes of `ops.slice_update` on TensorFlow is XLA's alone. On
+    the other backends the scope changes nothing.
+    """
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
 
 
 def slots(index, length):
@@ -167,6 +182,8 @@ class LayerCache(typing.NamedTuple):
 
 def _write(slots_of_head, update, index):
     update = ops.cast(update, slots_of_head.dtype)
+    if _portable.get() and keras.config.backend() == "tensorflow":
+        return _write_portably(slots_of_head, update, index)
     if keras.config.backend() != "torch":
         return ops.slice_update(slots_of_head, (0, 0, index, 0), update)
     # `ops.slice_update` reads the index back into Python on torch; an index
@@ -175,3 +192,11 @@ def _write(slots_of_head, update, index):
     if is_owned():
         return slots_of_head.index_copy_(2, where, update)
     return slots_of_head.index_copy(2, where, update)
+
+
+def _write_portably(slots_of_head, update, index):
+    length = update.shape[2]
+    row = slots(0, slots_of_head.shape[2]) - ops.cast(index, "int32")
+    written = ops.logical_and(row >= 0, row < length)[:, None]
+    rows = ops.take(update, ops.clip(row, 0, length - 1), axis=2)
+    return ops.where(written, rows, slots_of_head)

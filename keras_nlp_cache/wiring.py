@@ -9,6 +9,8 @@ replays the graph sees blocks that take hidden states and return hidden states.
 import contextvars
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_nlp_cache.attention import first_argument
 from keras_nlp_cache.cache import LayerCache
@@ -31,6 +33,16 @@ def dense(x):
     """
     if isinstance(x, keras.KerasTensor):
         x._sparse = False
+    return x
+
+
+def constant(x):
+    """Makes an array of a tensor that upstream computed for a graph.
+
+    Exported through TensorFlow, the tensor would become one more input.
+    """
+    if keras.config.backend() == "tensorflow" and ops.is_tensor(x):
+        return np.asarray(x.numpy())
     return x
 
 
