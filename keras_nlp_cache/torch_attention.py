@@ -60,7 +60,7 @@ def _attend_prefix(query, key, value, mask, filled, scale, soft_cap):
         logits = torch.tanh(logits / soft_cap) * soft_cap + bias
         x = torch.matmul(torch.softmax(logits, dim=-1).to(dtype), value)
     x = x.unflatten(2, (groups, length))
-    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
 
 
 _LIBRARY.impl("attend_prefix", _attend_prefix, "CompositeExplicitAutograd")

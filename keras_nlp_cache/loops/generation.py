@@ -5,9 +5,12 @@ import typing
 import numpy as np
 from keras import ops
 from keras import tree
+from keras_hub.samplers import GreedySampler
 from keras_hub.samplers import Sampler
+from keras_hub.samplers import SpeculativeSampler
 
 from keras_nlp_cache.cache import owned_cache
+from keras_nlp_cache.loops.speculative import verify_step
 
 # The fewest slots of a cache. Sizes are powers of two, so that texts of similar
 # length share what was compiled.
@@ -33,12 +36,20 @@ class Generation(typing.NamedTuple):
     cache: typing.Any
 
 
+def token_sampler(sampler):
+    """What picks the tokens: of a `SpeculativeSampler`, the one it wraps."""
+    if isinstance(sampler, SpeculativeSampler):
+        return sampler.base_sampler or GreedySampler()
+    return sampler
+
+
 def supports(sampler):
     """Whether a sampler picks one token at a time from a distribution.
 
     Greedy, top-k, top-p, random, and all that define `get_next_token()` alone.
-    Those with a loop of their own (beam, contrastive, speculative) run it.
+    Those with a loop of their own (beam, contrastive) run it.
     """
+    sampler = token_sampler(sampler)
     return (
         isinstance(sampler, Sampler)
         and type(sampler).__call__ is Sampler.__call__
@@ -72,11 +83,11 @@ def slots_for(length, limit=None):
     return slots if limit is None else max(length, min(slots, limit))
 
 
-def decode_step(lm, call, generation, stop_token_ids):
+def decode_step(sampler, call, generation, stop_token_ids):
     """Generates one token in every row.
 
     Args:
-        lm: A `CausalLM`.
+        sampler: What picks tokens.
         call: Function from a `Generation` to `(logits, cache)`, logits
             `(B, vocabulary_size)` of what follows its last tokens.
         generation: A `Generation`.
@@ -89,8 +100,8 @@ def decode_step(lm, call, generation, stop_token_ids):
     token_ids, given, done, index, cache = generation
     batch = ops.shape(token_ids)[0]
     logits, cache = call(generation)
-    probabilities = lm.sampler.compute_probabilities(logits)
-    next_token = lm.sampler.get_next_token(probabilities)
+    probabilities = sampler.compute_probabilities(logits)
+    next_token = sampler.get_next_token(probabilities)
 
     index = index + 1
     known = ops.slice(token_ids, (0, index), (batch, 1))[:, 0]
@@ -125,6 +136,7 @@ class Loop:
         lm: A `CausalLM` whose sampler is one that `supports()` knows.
 
     Attributes:
+        sampler: What picks tokens.
         compilations: int. How many functions were compiled so far.
     """
 
@@ -134,6 +146,7 @@ class Loop:
 
     def __init__(self, lm):
         self.lm = lm
+        self.sampler = token_sampler(lm.sampler)
         self.variables = lm.variables
 
     def is_current(self):
@@ -212,6 +225,28 @@ class Loop:
             generation, np.int32(limit), self._padded(stop_token_ids)
         )
 
+    def verify(self, generation, drafted, count, limit, stop_token_ids=()):
+        """Adds those of some guesses that are right, and one token more.
+
+        Args:
+            generation: A `Generation`, not to be used any more.
+            drafted: int32 tensor `(B, S)`, its token ids with guesses after
+                them.
+            count: int. How many guesses there are.
+            limit: int. The number of tokens not to exceed.
+            stop_token_ids: Sequence of ints, as for `decode()`.
+
+        Returns:
+            The `Generation` that was reached. See `verify_step()`.
+        """
+        return self._verify(
+            generation,
+            drafted,
+            count,
+            np.int32(limit),
+            self._padded(stop_token_ids),
+        )
+
     @staticmethod
     def _padded(stop_token_ids):
         """An array of one of few sizes, for their number to compile nothing."""
@@ -253,18 +288,35 @@ class Loop:
 
     def _step(self, call, generation, stop_token_ids):
         with owned_cache():
-            return decode_step(self.lm, call, generation, stop_token_ids)
+            return decode_step(self.sampler, call, generation, stop_token_ids)
 
-    def _make_call(self):
-        """The `call` of `decode_step()`."""
+    def _verify(self, generation, drafted, count, limit, stop_token_ids):
+        with owned_cache():
+            return verify_step(
+                self.sampler,
+                self._make_call(count + 1),
+                generation,
+                drafted,
+                count,
+                limit,
+                ops.convert_to_tensor(stop_token_ids),
+            )
+
+    def _make_call(self, length=None):
+        """The `call` of `decode_step()`, or of `verify_step()`.
+
+        Args:
+            length: Optional int. How many tokens to read. Defaults to one,
+                whose logits are then `(B, vocabulary_size)`.
+        """
 
         def call(generation):
             token_ids, _, _, index, cache = generation
-            batch = ops.shape(token_ids)[0]
+            size = (ops.shape(token_ids)[0], length or 1)
             logits, _, cache = self.lm.call_with_cache(
-                ops.slice(token_ids, (0, index), (batch, 1)), cache, index
+                ops.slice(token_ids, (0, index), size), cache, index
             )
-            return logits[:, 0], cache
+            return logits if length else logits[:, 0], cache
 
         return call
 

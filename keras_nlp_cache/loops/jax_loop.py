@@ -56,6 +56,11 @@ class JaxLoop(CompiledLoop):
         self._compiled_decode = jax.jit(
             self._stateless_decode, donate_argnames="generation"
         )
+        self._compiled_verify = jax.jit(
+            self._stateless_verify,
+            donate_argnames="generation",
+            static_argnames="count",
+        )
 
     @property
     def compilations(self):
@@ -65,6 +70,7 @@ class JaxLoop(CompiledLoop):
                 self._compiled_prefill,
                 self._compiled_prefill_more,
                 self._compiled_decode,
+                self._compiled_verify,
             )
         )
 
@@ -76,14 +82,24 @@ class JaxLoop(CompiledLoop):
             self._weights(), token_ids, given, length, cache, start
         )
 
-    def _decode(self, generation, limit, stop_token_ids):
-        seeds = self.lm.sampler.variables
-        generation, values = self._compiled_decode(
-            self._weights(),
-            [x.value for x in seeds],
+    def _decode(self, *args):
+        return self._sample(self._compiled_decode, *args)
+
+    def _verify(self, generation, drafted, count, limit, stop_token_ids):
+        return self._sample(
+            self._compiled_verify,
             generation,
-            limit,
-            stop_token_ids,
+            drafted,
+            count=count,
+            limit=limit,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def _sample(self, compiled, *args, **kwargs):
+        """Calls a compiled function that draws random numbers."""
+        seeds = self.sampler.variables
+        generation, values = compiled(
+            self._weights(), [x.value for x in seeds], *args, **kwargs
         )
         for variable, value in zip(seeds, values):
             variable.assign(value)
@@ -116,21 +132,36 @@ class JaxLoop(CompiledLoop):
     def _stateless_decode(
         self, weights, seeds, generation, limit, stop_token_ids
     ):
-        variables = self.lm.sampler.variables
-        weights = list(zip(self.variables, weights))
-
         def body(generation, seeds):
-            mapping = weights + list(zip(variables, seeds))
-            with keras.StatelessScope(state_mapping=mapping) as scope:
-                generation = self._step(
+            return self._stateless(
+                weights,
+                seeds,
+                lambda: self._step(
                     self._make_call(), generation, stop_token_ids
-                )
-                return generation, [
-                    scope.get_current_value(x) for x in variables
-                ]
+                ),
+            )
 
         return ops.while_loop(
             lambda generation, _: unfinished(generation, limit),
             body,
             (generation, seeds),
         )
+
+    def _stateless_verify(
+        self, weights, seeds, generation, drafted, count, limit, stop_token_ids
+    ):
+        return self._stateless(
+            weights,
+            seeds,
+            lambda: super(JaxLoop, self)._verify(
+                generation, drafted, count, limit, stop_token_ids
+            ),
+        )
+
+    def _stateless(self, weights, seeds, function):
+        """What a function returns, and the state of the sampler after it."""
+        variables = self.sampler.variables
+        mapping = [*zip(self.variables, weights), *zip(variables, seeds)]
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            result = function()
+            return result, [scope.get_current_value(x) for x in variables]

@@ -33,12 +33,17 @@ class TensorFlowLoop(CompiledLoop):
         options = {"autograph": False, "jit_compile": bool(jit_compile)}
         self._compiled_prefill = tf.function(self._prefill_into, **options)
         self._compiled_decode = tf.function(self._decode_into, **options)
+        self._compiled_verify = tf.function(self._verify_into, **options)
 
     @property
     def compilations(self):
-        return (
-            self._compiled_prefill.experimental_get_tracing_count()
-            + self._compiled_decode.experimental_get_tracing_count()
+        return sum(
+            function.experimental_get_tracing_count()
+            for function in (
+                self._compiled_prefill,
+                self._compiled_decode,
+                self._compiled_verify,
+            )
         )
 
     def _prefill(self, token_ids, given, length):
@@ -63,6 +68,18 @@ class TensorFlowLoop(CompiledLoop):
         generation = self._compiled_decode(
             cache,
             generation._replace(cache=()),
+            tf.constant(limit),
+            tf.constant(stop_token_ids),
+        )
+        return generation._replace(cache=cache)
+
+    def _verify(self, generation, drafted, count, limit, stop_token_ids):
+        cache = generation.cache
+        generation = self._compiled_verify(
+            cache,
+            generation._replace(cache=()),
+            drafted,
+            count,
             tf.constant(limit),
             tf.constant(stop_token_ids),
         )
@@ -95,8 +112,23 @@ class TensorFlowLoop(CompiledLoop):
         )
         return _assign(variables, generation)
 
-    def _make_call(self):
-        narrow = super()._make_call()
+    def _verify_into(
+        self, variables, generation, drafted, count, limit, stop_token_ids
+    ):
+        cache = tree.map_structure(tf.convert_to_tensor, variables)
+        generation = super()._verify(
+            generation._replace(cache=cache),
+            drafted,
+            count,
+            limit,
+            stop_token_ids,
+        )
+        return _assign(variables, generation)
+
+    def _make_call(self, length=None):
+        narrow = super()._make_call(length)
+        if length:
+            return narrow
 
         def call(generation):
             token_ids, _, _, index, cache = generation

@@ -77,22 +77,28 @@ class TorchLoop(Loop):
         with torch.no_grad():
             return super()._step(call, generation, stop_token_ids)
 
-    def _make_call(self):
+    def _verify(self, *args):
+        with torch.no_grad():
+            return super()._verify(*args)
+
+    def _make_call(self, length=None):
         step = None
 
         def call(generation):
             nonlocal step
             token_ids, _, _, index, cache = generation
             if step is None:
-                step = self._bind(token_ids, cache)
-            return step(token_ids[:, index : index + 1], index), cache
+                step = self._bind(token_ids[:, : length or 1], cache)
+            now = token_ids[:, index : index + (length or 1)]
+            logits = step(now, index)
+            return logits if length else logits[:, 0], cache
 
         return call
 
-    def _bind(self, token_ids, cache):
-        """A step from a token to logits, on the weights and cache of now."""
+    def _bind(self, tokens, cache):
+        """A step from tokens to logits, on the weights and cache of now."""
         weights = [x.value for x in self.variables]
-        token = torch.zeros_like(token_ids[:, :1])
+        token = torch.zeros_like(tokens)
         slot = token.new_zeros((), dtype=torch.int32)
         prepare, step = self._captured_step(weights, token, cache, slot)
         step = functools.partial(
@@ -114,7 +120,7 @@ class TorchLoop(Loop):
         return bound_step
 
     def _captured_step(self, weights, token_ids, cache, index):
-        key = token_ids.shape[0], cache[0][0].shape[2]
+        key = *token_ids.shape, cache[0][0].shape[2]
         with self._capturing:
             if key not in self._captured:
                 module = capture(self._logits, weights, token_ids, cache, index)
@@ -127,4 +133,4 @@ class TorchLoop(Loop):
     def _logits(self, weights, token_ids, cache, index):
         mapping = list(zip(self.variables, weights))
         with keras.StatelessScope(state_mapping=mapping), DenseProducts():
-            return self.lm.call_with_cache(token_ids, cache, index)[0][:, 0]
+            return self.lm.call_with_cache(token_ids, cache, index)[0]
