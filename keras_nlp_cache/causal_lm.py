@@ -1,5 +1,6 @@
 """The task that generates through the backbone's graph."""
 
+import contextvars
 import threading
 
 import keras
@@ -18,9 +19,20 @@ from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.backbone import floating_dtype
 from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import owned_cache
+from keras_nlp_cache.loops import speculative
+from keras_nlp_cache.loops.generation import check_sampler
 from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.loops.generation import supports
+from keras_nlp_cache.quantization import layer_structure
 from keras_nlp_cache.session import Session
+
+# How many tokens a draft model guesses at a time.
+_GUESSES = 5
+
+# Upstream's `generate()` hands prompts on to a function of its own.
+_assistant_model = contextvars.ContextVar(
+    "keras_nlp_cache_assistant_model", default=None
+)
 
 # Threads that generate with one model share its loop.
 _making_loop = threading.Lock()
@@ -193,14 +205,27 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         token_ids = ops.convert_to_numpy(inputs["token_ids"])
         given = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
         length = token_ids.shape[1]
-        generation = self.generation_loop.prefill(
-            token_ids, given, slots_for(length, self.backbone.max_positions)
-        )
-        generation = self.generation_loop.decode(
-            generation,
-            length,
-            () if stop_token_ids is None else stop_token_ids,
-        )
+        assistant = _assistant_model.get()
+        models = [self] if assistant is None else [self, assistant]
+        limits = [model.backbone.max_positions for model in models]
+        limits = [limit for limit in limits if limit is not None]
+        slots = slots_for(length, min(limits, default=None))
+        stops = () if stop_token_ids is None else stop_token_ids
+        loop = self.generation_loop
+        if assistant is None:
+            generation = loop.prefill(token_ids, given, slots)
+            generation = loop.decode(generation, length, stops)
+        else:
+            generation = speculative.decode(
+                loop,
+                assistant.generation_loop,
+                token_ids,
+                given,
+                slots,
+                getattr(self.sampler, "num_speculative_tokens", _GUESSES),
+                length,
+                stops,
+            )
         token_ids = ops.convert_to_numpy(generation.token_ids)[:, :length]
         if stop_token_ids is None:
             padding_mask = np.ones_like(given)
@@ -224,24 +249,53 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         max_length=None,
         stop_token_ids="auto",
         strip_prompt=False,
+        assistant_model=None,
     ):
         """Generates text after a prompt.
 
         Upstream's method, with its arguments and its results. In addition it
         refuses prompts that upstream would cut or continue from nothing.
 
+        Args:
+            inputs: As for `keras_hub.models.CausalLM.generate()`.
+            max_length: As for `keras_hub.models.CausalLM.generate()`.
+            stop_token_ids: As for `keras_hub.models.CausalLM.generate()`.
+            strip_prompt: As for `keras_hub.models.CausalLM.generate()`.
+            assistant_model: Optional smaller `CausalLM` of this package with
+                the same vocabulary, for speculative decoding: it guesses, and
+                this model checks several guesses at once. What is generated
+                has the distribution that it has without; with the greedy
+                sampler it is the same. Five tokens are guessed at a time,
+                unless the model was compiled with a
+                `keras_hub.samplers.SpeculativeSampler` that says otherwise.
+
         Raises:
             ValueError: If a prompt has no tokens, has more than `max_length`
-                tokens, or needs more positions than the model learned.
+                tokens, or needs more positions than the model learned; or if
+                the assistant does not fit the model or its sampler.
+
+        Example:
+        ```python
+        draft = keras_nlp_cache.surgery.remove(lm, 1)
+        lm.generate("the fox", max_length=16, assistant_model=draft)
+        ```
+
+        Reference:
+            Leviathan et al., 2022, https://arxiv.org/abs/2211.17192
         """
         if self.preprocessor is not None:
             _check_text(inputs, max_length, self.preprocessor)
-        return super().generate(
-            inputs,
-            max_length=max_length,
-            stop_token_ids=stop_token_ids,
-            strip_prompt=strip_prompt,
-        )
+        _check_assistant(self, assistant_model)
+        token = _assistant_model.set(assistant_model)
+        try:
+            return super().generate(
+                inputs,
+                max_length=max_length,
+                stop_token_ids=stop_token_ids,
+                strip_prompt=strip_prompt,
+            )
+        finally:
+            _assistant_model.reset(token)
 
     def stream(self, prompt, max_new_tokens=256, stop_token_ids="auto"):
         """Generates text after a prompt, and yields it as it is produced.
@@ -323,7 +377,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         norms = {}
 
         def intercept(x, index):
-            norms[index] = keras.ops.norm(x)
+            norms[index] = keras.ops.norm(x, axis=-1)
             return x
 
         tokens = np.array([[5, 6, 7, 8]])
@@ -370,6 +424,12 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         """
         self.backbone.refuse_edits("Transformers")
         super().export_to_transformers(path)
+
+    def get_quantization_layer_structure(self, mode):
+        """What GPTQ and AWQ quantize, in which order. See `quantize()`."""
+        if mode not in ("gptq", "awq"):
+            return None
+        return layer_structure(self.backbone)
 
     def __reduce__(self):
         _, args = super().__reduce__()
@@ -424,6 +484,34 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
     def save_to_preset(self, preset_dir, max_shard_size=10):
         super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
         drop_in.name_upstream_classes(preset_dir)
+
+
+def _check_assistant(lm, assistant):
+    """Checks that a model, or `None`, can guess what another generates."""
+    if assistant is None:
+        if isinstance(lm.sampler, keras_hub.samplers.SpeculativeSampler):
+            raise ValueError(
+                "Expected an `assistant_model` that guesses tokens, as the "
+                "model was compiled with a `SpeculativeSampler`. Received: "
+                "assistant_model=None."
+            )
+        return
+    if not isinstance(assistant, CausalLM):
+        raise ValueError(
+            "Expected `assistant_model` to be a `CausalLM` of "
+            "`keras_nlp_cache.models`. Received an instance of "
+            f"{type(assistant).__module__}.{type(assistant).__name__}."
+        )
+    for model in (lm, assistant):
+        check_sampler(model.sampler)
+    sizes = [
+        model.backbone.token_embedding.input_dim for model in (lm, assistant)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            "Expected `assistant_model` to have the vocabulary of the model, "
+            f"{sizes[0]} tokens. Received one of {sizes[1]} tokens."
+        )
 
 
 def _check_prompts(inputs):

@@ -1,0 +1,72 @@
+"""How GPTQ and AWQ see a backbone: what comes first, then one block at a time.
+
+They quantize one block after the other, each with the activations that the
+blocks before it, already quantized, produce.
+"""
+
+import numpy as np
+
+
+class _Stop(Exception):
+    """Leaves a graph at its first block."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+def layer_structure(backbone):
+    """What `get_quantization_layer_structure()` of a task returns.
+
+    Read from the graph, so that edits are in it: layers that were inserted
+    between the blocks are among them.
+
+    Args:
+        backbone: A `CachedBackbone`.
+
+    Returns:
+        A dictionary with `pre_block_layers`, a list of one function from token
+        ids `(B, T)` to the inputs of the first block, and `sequential_blocks`,
+        the layers from the first block to the last.
+
+    Raises:
+        ValueError: If a layer between the blocks takes more than what the one
+            before it returned.
+    """
+    layers = []
+    previous = None
+    blocks = sum(site.block is not None for site in backbone.sites)
+
+    def follow(site, *args, **kwargs):
+        nonlocal previous, blocks
+        x = site(*args, **kwargs)
+        if (site.block is not None or layers) and blocks:
+            if layers and args[0] is not previous:
+                raise ValueError(
+                    "Expected each layer between the decoder blocks to take "
+                    "what the one before it returns, for GPTQ and AWQ to "
+                    "quantize them in turn. Received: a backbone with a layer "
+                    f"{site.name!r} that takes something else. Quantize it "
+                    'before that edit, or with mode="int8" or "int4".'
+                )
+            layers.append(site.layer)
+            previous = x
+            blocks -= site.block is not None
+        return x
+
+    backbone.intercepted({"token_ids": np.zeros((1, 2), "int32")}, follow)
+
+    def until_first_block(token_ids):
+        def call(site, *args, **kwargs):
+            if site.block is not None:
+                raise _Stop(args[0])
+            return site(*args, **kwargs)
+
+        try:
+            backbone.intercepted({"token_ids": token_ids}, call)
+        except _Stop as stop:
+            return stop.x
+
+    return {
+        "pre_block_layers": [until_first_block],
+        "sequential_blocks": layers,
+    }
