@@ -1,4 +1,4 @@
-"""Files that are either written whole or left as they were."""
+"""Files and folders that are either written whole or left as they were."""
 
 import contextlib
 import os
@@ -32,3 +32,31 @@ def replacing(path):
         if target.exists():
             shutil.copymode(target, unfinished)
         os.replace(unfinished, target)
+
+
+@contextlib.contextmanager
+def filling(folder):
+    """Yields a folder to write to, and moves its files to `folder` at the end.
+
+    If the block raises, what it wrote is removed, and what was in `folder`
+    stays as it was.
+
+    Args:
+        folder: str or path of a folder, which is made if it does not exist.
+
+    Raises:
+        OSError: If nothing can be written there.
+    """
+    target = pathlib.Path(folder).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}.unfinished-", dir=target.parent
+    ) as unfinished:
+        yield pathlib.Path(unfinished)
+        for source in sorted(pathlib.Path(unfinished).rglob("*")):
+            moved = target / source.relative_to(unfinished)
+            if source.is_dir():
+                moved.mkdir(parents=True, exist_ok=True)
+            else:
+                moved.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, moved)

@@ -149,6 +149,11 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
     position_layers = ()
 
     def __init__(self, *, inputs, outputs, **kwargs):
+        if not self.blocks:
+            raise ValueError(
+                "Expected a backbone of at least one decoder block. Received: "
+                f"{type(self).__name__} with `num_layers=0`."
+            )
         for block in self.blocks:
             specialize(block, self.block_cls)
         graph = keras.Function(inputs, outputs)
@@ -571,5 +576,5 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             return loader.load_backbone(backbone_cls, load_weights, **kwargs)
 
     def save_to_preset(self, preset_dir, max_shard_size=10):
-        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
-        drop_in.name_upstream_classes(preset_dir)
+        with drop_in.saving_preset(preset_dir) as folder:
+            super().save_to_preset(folder, max_shard_size=max_shard_size)

@@ -15,12 +15,12 @@ from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import loops
+from keras_nlp_cache import prompts
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.backbone import floating_dtype
 from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import owned_cache
 from keras_nlp_cache.loops import speculative
-from keras_nlp_cache.loops.generation import check_sampler
 from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.loops.generation import supports
 from keras_nlp_cache.quantization import layer_structure
@@ -167,10 +167,17 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             **kwargs: As for `keras_hub.models.CausalLM.compile()`.
 
         Raises:
-            ValueError: If `cache_dtype` is not floating.
+            ValueError: If `cache_dtype` is not floating, or there is no such
+                sampler.
         """
         if cache_dtype is not None:
             cache_dtype = floating_dtype("cache_dtype", cache_dtype)
+        sampler = keras_hub.samplers.get(kwargs.get("sampler", "top_k"))
+        if not callable(sampler):
+            raise ValueError(
+                "Expected `sampler` to be a `keras_hub.samplers.Sampler` or "
+                f'the name of one, such as "top_k". Received: {sampler!r}.'
+            )
         super().compile(*args, **kwargs)
         self.cache_dtype = cache_dtype
         self.generation_jit_compile = kwargs.get("jit_compile", "auto")
@@ -196,7 +203,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             generate = super().make_generate_function()
 
         def checked_generate(inputs, stop_token_ids=None):
-            _check_prompts(inputs)
+            prompts.check_tokens(inputs, self.backbone)
             return generate(inputs, stop_token_ids=stop_token_ids)
 
         return checked_generate
@@ -271,8 +278,10 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
         Raises:
             ValueError: If a prompt has no tokens, has more than `max_length`
-                tokens, or needs more positions than the model learned; or if
-                the assistant does not fit the model or its sampler.
+                tokens, needs more positions than the model learned, or holds
+                ids that are not in its vocabulary; if an argument is not what
+                it should be; or if the assistant does not fit the model or its
+                sampler.
 
         Example:
         ```python
@@ -283,9 +292,11 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         Reference:
             Leviathan et al., 2022, https://arxiv.org/abs/2211.17192
         """
+        prompts.check_max_length(max_length)
+        prompts.check_stop_token_ids(stop_token_ids)
         if self.preprocessor is not None:
-            _check_text(inputs, max_length, self.preprocessor)
-        _check_assistant(self, assistant_model)
+            prompts.check_text(inputs, max_length, self.preprocessor)
+        prompts.check_assistant(self, assistant_model)
         token = _assistant_model.set(assistant_model)
         try:
             return super().generate(
@@ -398,11 +409,21 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
         def call(site, *args, **kwargs):
             x = site(*args, **kwargs)
+            if site.block is not None:
+                return intercept(x, site.block)
+            return intercept(x, -1) if site.layer is embeddings else x
+
+        def intercept(x, index):
             if layer_intercept_fn is None:
                 return x
-            if site.block is not None:
-                return layer_intercept_fn(x, site.block)
-            return layer_intercept_fn(x, -1) if site.layer is embeddings else x
+            y = layer_intercept_fn(x, index)
+            if getattr(y, "shape", None) != x.shape:
+                raise ValueError(
+                    "Expected `layer_intercept_fn` to return hidden states of "
+                    f"the shape that it got, {tuple(x.shape)}. Received: "
+                    f"{getattr(y, 'shape', y)!r}, for layer {index}."
+                )
+            return y
 
         hidden_states = self.backbone.intercepted(
             {"token_ids": token_ids, "padding_mask": padding_mask}, call
@@ -482,79 +503,5 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             return super().from_config(config)
 
     def save_to_preset(self, preset_dir, max_shard_size=10):
-        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
-        drop_in.name_upstream_classes(preset_dir)
-
-
-def _check_assistant(lm, assistant):
-    """Checks that a model, or `None`, can guess what another generates."""
-    if assistant is None:
-        if isinstance(lm.sampler, keras_hub.samplers.SpeculativeSampler):
-            raise ValueError(
-                "Expected an `assistant_model` that guesses tokens, as the "
-                "model was compiled with a `SpeculativeSampler`. Received: "
-                "assistant_model=None."
-            )
-        return
-    if not isinstance(assistant, CausalLM):
-        raise ValueError(
-            "Expected `assistant_model` to be a `CausalLM` of "
-            "`keras_nlp_cache.models`. Received an instance of "
-            f"{type(assistant).__module__}.{type(assistant).__name__}."
-        )
-    for model in (lm, assistant):
-        check_sampler(model.sampler)
-    sizes = [
-        model.backbone.token_embedding.input_dim for model in (lm, assistant)
-    ]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            "Expected `assistant_model` to have the vocabulary of the model, "
-            f"{sizes[0]} tokens. Received one of {sizes[1]} tokens."
-        )
-
-
-def _check_prompts(inputs):
-    """Checks the padding mask of a batch of prompts."""
-    lengths = _lengths(inputs["padding_mask"])
-    if lengths.size == 0 or lengths.min() == 0:
-        raise ValueError(
-            "Expected every prompt to have at least one token. Received "
-            f"prompts of lengths {lengths.tolist()}."
-        )
-
-
-def _check_text(prompts, max_length, preprocessor):
-    """Checks that prompts say something, all of which will be read."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if not isinstance(prompts, (list, tuple)):
-        return
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        return
-    if not prompts or not all(prompts):
-        raise ValueError(
-            "Expected `inputs` to hold at least one prompt, and no empty one. "
-            f"Received: {prompts!r}. To generate from the start token alone, "
-            "set `preprocessor` to `None` and pass its id."
-        )
-    max_length = max_length or preprocessor.sequence_length
-    # A token is a byte or more, and a preprocessor adds two at most.
-    longest = max(len(prompt.encode()) for prompt in prompts) + 2
-    if max_length is None or longest <= max_length:
-        return
-    padding_mask = preprocessor.generate_preprocess(
-        list(prompts), sequence_length=max_length + 1
-    )["padding_mask"]
-    lengths = _lengths(padding_mask)
-    if lengths.max() > max_length:
-        raise ValueError(
-            f"Expected prompts of at most `max_length`={max_length} tokens. "
-            f"Received: prompt {int(lengths.argmax())}, which has more. "
-            "Raise `max_length` or shorten the prompt."
-        )
-
-
-def _lengths(padding_mask):
-    """The number of tokens in each row, as a NumPy array."""
-    return ops.convert_to_numpy(padding_mask).astype("int32").sum(axis=-1)
+        with drop_in.saving_preset(preset_dir) as folder:
+            super().save_to_preset(folder, max_shard_size=max_shard_size)

@@ -12,9 +12,9 @@ both ways and leave keras_hub itself untouched:
   we load something, and no longer.
 """
 
+import contextlib
 import importlib
 import json
-import pathlib
 
 import keras
 
@@ -138,17 +138,22 @@ def _register_all():
         importlib.import_module(f"{_PACKAGE}.{name}")
 
 
-def name_upstream_classes(preset_dir):
-    """Makes the configs of a preset name the classes of keras_hub.
+@contextlib.contextmanager
+def saving_preset(preset_dir):
+    """Yields a folder for a preset, which is moved when it is whole.
 
-    Unlike `keras.saving.load_model()`, `from_preset()` has no fallback for a
-    class that is not registered.
+    Its configs then name the classes of keras_hub. They have the same
+    constructor, so both packages can load the preset.
+
+    Args:
+        preset_dir: str or path. Files of an older preset are replaced.
     """
-    for path in pathlib.Path(preset_dir).glob("*.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if _rename(config):
-            with atomic_file.replacing(path) as unfinished:
-                unfinished.write_text(json.dumps(config, indent=4), "utf-8")
+    with atomic_file.filling(preset_dir) as folder:
+        yield str(folder)
+        for path in folder.glob("*.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if _rename(config):
+                path.write_text(json.dumps(config, indent=4), "utf-8")
 
 
 def _rename(config):

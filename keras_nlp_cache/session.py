@@ -8,6 +8,8 @@ from keras_nlp_cache import session_file
 from keras_nlp_cache.loops.generation import check_sampler
 from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.pieces import TextPieces
+from keras_nlp_cache.prompts import check_stop_token_ids
+from keras_nlp_cache.prompts import is_int
 
 
 class Session:
@@ -211,7 +213,7 @@ class Session:
                 of 0 or more.
         """
         total = len(self.token_ids)
-        if not _is_int(count) or not 0 <= count <= total:
+        if not is_int(count) or not 0 <= count <= total:
             raise ValueError(
                 f"Expected `count` to be an integer from 0 to {total}, the "
                 f"tokens of this session. Received: count={count!r}."
@@ -291,24 +293,12 @@ def _stop_token_ids(tokenizer, stop_token_ids):
             for name in names
             if hasattr(tokenizer, name)
         )
-    try:
-        stop_token_ids = tuple(stop_token_ids)
-    except TypeError:
-        stop_token_ids = (stop_token_ids,)
-    if not all(_is_int(x) for x in stop_token_ids):
-        raise ValueError(
-            'Expected `stop_token_ids` to be `None`, `"auto"` or a sequence of '
-            f"integers. Received: {stop_token_ids!r}."
-        )
-    return stop_token_ids
-
-
-def _is_int(x):
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+    check_stop_token_ids(stop_token_ids)
+    return tuple(stop_token_ids)
 
 
 def _check_count(max_new_tokens):
-    if not _is_int(max_new_tokens) or max_new_tokens < 1:
+    if not is_int(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(
             "Expected `max_new_tokens` to be an integer of 1 or more. "
             f"Received: {max_new_tokens!r}."
