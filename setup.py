@@ -36,6 +36,7 @@ TEST = [
     *BACKENDS["jax"],
     "hypothesis",
     "parameterized",
+    "psutil",
     "pydot",
     "pytest",
     "pytest-xdist",

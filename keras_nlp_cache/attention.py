@@ -46,7 +46,32 @@ def in_order_of_kernel(equation):
     )
 
 
-class CachedAttention:
+class Rematerializable:
+    """Mixin for layers whose output is a pair, the second half `(None, None)`.
+
+    Without a cache, that is. TensorFlow cannot compute `None` again, which is
+    what a `keras.RematScope` asks for.
+
+    Attributes:
+        cache_argument: Name of the `call()` argument that takes the cache.
+    """
+
+    cache_argument = "cache"
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        cache = kwargs.get(self.cache_argument)
+        wrap = super().rematerialized_call
+        if not isinstance(cache, LayerCache) or cache.key is not None:
+            return wrap(layer_call, *args, **kwargs)
+
+        def output_alone(*args, **kwargs):
+            return layer_call(*args, **kwargs)[0]
+
+        call = wrap(output_alone, *args, **kwargs)
+        return lambda *args, **kwargs: (call(*args, **kwargs), (None, None))
+
+
+class CachedAttention(Rematerializable):
     """Mixin that gives an upstream attention layer a per-layer cache.
 
     Placed before the upstream class in the bases of a layer of the same name,

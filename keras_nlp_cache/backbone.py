@@ -425,6 +425,11 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
                 return self.replay(inputs, None, Site.__call__)
         return super().__call__(inputs, *args, **kwargs)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # Its layers are, each for itself. TensorFlow cannot take the backbone
+        # as a whole, for inputs that are `None`.
+        return layer_call
+
     def call(self, inputs, training=None, mask=None, **kwargs):
         # Again, since `stateless_call` does not come through `__call__`.
         inputs = self._normalize(inputs)

@@ -11,11 +11,12 @@ import keras
 from keras import tree
 
 from keras_nlp_cache.attention import first_argument
+from keras_nlp_cache.attention import Rematerializable
 from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.wiring import active_wiring
 
 
-class DecoderBlock:
+class DecoderBlock(Rematerializable):
     """Mixin that gives an upstream decoder block a per-layer cache.
 
     Placed before the upstream class in the bases of a layer of the same name.

@@ -15,7 +15,20 @@ from keras_nlp_cache.cache import MASKED
 from keras_nlp_cache.cache import slots
 
 
-class Positions(keras.layers.Layer):
+class Weightless(keras.layers.Layer):
+    """A layer with nothing that would be computed again for a gradient.
+
+    What it computes is not of its dtype.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return layer_call
+
+
+class Positions(Weightless):
     """Where each token stands in the text.
 
     Call arguments:
@@ -28,10 +41,6 @@ class Positions(keras.layers.Layer):
         int32, `(B, T)` if positions were given and else `(1, T)`. `None` if
         there is nothing of ours to do.
     """
-
-    def __init__(self, **kwargs):
-        # What it computes is int32, whatever its dtype.
-        super().__init__(autocast=False, **kwargs)
 
     def call(
         self, token_ids, index=None, token_positions=None, attention_mask=None
@@ -51,7 +60,7 @@ class Positions(keras.layers.Layer):
         return keras.KerasTensor((1 if shared else batch, length), "int32")
 
 
-class AttentionMask(keras.layers.Layer):
+class AttentionMask(Weightless):
     """What each token may attend to.
 
     Call arguments:
@@ -69,10 +78,6 @@ class AttentionMask(keras.layers.Layer):
         float32, `(B or 1, 1, T, S)`, to be added to the attention logits.
         `None` if there are no positions.
     """
-
-    def __init__(self, **kwargs):
-        # What it computes is float32, whatever its dtype.
-        super().__init__(autocast=False, **kwargs)
 
     def call(
         self,

@@ -146,3 +146,33 @@ def test_run_eagerly(run_eagerly):
     np.testing.assert_array_equal(
         results[0]["token_ids"], results[1]["token_ids"]
     )
+
+
+class SecondBest(keras_hub.samplers.Sampler):
+    """A user's sampler that picks tokens."""
+
+    def get_next_token(self, probabilities):
+        return ops.top_k(probabilities, k=2)[1][:, 1]
+
+
+class Repeating(keras_hub.samplers.Sampler):
+    """A user's sampler with a loop of its own, which calls the model once."""
+
+    def __call__(self, next, prompt, cache, index, mask, **kwargs):
+        logits, _, _ = next(prompt, cache, index)
+        token = ops.cast(ops.argmax(logits, axis=-1), prompt.dtype)
+        return ops.where(mask, prompt, token[:, None])
+
+
+@every_family
+@pytest.mark.parametrize("sampler", [SecondBest, Repeating])
+def test_samplers_of_users(family, sampler):
+    results = []
+    for lm in family.lm_pair:
+        lm.compile(sampler=sampler())
+        output = lm.generate(PROMPTS, stop_token_ids=None)
+        results.append(output["token_ids"])
+        lm.compile(sampler="greedy")
+        greedy = lm.generate(PROMPTS, stop_token_ids=None)
+        assert (output["token_ids"] != greedy["token_ids"]).any()
+    np.testing.assert_array_equal(*results)

@@ -19,6 +19,10 @@ PROMPTS = {
     "token_ids": random_tokens(2, 16) * padding_mask([4, 9], 16),
     "padding_mask": padding_mask([4, 9], 16),
 }
+# What is quantized is upstream's and Keras' doing, so one of each kind is enough.
+three_families = pytest.mark.parametrize(
+    "family", [FAMILIES[0], FAMILIES[1], FAMILIES[3]], ids=lambda x: x.name
+)
 MODES = ["int8", "int4", "float8", "gptq", "awq"]
 
 
@@ -76,7 +80,7 @@ def greedy(lm):
     return lm.generate(PROMPTS, stop_token_ids=None)["token_ids"]
 
 
-@every_family
+@three_families
 @pytest.mark.parametrize("mode", MODES)
 def test_as_upstream(family, mode):
     ours, upstream = lms(family)
@@ -151,7 +155,7 @@ def test_a_graph_that_is_no_chain():
     assert greedy(edited).shape == (2, 16)
 
 
-@every_family
+@three_families
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_files(family, mode, tmp_path):
     """A quantized backbone saved by us or by upstream, loaded by either.
@@ -178,7 +182,7 @@ def test_files(family, mode, tmp_path):
             )
 
 
-@every_family
+@three_families
 def test_adapters(family, tmp_path):
     """LoRA: generated with, saved, merged into the kernels by quantizing."""
     ours, upstream = lms(family)
@@ -215,27 +219,31 @@ def test_adapters(family, tmp_path):
     np.testing.assert_array_equal(greedy(merged), second)
 
 
-def test_a_policy_for_each_layer():
-    """One block in bfloat16, the rest in float32."""
-    family = FAMILIES[3]
+@three_families
+@pytest.mark.parametrize("layers", ["token_embedding", ".*(layer|block)_1.*"])
+def test_a_policy_for_each_layer(family, layers):
+    """Some layers in bfloat16, the rest in float32."""
     exact = family.pair[0]
     policies = keras.dtype_policies.DTypePolicyMap(
         default_policy="float32",
-        policy_map={
-            ".*transformer_layer_1.*": keras.DTypePolicy("mixed_bfloat16")
-        },
+        policy_map={layers: keras.DTypePolicy("mixed_bfloat16")},
     )
     backbone = family.backbone(dtype=policies)
     backbone.set_weights(exact.get_weights())
-    dtypes = [block.compute_dtype for block in backbone.blocks]
-    assert dtypes == ["float32", "bfloat16"]
-    cached = decode(backbone, TOKENS, (4, 1, 3))
     inputs = {"token_ids": TOKENS, "padding_mask": TOKENS > 0}
+    try:
+        family.upstream_backbone(backbone, dtype=policies)(inputs)
+    except Exception as e:
+        # TensorFlow's `+`, in upstream's blocks, wants two of one dtype.
+        pytest.skip(f"upstream's own backbone fails: {type(e).__name__}")
+    of_block = backbone.blocks[1].compute_dtype
+    assert of_block == ("float32" if "token" in layers else "bfloat16")
+    cached = decode(backbone, TOKENS, (4, 1, 3))
     np.testing.assert_allclose(
         cached, to_numpy(backbone(inputs)), atol=0.1, rtol=0.05
     )
     assert np.abs(cached - to_numpy(exact(inputs))).max() > 1e-4
-    # Upstream's cache is of one dtype, and its `generate()` fails here.
+    # Upstream's cache is of one dtype, and its `generate()` may fail here.
     assert greedy(family.ours("CausalLM")(backbone, None)).shape == (2, 16)
 
 

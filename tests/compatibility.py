@@ -1,0 +1,123 @@
+"""What works with which family on which backend, from tests that ran.
+
+Prints the table in the README, from the results of one run per backend:
+
+    KERAS_BACKEND=jax pytest --junitxml=jax.xml
+    python -m tests.compatibility jax.xml tensorflow.xml torch.xml
+"""
+
+import argparse
+import pathlib
+import re
+import xml.etree.ElementTree
+
+import tabulate
+
+# Feature: the tests that show it, as patterns of `file::test`.
+FEATURES = {
+    "a cache in the graph": "test_cached_decoding::",
+    "`generate()` as upstream: greedy, top-k, top-p, random, beam, "
+    "contrastive": "test_generate::test_tokens",
+    "samplers of users": "test_generate::test_samplers_of_users",
+    "a draft model": "test_speculative::",
+    "`stream()`, sessions": "test_(streaming|sessions)::",
+    "threads": "test_threads::",
+    "`fit()`, `evaluate()`, `predict()`": "test_inputs::test_training",
+    "`keras.RematScope`": "test_training::",
+    "`score()`": "test_score::",
+    "LoRA": "test_quantization::test_adapters",
+    **{
+        f'`quantize("{mode}")`': f"test_quantization::test_as_upstream.*{mode}"
+        for mode in ("int8", "int4", "float8", "gptq", "awq")
+    },
+    "bfloat16, float16, mixed": "test_cached_decoding::test_reduced_precision",
+    "a dtype for each layer": "test_quantization::test_a_policy",
+    "files and presets, both ways": "test_weights_and_files::",
+    "pickling": "test_pickling::",
+    "`export()` of a backbone": "test_export::",
+    "`StepModel.export()`": "test_step_model::test_same_tokens",
+    "surgery": "test_surgery",
+    "control vectors": "test_(control_vectors|vector_files)::",
+    "several devices": "test_distribution::",
+}
+FAMILIES = {
+    "GPT-2": r"gpt2|GPT2",
+    "Gemma 1, 2": r"gemma2?|Gemma",
+    "Llama, Llama 3": r"llama3?|Llama3?",
+}
+BACKENDS = {"jax": "J", "tensorflow": "T", "torch": "P"}
+
+
+def outcomes(path):
+    """Pairs of `file::test[parameters]` and what became of it."""
+    for case in xml.etree.ElementTree.parse(path).iter("testcase"):
+        file = case.get("classname").removeprefix("tests.")
+        kinds = {child.tag for child in case}
+        outcome = "passed"
+        if kinds & {"failure", "error"}:
+            outcome = "failed"
+        elif "skipped" in kinds:
+            outcome = "skipped"
+        yield f"{file}::{case.get('name')}", outcome
+
+
+def cell(results, feature, family):
+    """The letters of the backends on which all tests of a feature passed.
+
+    In lower case where some were skipped. Tests that are not repeated for each
+    family count for all.
+    """
+    letters = ""
+    for backend, tests in results.items():
+        found = set()
+        for name, outcome in tests:
+            if not re.match(FEATURES[feature], name):
+                continue
+            parameters = re.split(r"[\[\]-]", name)
+            named = [
+                x
+                for x, pattern in FAMILIES.items()
+                if any(re.fullmatch(pattern, y) for y in parameters)
+            ]
+            if not named or family in named:
+                found.add(outcome)
+        letter = BACKENDS[backend]
+        if "passed" in found and "failed" not in found:
+            letters += letter.lower() if "skipped" in found else letter
+        else:
+            letters += "-"
+    return letters
+
+
+def table(results):
+    """The Markdown of the table.
+
+    Args:
+        results: Dictionary from backends to lists of `outcomes()`.
+    """
+    rows = [
+        [feature, *(cell(results, feature, family) for family in FAMILIES)]
+        for feature in FEATURES
+    ]
+    return tabulate.tabulate(rows, ["", *FAMILIES], tablefmt="github")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for backend in BACKENDS:
+        parser.add_argument(
+            backend, type=pathlib.Path, metavar=f"{backend}.xml"
+        )
+    args = parser.parse_args()
+    print(
+        table(
+            {
+                backend: list(outcomes(getattr(args, backend)))
+                for backend in BACKENDS
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
