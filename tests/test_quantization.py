@@ -19,7 +19,7 @@ PROMPTS = {
     "token_ids": random_tokens(2, 16) * padding_mask([4, 9], 16),
     "padding_mask": padding_mask([4, 9], 16),
 }
-# What is quantized is upstream's and Keras' doing, so one of each kind is enough.
+# How to quantize is Keras' doing, so one family of each kind is enough.
 three_families = pytest.mark.parametrize(
     "family", [FAMILIES[0], FAMILIES[1], FAMILIES[3]], ids=lambda x: x.name
 )
