@@ -42,6 +42,7 @@ TEST = [
     "pytest-xdist",
     "ruff",
     "sentencepiece",
+    "tabulate",
     "tox>=4",
 ]
 

@@ -1,6 +1,6 @@
 """What works with which family on which backend, from tests that ran.
 
-Prints the table in the README, from the results of one run per backend:
+Prints a Markdown table, from the results of one run per backend:
 
     KERAS_BACKEND=jax pytest --junitxml=jax.xml
     python -m tests.compatibility jax.xml tensorflow.xml torch.xml

@@ -44,7 +44,7 @@ def calibrated(mode):
     return config(
         dataset=[" ".join(map(str, rng.integers(1, 100, 64)))],
         tokenizer=Numbers(),
-        num_samples=2,
+        num_samples=1,
         sequence_length=8,
         group_size=8,
         weight_bits=4,

@@ -1,0 +1,44 @@
+"""The table of what works where is made of what tests say."""
+
+from tests import compatibility
+
+CASE = '<testcase classname="tests.{}" name="{}">{}</testcase>'
+
+
+def results(folder, cases):
+    path = folder / "results.xml"
+    lines = [CASE.format(*case) for case in cases]
+    path.write_text(f"<testsuite>{''.join(lines)}</testsuite>")
+    return list(compatibility.outcomes(path))
+
+
+def test_cells(tmp_path):
+    name = "test_reduced_precision"
+    file = "test_cached_decoding"
+    found = {
+        "jax": results(tmp_path, [(file, f"{name}[bfloat16-gpt2]", "")]),
+        "tensorflow": results(
+            tmp_path,
+            [
+                (file, f"{name}[bfloat16-gpt2]", ""),
+                (file, f"{name}[float16-gpt2]", "<skipped/>"),
+            ],
+        ),
+        "torch": results(
+            tmp_path,
+            [
+                (file, f"{name}[bfloat16-gpt2]", ""),
+                (file, f"{name}[float16-gpt2]", "<failure/>"),
+                (file, f"{name}[float16-gemma2]", ""),
+                ("test_pickling", "test_a_process[pickle]", ""),
+            ],
+        ),
+    }
+    feature = "bfloat16, float16, mixed"
+    cells = [
+        compatibility.cell(found, feature, family)
+        for family in compatibility.FAMILIES
+    ]
+    assert cells == ["Jt-", "--P", "---"]
+    # Tests that are not repeated for each family count for all.
+    assert compatibility.cell(found, "pickling", "Gemma 1, 2") == "--P"
