@@ -47,7 +47,7 @@ def normalize(inputs, cache_spec, max_positions=None):
             written past the end of the cache.
     """
     _check_keys(inputs)
-    token_ids = _tensor("token_ids", inputs["token_ids"], "int32")
+    token_ids = _tensor("token_ids", inputs["token_ids"], "int32", kinds="iuf")
     _check_shape("token_ids", token_ids, batch=None, length=None)
     batch, length = token_ids.shape
     if isinstance(length, int) and length == 0:
@@ -126,13 +126,13 @@ def _check_keys(inputs):
             )
 
 
-def _tensor(name, x, dtype=None):
+def _tensor(name, x, dtype=None, kinds="biuf"):
     if x is None or isinstance(x, keras.KerasTensor):
         return x
     try:
         if not ops.is_tensor(x):
             x = np.asarray(x)
-            if x.dtype.kind not in "biuf":
+            if x.dtype.kind not in kinds:
                 raise TypeError(f"it has dtype {x.dtype}")
         x = ops.convert_to_tensor(x)
         return x if dtype is None else ops.cast(x, dtype)

@@ -153,6 +153,10 @@ CALLS = {
         lambda b: {"token_ids": [["a", "b"]] * BATCH},
         ["`token_ids`", "numbers"],
     ),
+    "truth values": (
+        lambda b: {"token_ids": [[True, False]] * BATCH},
+        ["`token_ids`", "numbers", "dtype bool"],
+    ),
     "ragged lists": (
         lambda b: {"token_ids": [[1, 2], [3]]},
         ["`token_ids`", "cannot be converted"],
