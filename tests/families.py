@@ -75,6 +75,16 @@ class Family:
             self.upstream("CausalLM")(upstream, None),
         )
 
+    def text_lm(self):
+        """One of our tasks with a preprocessor, greedy, to be changed."""
+        preprocessor = self.preprocessor()
+        size = preprocessor.tokenizer.vocabulary_size()
+        lm = self.ours("CausalLM")(
+            self.backbone(vocabulary_size=size), preprocessor
+        )
+        lm.compile(sampler="greedy")
+        return lm
+
     def preprocessor(self, sequence_length=16):
         return self.upstream("CausalLMPreprocessor")(
             self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),

@@ -29,13 +29,7 @@ CONFIG = dict(GPT2.config)
 
 @functools.cache
 def text_model():
-    preprocessor = GPT2.preprocessor()
-    size = preprocessor.tokenizer.vocabulary_size()
-    lm = GPT2.ours("CausalLM")(
-        GPT2.backbone(vocabulary_size=size), preprocessor
-    )
-    lm.compile(sampler="greedy")
-    return lm
+    return GPT2.text_lm()
 
 
 @functools.cache

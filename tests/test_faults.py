@@ -17,16 +17,6 @@ GPT2 = FAMILIES[0]
 TOKENS = {"token_ids": random_tokens(1, 8) % 16}
 
 
-def text_model():
-    preprocessor = GPT2.preprocessor()
-    size = preprocessor.tokenizer.vocabulary_size()
-    lm = GPT2.ours("CausalLM")(
-        GPT2.backbone(vocabulary_size=size), preprocessor
-    )
-    lm.compile(sampler="greedy")
-    return lm
-
-
 def save_session(lm, folder):
     session = lm.start_session()
     session.send("the fox", 4, None)
@@ -79,7 +69,7 @@ def files(folder):
 @pytest.mark.parametrize("fault", [full, interrupt])
 @pytest.mark.parametrize("older", [True, False])
 def test_saving(owner, name, save, fault, older, tmp_path, monkeypatch):
-    lm = text_model()
+    lm = GPT2.text_lm()
     before = to_numpy(lm.backbone(TOKENS))
     if older:
         save(lm, tmp_path)
@@ -102,7 +92,7 @@ def test_saving(owner, name, save, fault, older, tmp_path, monkeypatch):
 
 def test_streaming():
     """Ctrl-C between two pieces leaves a model that answers as before."""
-    lm = text_model()
+    lm = GPT2.text_lm()
     expected = list(lm.stream("the fox", 6, None))
     pieces = lm.stream("the fox", 6, None)
     next(pieces)
