@@ -47,10 +47,11 @@ def in_order_of_kernel(equation):
 
 
 class Rematerializable:
-    """Mixin for layers whose output is a pair, the second half `(None, None)`.
+    """Mixin for layers that a `keras.RematScope` computes again.
 
-    Without a cache, that is. TensorFlow cannot compute `None` again, which is
-    what a `keras.RematScope` asks for.
+    What is computed again takes and returns nothing but tensors: JAX would
+    trace `training`, and TensorFlow cannot return the `(None, None)` that
+    stands for no cache.
 
     Attributes:
         cache_argument: Name of the `call()` argument that takes the cache.
@@ -59,16 +60,22 @@ class Rematerializable:
     cache_argument = "cache"
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
+        fixed = {k: v for k, v in kwargs.items() if isinstance(v, bool)}
         cache = kwargs.get(self.cache_argument)
-        wrap = super().rematerialized_call
-        if not isinstance(cache, LayerCache) or cache.key is not None:
-            return wrap(layer_call, *args, **kwargs)
+        has_pair = isinstance(cache, LayerCache) and cache.key is None
 
-        def output_alone(*args, **kwargs):
-            return layer_call(*args, **kwargs)[0]
+        def on_tensors(*args, **kwargs):
+            output = layer_call(*args, **kwargs, **fixed)
+            return output[0] if has_pair else output
 
-        call = wrap(output_alone, *args, **kwargs)
-        return lambda *args, **kwargs: (call(*args, **kwargs), (None, None))
+        call = super().rematerialized_call(on_tensors, *args, **kwargs)
+
+        def rematerialized(*args, **kwargs):
+            kwargs = {k: v for k, v in kwargs.items() if k not in fixed}
+            output = call(*args, **kwargs)
+            return (output, (None, None)) if has_pair else output
+
+        return rematerialized
 
 
 class CachedAttention(Rematerializable):

@@ -7,6 +7,7 @@ from keras_nlp_cache.backbone import floating_dtype
 from keras_nlp_cache.backbone import plain_python
 from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import portable_writes
+from keras_nlp_cache.prompts import is_int
 
 
 class StepModel(keras.Model):
@@ -158,7 +159,7 @@ class StepModel(keras.Model):
 
 def _check_length(length, max_length):
     """Raises a `ValueError` unless so many tokens fit into a cache."""
-    if not isinstance(length, int) or not 1 <= length <= max_length:
+    if not is_int(length) or not 1 <= length <= max_length:
         raise ValueError(
             "Expected `length`, the number of tokens of a call, to be an "
             f"integer from 1 to `max_length`={max_length}. Received: "

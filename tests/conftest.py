@@ -1,7 +1,23 @@
 """Fixtures shared by the suite, and the backend in its header."""
 
+import gc
+
 import keras
 import pytest
+
+
+def pytest_configure(config):
+    """What XLA compiles for JAX is kept, for both processes and next time.
+
+    Small models differ in little, and most of the time goes to the compiler.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        directory = config.cache.mkdir("jax")
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_report_header():
@@ -11,6 +27,16 @@ def pytest_report_header():
 @pytest.fixture(autouse=True)
 def _deterministic():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _light_garbage_collection():
+    """Keras collects garbage for each layer it quantizes.
+
+    Over all that three frameworks import, that is half a second a layer.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -76,8 +76,8 @@ def _in_torch(path, names):
 def greedy(run, step, prompt, slots):
     """Generates with a step, one token at a time."""
     state = {
-        name: np.zeros(spec.shape, spec.dtype)
-        for name, spec in step.input_signature.items()
+        name: x
+        for name, x in empty_inputs(step).items()
         if name.startswith("past_")
     }
     tokens = list(prompt)
@@ -97,6 +97,13 @@ def greedy(run, step, prompt, slots):
         if index + 1 == len(tokens):
             tokens.append(int(outputs["logits"][0, 0].argmax()))
     return tokens
+
+
+def empty_inputs(step):
+    return {
+        name: np.zeros(spec.shape, spec.dtype)
+        for name, spec in step.input_signature.items()
+    }
 
 
 def generated(lm):
@@ -144,10 +151,7 @@ def test_of_a_backbone(family):
     step = keras_nlp_cache.StepModel(
         backbone, batch_size=2, max_length=SLOTS, length=3
     )
-    inputs = {
-        name: np.zeros(spec.shape, spec.dtype)
-        for name, spec in step.input_signature.items()
-    }
+    inputs = empty_inputs(step)
     inputs["token_ids"] = random_tokens(2, 3)
     inputs["cache_update_index"] = np.array(5, "int32")
     outputs = step(inputs)
@@ -180,6 +184,11 @@ BAD = {
         r"`model`.*keras_nlp_cache.models.*keras_hub",
     ),
     "no tokens": (lambda: FAMILIES[0].pair[0], {"length": 0}, "`length`.*0"),
+    "a truth value": (
+        lambda: FAMILIES[0].pair[0],
+        {"length": True},
+        "`length`.*True",
+    ),
     "more tokens than slots": (
         lambda: FAMILIES[0].pair[0],
         {"length": 13},
@@ -213,10 +222,7 @@ def test_bad_arguments(name):
 
 def test_another_shape():
     step = keras_nlp_cache.StepModel(FAMILIES[0].pair[0], 1, SLOTS)
-    inputs = {
-        name: np.zeros(spec.shape, spec.dtype)
-        for name, spec in step.input_signature.items()
-    }
+    inputs = empty_inputs(step)
     inputs["token_ids"] = random_tokens(1, 2)
     with pytest.raises(ValueError, match=r"`token_ids`.*\(1, 1\).*\(1, 2\)"):
         step(inputs)

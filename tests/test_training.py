@@ -16,12 +16,18 @@ LABELS = np.roll(INPUTS["token_ids"], -1, axis=1)
 
 
 def upstreams_losses(lm, epochs=3):
-    """Of a model of upstream, if it can be trained in a scope at all."""
+    """Of a model of upstream, `None` where JAX cannot train it in a scope.
+
+    There, Keras traces the `training` argument of what it computes again, and
+    layers that ask for its value fail.
+    """
+    if keras.config.backend() != "jax":
+        return losses(lm, epochs)
     try:
         return losses(lm, epochs)
-    except Exception as e:
-        # On JAX, Keras traces the `training` argument of what it checkpoints.
-        pytest.skip(f"upstream's own model fails: {type(e).__name__}")
+    except RuntimeError as e:
+        assert "_error_repr" in str(e)
+        return None
 
 
 def losses(lm, epochs=3):
@@ -56,36 +62,38 @@ def test_gradient_checkpointing(family, mode):
     ours.set_weights(weights)
     upstream.set_weights(weights)
     upstreams = upstreams_losses(family.upstream("CausalLM")(upstream, None))
+    if upstreams is None and mode == "full":
+        pytest.skip("JAX traces `training` in layers of Keras and keras_hub")
     results = [
         losses(family.ours("CausalLM")(plain, None)),
         losses(family.ours("CausalLM")(ours, None)),
-        upstreams,
     ]
     if keras.config.backend() != "tensorflow":
         # There, Keras' checkpointing changes the losses of upstream's, too.
         np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
-    np.testing.assert_allclose(results[1], results[2], rtol=1e-5)
+    if upstreams is not None:
+        np.testing.assert_allclose(results[1], upstreams, rtol=1e-5)
     assert results[1][-1] < results[1][0]
 
 
 @every_family
 def test_generating_in_between(family):
     """Checkpointed blocks have caches, too."""
-    with keras.RematScope(mode="full"):
-        backbone = family.backbone()
-        lms = (
-            family.ours("CausalLM")(backbone, None),
-            family.upstream("CausalLM")(
-                family.upstream_backbone(backbone), None
-            ),
-        )
+    names = [block.name for block in family.pair[0].blocks]
+    with keras.RematScope(mode="list_of_layers", layer_names=names):
+        ours = family.ours("CausalLM")(family.backbone(), None)
+    # Upstream's may neither train nor generate in a scope.
+    upstream = family.upstream("CausalLM")(
+        family.upstream_backbone(ours.backbone), None
+    )
+    upstream.compile(sampler="greedy")
     mask = padding_mask([3, 5, 4, 3], 8)
     prompts = {"token_ids": INPUTS["token_ids"] * mask, "padding_mask": mask}
     for _ in range(2):
-        tokens = []
-        for lm in reversed(lms):
-            train = losses if lm is lms[0] else upstreams_losses
-            train(lm, epochs=1)
-            output = lm.generate(prompts, stop_token_ids=None)
-            tokens.append(output["token_ids"])
-        np.testing.assert_array_equal(*tokens)
+        losses(ours, epochs=1)
+        upstream.set_weights(ours.get_weights())
+        tokens, expected = (
+            lm.generate(prompts, stop_token_ids=None)["token_ids"]
+            for lm in (ours, upstream)
+        )
+        np.testing.assert_array_equal(tokens, expected)
