@@ -16,15 +16,7 @@ from keras_nlp_cache.attend import attend_filled
 from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.sharing import share
-
-
-def first_argument(args, kwargs):
-    """The sequence, all that upstream's layers agree to take first.
-
-    They name it `query`, `hidden_states`, `decoder_sequence` or `x`, and some
-    are called by keyword.
-    """
-    return args[0] if args else next(iter(kwargs.values()))
+from keras_nlp_cache.wiring import first_argument
 
 
 def in_order_of_kernel(equation):

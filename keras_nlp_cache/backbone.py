@@ -14,24 +14,25 @@ import weakref
 
 import keras
 import keras_hub
-from keras import ops
 from keras import tree
 from keras.src.models.functional import Functional
 from keras_hub.src.utils.preset_utils import get_preset_loader
 from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
-from keras_nlp_cache import inputs as model_inputs
 from keras_nlp_cache import saved_graph
+from keras_nlp_cache.cached_graph import CachedGraph
+from keras_nlp_cache.cached_graph import plain_python
 from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
+from keras_nlp_cache.replaying import constant
+from keras_nlp_cache.replaying import dense
+from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.sharing import attributes
 from keras_nlp_cache.sites import Site
 from keras_nlp_cache.sites import sites_of
 from keras_nlp_cache.step import AttentionMask
 from keras_nlp_cache.step import Positions
-from keras_nlp_cache.wiring import constant
-from keras_nlp_cache.wiring import dense
 from keras_nlp_cache.wiring import Wiring
 
 _without_taps = contextvars.ContextVar(
@@ -53,35 +54,9 @@ def without_taps():
         _without_taps.reset(token)
 
 
-def plain_python(function):
-    """Keeps TensorFlow's autograph from rewriting a function.
-
-    It would turn checks of Python values into graph operations.
-    """
-    if keras.config.backend() != "tensorflow":
-        return function
-    import tensorflow as tf
-
-    return tf.autograph.experimental.do_not_convert(function)
-
-
-def floating_dtype(name, dtype):
-    """The standard name of a dtype.
-
-    Raises:
-        ValueError: If it is not floating. `name` says which argument it was.
-    """
-    dtype = keras.backend.standardize_dtype(dtype)
-    if not keras.backend.is_float_dtype(dtype):
-        raise ValueError(
-            f"Expected `{name}` to be a floating dtype. Received: {dtype}."
-        )
-    return dtype
-
-
 # `Functional` is named as a base because Keras adds it by rewriting the bases
 # of every path to `keras.Model`, and trips over a class with two of them.
-class CachedBackbone(keras_hub.models.Backbone, Functional):
+class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
     """Base of all backbones of this package: a graph with a cache in it.
 
     A model family subclasses its upstream backbone and this class, in that
@@ -176,7 +151,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
             args, kwargs = tree.map_structure(constant, (args, kwargs))
             return operation(*args, **kwargs)
 
-        with Wiring(self.blocks[0].dtype_policy) as wiring:
+        with replaying(Wiring(self.blocks[0].dtype_policy)) as wiring:
             hidden_states = graph._run_through_graph(
                 [wiring.inputs[tensor.name] for tensor in graph.inputs],
                 operation_fn=lambda op: functools.partial(call, op),
@@ -185,7 +160,7 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
 
     def _set_graph(self, wiring, hidden_states, taps, **kwargs):
         """Makes a wired graph the one that the model is made of."""
-        inputs, outputs = wiring.graph(hidden_states, taps)
+        inputs, outputs = wiring.graph(hidden_states, dict(taps))
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self._positions = wiring.positions
         # Losses and metrics see the hidden states alone.
@@ -202,76 +177,9 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         """Names of the activations that are returned beside the output."""
         return tuple(self._outputs_struct[2])
 
-    @property
-    def max_positions(self):
-        """Number of positions the model can tell apart, `None` if any."""
-        return None
-
     def __reduce__(self):
         _, args = super().__reduce__()
         return drop_in.unpickle, args
-
-    @plain_python
-    def make_cache(self, batch_size, max_length, dtype=None):
-        """Makes an empty cache.
-
-        Args:
-            batch_size: int. Number of sequences.
-            max_length: int. Number of slots, the longest sequence that fits.
-            dtype: Optional floating dtype. Defaults to the compute dtype.
-
-        Returns:
-            A tuple with one `(key, value)` pair per decoder block, each a
-            tensor of zeros `(batch_size, key_value_heads, max_length,
-            head_dim)`.
-
-        Raises:
-            ValueError: If a size is not a positive integer, if `max_length`
-                exceeds the positions of the model, or if `dtype` is not
-                floating.
-        """
-        self.check_cache_size(batch_size, max_length)
-        dtype = floating_dtype("dtype", dtype or self.compute_dtype)
-        return tuple(
-            tuple(
-                ops.zeros((batch_size, heads, max_length, dim), dtype=dtype)
-                for _ in range(2)
-            )
-            for heads, dim in self.cache_spec
-        )
-
-    def check_cache_size(self, batch_size, max_length):
-        """Raises what `make_cache()` raises for sizes that it cannot make."""
-        for name, size in (
-            ("batch_size", batch_size),
-            ("max_length", max_length),
-        ):
-            if ops.is_tensor(size):
-                continue  # Sizes are tensors in a TensorFlow graph.
-            if isinstance(size, bool) or not hasattr(size, "__index__"):
-                raise ValueError(
-                    f"Expected `{name}` to be an integer. Received: {size!r} "
-                    f"of type {type(size).__name__}."
-                )
-            if size < 1:
-                raise ValueError(
-                    f"Expected `{name}` to be 1 or more. Received: {size}."
-                )
-        if self.max_positions is not None and not ops.is_tensor(max_length):
-            if max_length > self.max_positions:
-                raise ValueError(
-                    "Expected `max_length` to be at most the "
-                    f"{self.max_positions} positions that the model learned "
-                    f"(`max_sequence_length`). Received: {max_length}."
-                )
-
-    @property
-    def cache_spec(self):
-        """One `(key_value_heads, head_dim)` per entry of the cache."""
-        return tuple(
-            (key.shape[1], key.shape[3])
-            for key, _ in self._inputs_struct["cache"]
-        )
 
     # === The graph ===
 
@@ -407,10 +315,11 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
 
     # === Calling it ===
 
-    def _normalize(self, inputs):
-        return model_inputs.normalize(
-            inputs, self.cache_spec, self.max_positions
-        )
+    def _outputs_for(self, inputs, hidden_states, cache, taps):
+        outputs = super()._outputs_for(inputs, hidden_states, cache)
+        if not taps or _without_taps.get():
+            return outputs
+        return *(outputs if isinstance(outputs, tuple) else (outputs,)), taps
 
     @plain_python
     def __call__(self, inputs, *args, **kwargs):
@@ -429,55 +338,6 @@ class CachedBackbone(keras_hub.models.Backbone, Functional):
         # Its layers are, each for itself. TensorFlow cannot take the backbone
         # as a whole, for inputs that are `None`.
         return layer_call
-
-    def call(self, inputs, training=None, mask=None, **kwargs):
-        # Again, since `stateless_call` does not come through `__call__`.
-        inputs = self._normalize(inputs)
-        return self._outputs_for(
-            inputs,
-            *super().call(inputs, training=training, mask=mask, **kwargs),
-        )
-
-    def _outputs_for(self, inputs, hidden_states, cache, taps):
-        outputs = [hidden_states]
-        if inputs["cache"][0][0] is not None:
-            outputs.append(cache)
-        if taps and not _without_taps.get():
-            outputs.append(taps)
-        return tuple(outputs) if len(outputs) > 1 else hidden_states
-
-    def compute_output_spec(self, inputs, training=None, mask=None):
-        """The hidden states, with the cache if one came in."""
-        inputs = self._normalize(inputs)
-
-        def spec(x):
-            shape = (*inputs["token_ids"].shape, *x.shape[2:])
-            return keras.KerasTensor(shape, dtype=x.dtype)
-
-        hidden_states, _, taps = self._outputs_struct
-        cache = tree.map_structure(
-            lambda x: x if x is None else keras.KerasTensor(x.shape, x.dtype),
-            inputs["cache"],
-        )
-        return self._outputs_for(
-            inputs,
-            spec(hidden_states),
-            cache,
-            {name: spec(x) for name, x in taps.items()},
-        )
-
-    def _standardize_inputs(self, inputs):
-        # Keras would cast each input to the dtype that the graph declares,
-        # and with it a cache made in another dtype on request.
-        return tree.flatten(inputs)
-
-    @property
-    def input(self):
-        """The symbolic inputs that upstream's backbone has too."""
-        return {
-            name: self._inputs_struct[name]
-            for name in ("token_ids", "padding_mask")
-        }
 
     @property
     def output(self):

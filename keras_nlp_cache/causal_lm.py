@@ -17,9 +17,9 @@ from keras_nlp_cache import drop_in
 from keras_nlp_cache import loops
 from keras_nlp_cache import prompts
 from keras_nlp_cache.backbone import CachedBackbone
-from keras_nlp_cache.backbone import floating_dtype
 from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import owned_cache
+from keras_nlp_cache.cached_graph import floating_dtype
 from keras_nlp_cache.loops import speculative
 from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.loops.generation import supports

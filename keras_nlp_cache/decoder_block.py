@@ -10,10 +10,10 @@ is, and states the outputs that follow from it.
 import keras
 from keras import tree
 
-from keras_nlp_cache.attention import first_argument
 from keras_nlp_cache.attention import Rematerializable
 from keras_nlp_cache.cache import LayerCache
-from keras_nlp_cache.wiring import active_wiring
+from keras_nlp_cache.replaying import active_wiring
+from keras_nlp_cache.wiring import first_argument
 
 
 class DecoderBlock(Rematerializable):

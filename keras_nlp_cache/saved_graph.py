@@ -13,10 +13,11 @@ import contextvars
 import keras
 from keras import tree
 
+from keras_nlp_cache.replaying import dense
+from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.sharing import share
 from keras_nlp_cache.sharing import shared_from
 from keras_nlp_cache.sharing import sublayers
-from keras_nlp_cache.wiring import dense
 from keras_nlp_cache.wiring import Wiring
 
 _layers = contextvars.ContextVar("keras_nlp_cache_saved_layers", default=None)
@@ -127,7 +128,8 @@ def apply(backbone, graph):
     descriptions = _with_dtype(
         graph["layers"], graph["dtype"], backbone.dtype_policy
     )
-    with _described(_Builder(constructed, descriptions)) as layers, wiring:
+    builder = _Builder(constructed, descriptions)
+    with _described(builder) as layers, replaying(wiring):
         for i, call in enumerate(graph["calls"]):
             layer = layers[call["layer"]]
             args = deserialize(call["args"])

@@ -3,10 +3,10 @@
 import keras
 
 from keras_nlp_cache.backbone import CachedBackbone
-from keras_nlp_cache.backbone import floating_dtype
-from keras_nlp_cache.backbone import plain_python
 from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import portable_writes
+from keras_nlp_cache.cached_graph import floating_dtype
+from keras_nlp_cache.cached_graph import plain_python
 from keras_nlp_cache.prompts import is_int
 
 

@@ -1,55 +1,28 @@
 """How a cache is threaded through a graph.
 
-A graph is wired by replaying it on new inputs while a `Wiring` is active. Each
-decoder block that is called on symbolic hidden states then gets a cache of its
-own, as one more pair of inputs, and the graph one more pair of outputs. Who
-replays the graph sees blocks that take hidden states and return hidden states.
+Each decoder block that is called through a `Wiring` gets a cache of its own, as
+one more pair of inputs, and the graph one more pair of outputs. Who builds the
+graph sees blocks that take hidden states and return hidden states.
 """
 
-import contextvars
-
 import keras
-import numpy as np
-from keras import ops
 
-from keras_nlp_cache.attention import first_argument
 from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.step import AttentionMask
 from keras_nlp_cache.step import Positions
 
-_active = contextvars.ContextVar("keras_nlp_cache_wiring", default=None)
 
+def first_argument(args, kwargs):
+    """The sequence, all that upstream's layers agree to take first.
 
-def active_wiring():
-    """The `Wiring` of the graph that is being replayed, or `None`."""
-    return _active.get()
-
-
-def dense(x):
-    """Corrects what Keras says of a symbolic product with a number.
-
-    It calls it sparse (`keras.ops.multiply` in 3.15), and layers that infer
-    their output shape from it then fail.
+    They name it `query`, `hidden_states`, `decoder_sequence` or `x`, and some
+    are called by keyword.
     """
-    if isinstance(x, keras.KerasTensor):
-        x._sparse = False
-    return x
-
-
-def constant(x):
-    """Makes an array of a tensor that upstream computed for a graph.
-
-    Exported through TensorFlow, the tensor would become one more input.
-    """
-    if keras.config.backend() == "tensorflow" and ops.is_tensor(x):
-        return np.asarray(x.numpy())
-    return x
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 class Wiring:
     """The inputs of one graph, and the caches threaded through it.
-
-    A context manager. Decoder blocks find it with `active_wiring()`.
 
     Args:
         dtype: Dtype policy of the layers that it adds to the graph.
@@ -92,13 +65,6 @@ class Wiring:
             token_positions=self.inputs["token_positions"],
             attention_mask=self.inputs["attention_mask"],
         )
-
-    def __enter__(self):
-        self._token = _active.set(self)
-        return self
-
-    def __exit__(self, *exception):
-        _active.reset(self._token)
 
     def call_block(self, block, args, kwargs):
         """Calls a decoder block with a cache of its own.
@@ -153,16 +119,16 @@ class Wiring:
             mask=self._mask,
         )
 
-    def graph(self, hidden_states, taps):
+    def graph(self, hidden_states, *further):
         """The inputs and outputs of the wired graph.
 
         Args:
             hidden_states: The symbolic hidden states that the graph returns.
-            taps: Dictionary of further symbolic outputs.
+            *further: Nested structures of symbolic outputs beside those.
 
         Returns:
             `(inputs, outputs)`, where `outputs` is `(hidden_states, cache,
-            taps)`.
+            *further)`.
         """
         inputs = {**self.inputs, "cache": tuple(self._caches)}
-        return inputs, (hidden_states, tuple(self._updated), dict(taps))
+        return inputs, (hidden_states, tuple(self._updated), *further)

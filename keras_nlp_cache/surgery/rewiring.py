@@ -4,10 +4,11 @@ import contextlib
 
 import keras
 
-from keras_nlp_cache.attention import first_argument
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.causal_lm import CausalLM
+from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.surgery.positionwise import check_positionwise
+from keras_nlp_cache.wiring import first_argument
 from keras_nlp_cache.wiring import Wiring
 
 
@@ -124,7 +125,7 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
             taps[site.name] = x
         return x
 
-    with _undone_on_error(backbone), wiring:
+    with _undone_on_error(backbone), replaying(wiring):
         inputs = {**wiring.inputs, "cache": [None] * len(backbone.blocks) * 2}
         hidden_states, kept = backbone.replay(inputs, wiring.positions, call)
         if not wiring.blocks:

@@ -1,0 +1,160 @@
+"""A functional model with a cache among its inputs: how it is called."""
+
+import keras
+from keras import ops
+from keras import tree
+
+from keras_nlp_cache import inputs as model_inputs
+
+
+def plain_python(function):
+    """Keeps TensorFlow's autograph from rewriting a function.
+
+    It would turn checks of Python values into graph operations.
+    """
+    if keras.config.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+def floating_dtype(name, dtype):
+    """The standard name of a dtype.
+
+    Raises:
+        ValueError: If it is not floating. `name` says which argument it was.
+    """
+    dtype = keras.backend.standardize_dtype(dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(
+            f"Expected `{name}` to be a floating dtype. Received: {dtype}."
+        )
+    return dtype
+
+
+class CachedGraph:
+    """Mixin for a functional model whose graph a `Wiring` made.
+
+    The model takes a dictionary in which all but `"token_ids"` may be left out,
+    and returns hidden states, with the cache if one came in.
+    """
+
+    @property
+    def max_positions(self):
+        """Number of positions the model can tell apart, `None` if any."""
+        return None
+
+    @plain_python
+    def make_cache(self, batch_size, max_length, dtype=None):
+        """Makes an empty cache.
+
+        Args:
+            batch_size: int. Number of sequences.
+            max_length: int. Number of slots, the longest sequence that fits.
+            dtype: Optional floating dtype. Defaults to the compute dtype.
+
+        Returns:
+            A tuple with one `(key, value)` pair per decoder block, each a
+            tensor of zeros `(batch_size, key_value_heads, max_length,
+            head_dim)`.
+
+        Raises:
+            ValueError: If a size is not a positive integer, if `max_length`
+                exceeds the positions of the model, or if `dtype` is not
+                floating.
+        """
+        self.check_cache_size(batch_size, max_length)
+        dtype = floating_dtype("dtype", dtype or self.compute_dtype)
+        return tuple(
+            tuple(
+                ops.zeros((batch_size, heads, max_length, dim), dtype=dtype)
+                for _ in range(2)
+            )
+            for heads, dim in self.cache_spec
+        )
+
+    def check_cache_size(self, batch_size, max_length):
+        """Raises what `make_cache()` raises for sizes that it cannot make."""
+        for name, size in (
+            ("batch_size", batch_size),
+            ("max_length", max_length),
+        ):
+            if ops.is_tensor(size):
+                continue  # Sizes are tensors in a TensorFlow graph.
+            if isinstance(size, bool) or not hasattr(size, "__index__"):
+                raise ValueError(
+                    f"Expected `{name}` to be an integer. Received: {size!r} "
+                    f"of type {type(size).__name__}."
+                )
+            if size < 1:
+                raise ValueError(
+                    f"Expected `{name}` to be 1 or more. Received: {size}."
+                )
+        if self.max_positions is not None and not ops.is_tensor(max_length):
+            if max_length > self.max_positions:
+                raise ValueError(
+                    "Expected `max_length` to be at most the "
+                    f"{self.max_positions} positions that the model learned "
+                    f"(`max_sequence_length`). Received: {max_length}."
+                )
+
+    @property
+    def cache_spec(self):
+        """One `(key_value_heads, head_dim)` per entry of the cache."""
+        return tuple(
+            (key.shape[1], key.shape[3])
+            for key, _ in self._inputs_struct["cache"]
+        )
+
+    def _normalize(self, inputs):
+        return model_inputs.normalize(
+            inputs, self.cache_spec, self.max_positions
+        )
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        # Again, since `stateless_call` does not come through `__call__`.
+        inputs = self._normalize(inputs)
+        return self._outputs_for(
+            inputs,
+            *super().call(inputs, training=training, mask=mask, **kwargs),
+        )
+
+    def _outputs_for(self, inputs, hidden_states, cache):
+        """What the model returns, of what its graph does."""
+        if inputs["cache"][0][0] is None:
+            return hidden_states
+        return hidden_states, cache
+
+    def compute_output_spec(self, inputs, training=None, mask=None):
+        """The hidden states, with the cache if one came in."""
+        inputs = self._normalize(inputs)
+
+        def spec(x):
+            shape = (*inputs["token_ids"].shape, *x.shape[2:])
+            return keras.KerasTensor(shape, dtype=x.dtype)
+
+        hidden_states, _, *further = self._outputs_struct
+        cache = tree.map_structure(
+            lambda x: x if x is None else keras.KerasTensor(x.shape, x.dtype),
+            inputs["cache"],
+        )
+        return self._outputs_for(
+            inputs,
+            spec(hidden_states),
+            cache,
+            *tree.map_structure(spec, further),
+        )
+
+    def _standardize_inputs(self, inputs):
+        # Keras would cast each input to the dtype that the graph declares,
+        # and with it a cache made in another dtype on request.
+        return tree.flatten(inputs)
+
+    @property
+    def input(self):
+        """The symbolic inputs that upstream's backbone has too."""
+        return {
+            name: self._inputs_struct[name]
+            for name in ("token_ids", "padding_mask")
+        }

@@ -1,0 +1,54 @@
+"""What it takes to replay a graph that was built without a cache in mind.
+
+A graph is run once more on new inputs while a `Wiring` is active, by which
+decoder blocks find a cache of their own.
+"""
+
+import contextlib
+import contextvars
+
+import keras
+import numpy as np
+from keras import ops
+
+_active = contextvars.ContextVar("keras_nlp_cache_wiring", default=None)
+
+
+@contextlib.contextmanager
+def replaying(wiring):
+    """In this scope, blocks called on symbolic tensors get caches.
+
+    Args:
+        wiring: The `Wiring` that makes them.
+    """
+    token = _active.set(wiring)
+    try:
+        yield wiring
+    finally:
+        _active.reset(token)
+
+
+def active_wiring():
+    """The `Wiring` of the graph that is being replayed, or `None`."""
+    return _active.get()
+
+
+def dense(x):
+    """Corrects what Keras says of a symbolic product with a number.
+
+    It calls it sparse (`keras.ops.multiply` in 3.15), and layers that infer
+    their output shape from it then fail.
+    """
+    if isinstance(x, keras.KerasTensor):
+        x._sparse = False
+    return x
+
+
+def constant(x):
+    """Makes an array of a tensor that upstream computed for a graph.
+
+    Exported through TensorFlow, the tensor would become one more input.
+    """
+    if keras.config.backend() == "tensorflow" and ops.is_tensor(x):
+        return np.asarray(x.numpy())
+    return x
