@@ -3,11 +3,16 @@
 `attend()` reads all of a cache. `attend_filled()` reads the part that is in
 use, for loops that make a cache as long as the text may become: with what is
 empty merely masked out, the first step would be as slow as the last.
+`AttendsThroughCache` is how a layer uses them.
 """
+
+import functools
 
 import keras
 from keras import ops
 
+from keras_nlp_cache.cache import is_owned
+from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.cache import MASKED
 
 # Numbers per slot, in the keys of all rows and heads, up to which copying a
@@ -217,3 +222,65 @@ def zero_unless_seen(output, mask):
     """Replaces by zeros what queries attended that may attend to nothing."""
     sees_any = ops.max(mask, axis=-1) > MASKED / 2
     return output * ops.cast(sees_any, output.dtype)[:, 0, :, None, None]
+
+
+class AttendsThroughCache:
+    """Mixin for attention layers: project, update the cache, attend, project.
+
+    Attributes:
+        key_value_shape: `(key_value_heads, head_dim)` of the keys and of the
+            values.
+        project: Method `(x, positions) -> (query, key, value)`, from
+            `(B, T, hidden_dim)` and int32 `(B or 1, T)`. Rotates query and key
+            if the family does. The query is `(B, T, query_heads, head_dim)`,
+            key and value are `(B, T, key_value_heads, head_dim)`.
+        scale: float. Multiplies the attention logits.
+        soft_cap: Optional float. See `attend()`.
+        window: Optional int. How many slots a query sees, its own included.
+        weights_dropout: Optional callable, applied to the attention weights.
+        merge_heads: Method from `(B, T, query_heads, head_dim)` to
+            `(B, T, hidden_dim)`.
+    """
+
+    soft_cap = None
+    window = None
+    weights_dropout = None
+
+    def attend_through(self, x, cache, index=None):
+        """Attends to what a cache remembers, and to the new tokens.
+
+        Args:
+            x: Tensor `(B, T, hidden_dim)`.
+            cache: A `LayerCache` in use, or a bare `(key, value)` pair.
+            index: int scalar, the slot of the first token. Goes with a pair.
+
+        Returns:
+            `(output, (key, value))`, with a pair of `None` if the cache has
+            no memory.
+        """
+        length = ops.shape(x)[1]
+        if not isinstance(cache, LayerCache):
+            cache = LayerCache.of_pair(cache, index, length)
+        query, key, value = self.project(x, cache.positions)
+        remembered = cache.update(
+            ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
+        )
+        x = self.attention_function(cache, length)(
+            query=query,
+            key=remembered.key,
+            value=remembered.value,
+            mask=cache.windowed_mask(self.window),
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            dropout=self.weights_dropout,
+        )
+        if cache.key is None:
+            return self.merge_heads(x), (None, None)
+        return self.merge_heads(x), (remembered.key, remembered.value)
+
+    def attention_function(self, cache, length):
+        """`attend()`, or what a loop may use in its place."""
+        if cache.key is None or not is_owned():
+            return attend
+        filled = ops.cast(cache.index, "int32") + length
+        return functools.partial(attend_filled, filled=filled)

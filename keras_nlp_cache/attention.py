@@ -5,18 +5,16 @@ together with upstream's attention layer and states only what differs: how it
 projects, how it scales, whether it caps its logits or slides a window.
 """
 
-import functools
 import string
 
 import keras
 from keras import ops
 
-from keras_nlp_cache.attend import attend
-from keras_nlp_cache.attend import attend_filled
+from keras_nlp_cache.attend import AttendsThroughCache
 from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.sharing import share
-from keras_nlp_cache.wiring import first_argument
 
 
 def in_order_of_kernel(equation):
@@ -70,32 +68,19 @@ class Rematerializable:
         return rematerialized
 
 
-class CachedAttention(Rematerializable):
+class CachedAttention(Rematerializable, AttendsThroughCache):
     """Mixin that gives an upstream attention layer a per-layer cache.
 
     Placed before the upstream class in the bases of a layer of the same name,
     which says how its family attends.
 
-    Attributes:
-        key_value_shape: `(key_value_heads, head_dim)` of the keys and of the
-            values.
-        project: Method `(x, positions) -> (query, key, value)`, from
-            `(B, T, hidden_dim)` and int32 `(B or 1, T)`. Rotates query and key
-            if the family does. The query is `(B, T, query_heads, head_dim)`,
-            key and value are `(B, T, key_value_heads, head_dim)`.
-        scale: float. Multiplies the attention logits.
-        soft_cap: Optional float. See `attend()`.
-        window: Optional int. How many slots a query sees, its own included.
-        weights_dropout: Optional callable, applied to the attention weights.
+    Attributes, beside those of `AttendsThroughCache`:
         projections: Names of the attributes that hold the layers which project
             to query, key and value, and from all heads to the output.
         replaced_attention: Layer that is called in place of `attend()`, with
             its arguments by name. Only there if surgery put it there.
     """
 
-    soft_cap = None
-    window = None
-    weights_dropout = None
     projections = {
         "query": "_query_dense",
         "key": "_key_dense",
@@ -129,7 +114,6 @@ class CachedAttention(Rematerializable):
             holds the updated cache, or `None` twice if there was none.
         """
         x = first_argument(args, kwargs)
-        length = ops.shape(x)[1]
         edited = hasattr(self, "replaced_attention")
         if not isinstance(cache, tuple):
             if not edited:
@@ -140,39 +124,21 @@ class CachedAttention(Rematerializable):
                     "function was replaced, to be a (key, value) pair. "
                     f"Received: {type(cache).__name__}."
                 )
-            cache = LayerCache.without_memory(kwargs["attention_mask"], length)
-            return self._attend(x, cache)[0]
+            return self._attend_to_all(x, kwargs["attention_mask"])[0]
         index = kwargs.pop("cache_update_index", None)
-        if not isinstance(cache, LayerCache):
-            cache = LayerCache.of_pair(cache, index, length)
-        if not cache.in_use:
-            if not edited:
-                return super().call(*args, **kwargs), (None, None)
-            cache = LayerCache.without_memory(kwargs["attention_mask"], length)
-        return self._attend(x, cache)
+        if not isinstance(cache, LayerCache) or cache.in_use:
+            return self.attend_through(x, cache, index)
+        if not edited:
+            return super().call(*args, **kwargs), (None, None)
+        return self._attend_to_all(x, kwargs["attention_mask"])
 
-    def _attend(self, x, cache):
-        query, key, value = self.project(x, cache.positions)
-        remembered = cache.update(
-            ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
+    def _attend_to_all(self, x, attention_mask):
+        length = ops.shape(x)[1]
+        return self.attend_through(
+            x, LayerCache.without_memory(attention_mask, length)
         )
-        x = self._attention_function(cache, ops.shape(x)[1])(
-            query=query,
-            key=remembered.key,
-            value=remembered.value,
-            mask=cache.windowed_mask(self.window),
-            scale=self.scale,
-            soft_cap=self.soft_cap,
-            dropout=self.weights_dropout,
-        )
-        if cache.key is None:
-            return self.merge_heads(x), (None, None)
-        return self.merge_heads(x), (remembered.key, remembered.value)
 
-    def _attention_function(self, cache, length):
+    def attention_function(self, cache, length):
         if hasattr(self, "replaced_attention"):
             return self.replaced_attention
-        if cache.key is None or not is_owned():
-            return attend
-        filled = ops.cast(cache.index, "int32") + length
-        return functools.partial(attend_filled, filled=filled)
+        return super().attention_function(cache, length)

@@ -324,14 +324,11 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
     @plain_python
     def __call__(self, inputs, *args, **kwargs):
         inputs = self._normalize(inputs)
-        # A symbolic call with several outputs is spelled out rather than
-        # recorded as one call of the backbone: `output`, which Keras consults
-        # for their number, has the hidden states alone.
-        if isinstance(inputs["cache"][0][0], keras.KerasTensor):
-            return self.call(inputs, *args, **kwargs)
-        if isinstance(inputs["token_ids"], keras.KerasTensor):
-            if self.taps and not _without_taps.get():
-                return self.replay(inputs, None, Site.__call__)
+        # Spelled out, too, for it has several outputs.
+        if self.taps and not _without_taps.get():
+            if isinstance(inputs["token_ids"], keras.KerasTensor):
+                if inputs["cache"][0][0] is None:
+                    return self.replay(inputs, None, Site.__call__)
         return super().__call__(inputs, *args, **kwargs)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 from keras import tree
 
-from keras_nlp_cache import inputs as model_inputs
+from keras_nlp_cache.inputs import normalize
 
 
 def plain_python(function):
@@ -108,9 +108,17 @@ class CachedGraph:
         )
 
     def _normalize(self, inputs):
-        return model_inputs.normalize(
-            inputs, self.cache_spec, self.max_positions
-        )
+        return normalize(inputs, self.cache_spec, self.max_positions)
+
+    @plain_python
+    def __call__(self, inputs, *args, **kwargs):
+        inputs = self._normalize(inputs)
+        # A symbolic call with several outputs is spelled out rather than
+        # recorded as one call of the model: `output`, which Keras consults for
+        # their number, has the hidden states alone.
+        if isinstance(inputs["cache"][0][0], keras.KerasTensor):
+            return self.call(inputs, *args, **kwargs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None, **kwargs):
         # Again, since `stateless_call` does not come through `__call__`.

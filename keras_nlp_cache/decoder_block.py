@@ -8,41 +8,26 @@ is, and states the outputs that follow from it.
 """
 
 import keras
-from keras import tree
 
 from keras_nlp_cache.attention import Rematerializable
 from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.cached_block import CachedBlock
+from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.replaying import active_wiring
-from keras_nlp_cache.wiring import first_argument
 
 
-class DecoderBlock(Rematerializable):
+class DecoderBlock(CachedBlock, Rematerializable):
     """Mixin that gives an upstream decoder block a per-layer cache.
 
     Placed before the upstream class in the bases of a layer of the same name.
-    Subclasses set three names and call `specialize_attention()` at the end of
-    their `build()`.
+    Subclasses set `attention_cls`, and call `specialize_attention()` at the
+    end of their `build()`.
 
-    Attributes:
-        cache_argument: Name of the `call()` argument that takes the cache.
-        padding_argument: Name of the `call()` argument that takes the padding
-            mask.
-        attention_name: Name of the attribute that holds the attention layer.
+    Attributes, beside those of `CachedBlock`:
         attention_cls: Class to give the attention layer, a `CachedAttention`.
     """
 
-    cache_argument = "self_attention_cache"
-    padding_argument = "decoder_padding_mask"
-    attention_name = "_self_attention_layer"
     attention_cls = None
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, autocast=False, **kwargs)
-
-    @property
-    def key_value_shape(self):
-        """`(key_value_heads, head_dim)` of the keys and of the values."""
-        return getattr(self, self.attention_name).key_value_shape
 
     def specialize_attention(self):
         attention = getattr(self, self.attention_name)
@@ -50,37 +35,12 @@ class DecoderBlock(Rematerializable):
         attention.autocast = False
 
     def __call__(self, *args, **kwargs):
-        cache = kwargs.pop(self.cache_argument, None)
         wiring = active_wiring()
-        if cache is None and wiring is not None:
+        if wiring is not None and kwargs.get(self.cache_argument) is None:
             if isinstance(first_argument(args, kwargs), keras.KerasTensor):
+                kwargs.pop(self.cache_argument, None)
                 return wiring.call_block(self, args, kwargs)
-        # Keras casts all float arguments to the compute dtype. Hidden states
-        # should be, a cache should not: it may have been made in another
-        # dtype on request, and casting it would copy it at every step.
-        args, kwargs = tree.map_structure(
-            lambda x: self.dtype_policy.convert_input(
-                x, True, self.input_dtype
-            ),
-            (args, kwargs),
-        )
-        if cache is not None:
-            kwargs[self.cache_argument] = cache
         return super().__call__(*args, **kwargs)
-
-    def compute_output_spec(self, *args, **kwargs):
-        """Hidden states alone, or with the cache if one came in."""
-        cache = kwargs.get(self.cache_argument)
-        hidden_states = keras.KerasTensor(
-            first_argument(args, kwargs).shape, dtype=self.compute_dtype
-        )
-        if not isinstance(cache, tuple):
-            return hidden_states
-        pair = tuple(
-            None if x is None else keras.KerasTensor(x.shape, dtype=x.dtype)
-            for x in cache[:2]
-        )
-        return hidden_states, pair
 
     def mask_unless_cached(self, upstream_mask, **kwargs):
         """Upstream's attention mask, where upstream's attention will use it.
@@ -127,6 +87,6 @@ def specialize(layer, cls):
         )
     layer.__class__ = cls
     if isinstance(layer, DecoderBlock):
-        # See `DecoderBlock.__call__`: the constructor of `cls` did not run.
+        # See `CachedBlock.__call__`: the constructor of `cls` did not run.
         layer.autocast = False
         layer.specialize_attention()

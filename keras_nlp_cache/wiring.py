@@ -8,17 +8,9 @@ graph sees blocks that take hidden states and return hidden states.
 import keras
 
 from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.step import AttentionMask
 from keras_nlp_cache.step import Positions
-
-
-def first_argument(args, kwargs):
-    """The sequence, all that upstream's layers agree to take first.
-
-    They name it `query`, `hidden_states`, `decoder_sequence` or `x`, and some
-    are called by keyword.
-    """
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 class Wiring:

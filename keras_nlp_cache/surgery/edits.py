@@ -4,6 +4,7 @@ import inspect
 
 import keras
 
+from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.sites import Site
@@ -12,7 +13,6 @@ from keras_nlp_cache.surgery.rewiring import EditError
 from keras_nlp_cache.surgery.rewiring import rewire_sites
 from keras_nlp_cache.surgery.selection import select
 from keras_nlp_cache.surgery.selection import select_blocks
-from keras_nlp_cache.wiring import first_argument
 
 
 def insert_after(model, where, layer):

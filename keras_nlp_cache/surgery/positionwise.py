@@ -12,8 +12,8 @@ from keras import ops
 
 from keras_nlp_cache.cache import causal_mask
 from keras_nlp_cache.cache import slots
+from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.decoder_block import DecoderBlock
-from keras_nlp_cache.wiring import first_argument
 
 _LENGTH = 4
 

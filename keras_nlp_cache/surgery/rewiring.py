@@ -5,10 +5,10 @@ import contextlib
 import keras
 
 from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.causal_lm import CausalLM
 from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.surgery.positionwise import check_positionwise
-from keras_nlp_cache.wiring import first_argument
 from keras_nlp_cache.wiring import Wiring
 
 
