@@ -107,11 +107,9 @@ def attend_filled(query, key, value, mask, filled, **kwargs):
         What `attend()` does.
     """
     if keras.config.backend() == "torch":
-        from keras_nlp_cache import torch_attention
+        from keras_nlp_cache.torch_attention import attend_prefix
 
-        return torch_attention.attend_prefix(
-            query, key, value, mask, filled, **kwargs
-        )
+        return attend_prefix(query, key, value, mask, filled, **kwargs)
     batch, heads, slots, head_dim = ops.shape(key)
     if not isinstance(batch, int) or not isinstance(slots, int):
         return attend(query, key, value, mask, **kwargs)

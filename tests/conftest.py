@@ -5,6 +5,8 @@ import gc
 import keras
 import pytest
 
+from tests.families import PATCHED
+
 
 def pytest_configure(config):
     """What XLA compiles for JAX is kept, for both processes and next time.
@@ -21,7 +23,11 @@ def pytest_configure(config):
 
 
 def pytest_report_header():
-    return f"keras {keras.__version__}, backend {keras.config.backend()}"
+    subject = "patched keras_hub" if PATCHED else "keras_nlp_cache"
+    return (
+        f"{subject}, keras {keras.__version__}, "
+        f"backend {keras.config.backend()}"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +53,7 @@ def smollm2():
     return default_model.preset()
 
 
-if keras.config.backend() == "tensorflow":
+if keras.config.backend() == "tensorflow" and not PATCHED:
     from keras_nlp_cache.loops.tensorflow_loop import TensorFlowLoop
 
     # TensorFlow keeps what XLA compiled for as long as the process lives, some

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import keras
 import keras_hub
@@ -9,8 +10,15 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_nlp_cache import models
 from tests import text
+
+# The same tests speak of the package and of keras_hub as `patches/` patch it,
+# where the package is not even installed.
+PATCHED = os.environ.get("KERAS_NLP_CACHE_SUBJECT") == "patched"
+if PATCHED:
+    from keras_hub import models
+else:
+    from keras_nlp_cache import models
 
 # Arguments of `compile()` for tests of compiled loops; see `conftest.py`.
 XLA = {"jit_compile": True} if keras.config.backend() == "tensorflow" else {}

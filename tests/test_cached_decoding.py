@@ -239,7 +239,7 @@ def test_cache_of_another_dtype(family):
 @every_family
 def test_blocks_called_by_hand(family):
     """Without a cache a tensor as upstream, with one a pair beside it."""
-    block = family.pair[0].blocks[0]
+    block = family.pair[0].transformer_layers[0]
     x = np.random.default_rng(0).normal(size=(2, 6, 32)).astype("float32")
     full = block(ops.convert_to_tensor(x))
     assert ops.is_tensor(full)

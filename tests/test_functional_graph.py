@@ -38,7 +38,7 @@ def test_optional_inputs_are_inputs_of_the_graph(family):
             for x in node.input_tensors:
                 if x.name in consumers:
                     consumers[x.name].add(operation)
-    for i, block in enumerate(backbone.blocks):
+    for i, block in enumerate(backbone.transformer_layers):
         for name in (f"cache_{i}_key", f"cache_{i}_value"):
             assert block in consumers[name]
         assert block in consumers["cache_update_index"]

@@ -133,7 +133,7 @@ def test_call_with_cache(family):
         rtol=1e-4,
     )
     assert tuple(hidden_states.shape) == (3, 4, 32)
-    assert len(cache) == len(ours.backbone.blocks)
+    assert len(cache) == len(ours.backbone.transformer_layers)
 
 
 @parameterized.expand([(True,), (False,)])

@@ -1,0 +1,129 @@
+"""The series of patches fits its release, and does what the package does."""
+
+import importlib
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+from tests.reference import reference
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "patches"))
+series = importlib.import_module("series")
+HUB = series.SERIES["keras-hub"]
+# All that `patches/check.py` runs, on the backend that compiles nothing.
+TESTS = ["test_functional_graph.py"]
+if keras.config.backend() == "torch":
+    TESTS += ["test_cached_decoding.py", "test_generate.py", "test_inputs.py"]
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory):
+    """Path of the installed keras_hub with the series applied."""
+    tree = tmp_path_factory.mktemp("patched") / "tree"
+    series.installed_tree(keras_hub, tree)
+    return HUB.apply(tree)
+
+
+def python(patched, *arguments):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "KERAS_NLP_CACHE_SUBJECT": "patched",
+            "PYTHONPATH": os.pathsep.join([str(patched), str(ROOT)]),
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_tokens_of_the_release(patched, tmp_path):
+    path = tmp_path / "tokens.npz"
+    process = python(patched, "-m", "tests.reference", path)
+    assert process.returncode == 0, process.stderr
+    tokens = np.load(path)
+    for name, expected in reference().items():
+        np.testing.assert_array_equal(tokens[name], expected, err_msg=name)
+
+
+def test_behaviour_of_the_package(patched):
+    process = python(
+        patched,
+        *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *(ROOT / "tests" / name for name in TESTS),
+    )
+    assert process.returncode == 0, process.stdout[-5000:]
+    assert "patched keras_hub" in process.stdout
+
+
+def test_the_package_is_not_needed(patched):
+    process = python(
+        patched,
+        "-c",
+        "import sys; sys.modules['keras_nlp_cache'] = None\n"
+        "import keras_hub, tests.families\n"
+        f"assert keras_hub.__file__.startswith({str(patched)!r})",
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_generated_files_are_those_of_the_package(monkeypatch, tmp_path):
+    assert len(HUB.generated) > 5
+    assert HUB.stale() == []
+    # And it would be noticed.
+    for patch in HUB.patches:
+        text = patch.read_text().replace("def attend(", "def attend_to(")
+        (tmp_path / patch.name).write_text(text)
+    (tmp_path / "generated.toml").write_bytes(
+        (HUB.folder / "generated.toml").read_bytes()
+    )
+    monkeypatch.setattr(series.Series, "folder", tmp_path)
+    assert HUB.stale() == ["keras_hub/src/layers/modeling/attend.py"]
+
+
+@pytest.mark.parametrize("patch", HUB.patches, ids=lambda patch: patch.name[:4])
+def test_patches_are_for_reviewers(patch):
+    message, _, diff = patch.read_text().partition("\ndiff --git ")
+    paragraphs = ("Problem: ", "Approach: ", "Effect: ", "Compatibility: ")
+    for paragraph in paragraphs:
+        assert f"\n\n{paragraph}" in message
+    assert max(map(len, message.splitlines())) <= 78
+    assert set(re.findall(r"^\+\+\+ b/(\w+)/", diff, re.M)) == {"keras_hub"}
+    # Of upstream, the lines that go and no context.
+    changes = [x for x in diff.splitlines() if x[:1] == " " and x.strip()]
+    assert changes == []
+
+
+@pytest.fixture
+def another_release(tmp_path):
+    """Path of an installed keras_hub with a line of another release."""
+    tree = tmp_path / "another"
+    series.installed_tree(keras_hub, tree)
+    path = tree / "keras_hub/src/models/llama/llama_decoder.py"
+    path.write_text(path.read_text().replace("rope_scaling_", "rope_"))
+    series._git(tree, "commit", "--all", "--quiet", "--message=Another")
+    return tree
+
+
+def test_another_release_is_refused(another_release):
+    with pytest.raises(series.DoesNotApply, match=r"0001-.*\n.*llama_decoder"):
+        HUB.apply(another_release)
+
+
+def test_a_hunk_that_does_not_fit_is_named(patched, another_release, tmp_path):
+    series.export(patched, tmp_path / "with_context")
+    first, *_ = sorted((tmp_path / "with_context").glob("*.patch"))
+    with pytest.raises(
+        series.DoesNotApply,
+        match=r"0001-.*\n.*llama_decoder.py, hunk 1 of 1, line \d+",
+    ):
+        series._apply(another_release, first)
