@@ -35,7 +35,7 @@ def _deterministic():
     keras.utils.set_random_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def _light_garbage_collection():
     """Keras collects garbage for each layer it quantizes.
 
@@ -43,6 +43,17 @@ def _light_garbage_collection():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory():
+    """JAX keeps what it compiled for as long as the process lives."""
+    yield
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The table of what works where is made of what tests say."""
 
+import pathlib
+
 from tests import compatibility
 
 CASE = '<testcase classname="tests.{}" name="{}">{}</testcase>'
@@ -42,3 +44,17 @@ def test_cells(tmp_path):
     assert cells == ["Jt-", "--P", "---"]
     # Tests that are not repeated for each family count for all.
     assert compatibility.cell(found, "pickling", "Gemma 1, 2") == "--P"
+
+
+def test_the_readme_has_a_row_for_each_feature():
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    _, _, section = readme.partition("\n## What works, with which family")
+    section, _, _ = section.partition("\n## ")
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
+    assert rows[0][1:] == list(compatibility.FAMILIES)
+    assert [row[0] for row in rows[2:]] == list(compatibility.FEATURES)
+    assert all(set("".join(row[1:])) & set("JTP") for row in rows[2:])
