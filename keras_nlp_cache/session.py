@@ -145,11 +145,13 @@ class Session:
                 self._cache = cache
                 return
             self._cache = generation.cache
-            self._filled = len(self.token_ids)
             tokens = ops.convert_to_numpy(generation.token_ids)[0]
-            token_id = int(tokens[len(self.token_ids)])
-            self.token_ids = np.append(self.token_ids, np.int32(token_id))
-            yield token_id
+            tokens = tokens[len(self.token_ids) : int(generation.index) + 1]
+            for token_id in tokens:
+                # An answer may be left between two tokens of a step.
+                self._filled = len(self.token_ids)
+                self.token_ids = np.append(self.token_ids, token_id)
+                yield int(token_id)
 
     def _stream(self, token_ids, max_new_tokens, stop, turn):
         pieces = TextPieces(self.lm.preprocessor.tokenizer.detokenize)

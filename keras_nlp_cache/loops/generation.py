@@ -138,11 +138,13 @@ class Loop:
     Attributes:
         sampler: What picks tokens.
         compilations: int. How many functions were compiled so far.
+        tokens_per_piece: int. How many tokens `steps()` generates at a time.
     """
 
     # A prompt goes through the model in pieces, for memory to be bounded.
     chunk = 512
     compilations = 0
+    tokens_per_piece = 1
 
     def __init__(self, lm):
         self.lm = lm
@@ -211,7 +213,7 @@ class Loop:
         )
 
     def steps(self, generation, limit, stop_token_ids=()):
-        """Generates as `decode()` does, one token at a time.
+        """Generates as `decode()` does, `tokens_per_piece` at a time.
 
         Args:
             generation: A `Generation`, not to be used any more.
@@ -353,7 +355,8 @@ class CompiledLoop(Loop):
         )
 
     def _steps(self, generation, limit, stop_token_ids):
-        for end in range(int(generation.index) + 2, int(limit) + 1):
+        while (end := int(generation.index) + 1) < limit:
+            end = min(end + self.tokens_per_piece, limit)
             generation = self._decode(generation, np.int32(end), stop_token_ids)
             yield generation
             if ops.convert_to_numpy(generation.done).all():
