@@ -17,7 +17,7 @@ from tests.reference import reference
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "patches"))
 series = importlib.import_module("series")
-HUB = series.SERIES["keras-hub"]
+KERAS, HUB = series.SERIES["keras"], series.SERIES["keras-hub"]
 # All that `patches/check.py` runs, on the backend that compiles nothing.
 TESTS = ["test_functional_graph.py"]
 if keras.config.backend() == "torch":
@@ -65,6 +65,31 @@ def test_behaviour_of_the_package(patched):
     assert "patched keras_hub" in process.stdout
 
 
+def test_regression_tests_of_keras(tmp_path):
+    """They fail without the changes that they come with, and pass with them."""
+    tree = tmp_path / "tree"
+    series.installed_tree(keras, tree)
+    KERAS.apply(tree)
+    changes = "\n".join(patch.read_text() for patch in KERAS.patches)
+    files = set(re.findall(r"^\+\+\+ b/(.*_test\.py)$", changes, re.M))
+    names = re.findall(r"^\+    def (test_\w+)", changes, re.M)
+    assert len(names) >= len(KERAS.patches)
+
+    def run():
+        return python(
+            tree,
+            *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
+            *("--import-mode=importlib", "-k", " or ".join(names)),
+            *(tree / file for file in sorted(files)),
+        )
+
+    process = run()
+    assert f" {len(names)} passed" in process.stdout, process.stdout[-5000:]
+    changed = set(re.findall(r"^\+\+\+ b/(.*)$", changes, re.M)) - files
+    series._git(tree, "checkout", series.PRISTINE, "--", *changed)
+    assert f" {len(names)} failed" in run().stdout
+
+
 def test_the_package_is_not_needed(patched):
     process = python(
         patched,
@@ -90,14 +115,20 @@ def test_generated_files_are_those_of_the_package(monkeypatch, tmp_path):
     assert HUB.stale() == ["keras_hub/src/layers/modeling/attend.py"]
 
 
-@pytest.mark.parametrize("patch", HUB.patches, ids=lambda patch: patch.name[:4])
+@pytest.mark.parametrize(
+    "patch",
+    KERAS.patches + HUB.patches,
+    ids=lambda patch: f"{patch.parent.name}-{patch.name[:4]}",
+)
 def test_patches_are_for_reviewers(patch):
     message, _, diff = patch.read_text().partition("\ndiff --git ")
     paragraphs = ("Problem: ", "Approach: ", "Effect: ", "Compatibility: ")
     for paragraph in paragraphs:
         assert f"\n\n{paragraph}" in message
     assert max(map(len, message.splitlines())) <= 78
-    assert set(re.findall(r"^\+\+\+ b/(\w+)/", diff, re.M)) == {"keras_hub"}
+    assert set(re.findall(r"^\+\+\+ b/(\w+)/", diff, re.M)) == {
+        patch.parent.name.replace("-", "_")
+    }
     # Of upstream, the lines that go and no context.
     changes = [x for x in diff.splitlines() if x[:1] == " " and x.strip()]
     assert changes == []
