@@ -1,0 +1,42 @@
+"""The table of several runs counts what they wrote."""
+
+import pytest
+
+from tests import summary
+
+PASSED = '<testcase name="a"/>'
+SKIPPED = '<testcase name="b"><skipped message="no such format"/></testcase>'
+FILE = (
+    '<testcase name="f"><skipped message="collection skipped">'
+    "('f.py', 1, 'Skipped: another backend')</skipped></testcase>"
+)
+FAILED = '<testcase name="c"><failure message="1 != 2"/></testcase>'
+ERROR = '<testcase name="d"><error message="in a fixture"/></testcase>'
+
+
+@pytest.mark.parametrize(
+    "cases, counts, status",
+    [
+        ([PASSED, PASSED, SKIPPED, FILE], (2, 0, 2), 0),
+        ([PASSED, FAILED, ERROR], (1, 2, 0), 1),
+    ],
+)
+def test_counts(cases, counts, status, tmp_path, capsys):
+    path = tmp_path / "torch-oldest.xml"
+    path.write_text(
+        '<testsuites><testsuite time="90">'
+        f"{''.join(cases)}</testsuite></testsuites>"
+    )
+    row, reasons = summary.summarize(path)
+    assert row == ("torch-oldest", *counts, 1.5)
+    assert reasons.total() == counts[2]
+    assert summary.main([str(path)]) == status
+    printed = capsys.readouterr().out
+    assert "torch-oldest" in printed
+    for reason in ("no such format", "another backend"):
+        assert (f"skipped 1: {reason}" in printed) == (counts[2] == 2)
+
+
+def test_a_run_that_wrote_nothing(tmp_path, capsys):
+    assert summary.main([str(tmp_path / "jax.xml")]) == 1
+    assert "did not run" in capsys.readouterr().out
