@@ -13,7 +13,8 @@ def pytest_configure(config):
 
     Small models differ in little, and most of the time goes to the compiler.
     """
-    if keras.config.backend() == "jax":
+    kept = config.pluginmanager.hasplugin("cacheprovider")
+    if kept and keras.config.backend() == "jax":
         import jax
 
         directory = config.cache.mkdir("jax")

@@ -58,7 +58,7 @@ def test_tokens_of_the_release(patched, tmp_path):
 def test_behaviour_of_the_package(patched):
     process = python(
         patched,
-        *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("-m", "pytest", "-p", "no:xdist"),
         *(ROOT / "tests" / name for name in TESTS),
     )
     assert process.returncode == 0, process.stdout[-5000:]
