@@ -18,6 +18,7 @@ from keras_nlp_cache import loops
 from keras_nlp_cache import prompts
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.backbone import without_taps
+from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import owned_cache
 from keras_nlp_cache.cached_graph import floating_dtype
 from keras_nlp_cache.loops import speculative
@@ -138,8 +139,15 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         hidden_states, cache = self.run_backbone(
             token_ids, cache, cache_update_index
         )
-        logits = self.backbone.token_embedding(hidden_states, reverse=True)
-        return logits, hidden_states, cache
+        return self._logits(hidden_states), hidden_states, cache
+
+    def _logits(self, hidden_states):
+        embedding = self.backbone.token_embedding
+        if is_owned() and keras.config.backend() == "tensorflow":
+            from keras_nlp_cache.loops import tensorflow_products
+
+            return tensorflow_products.logits(embedding, hidden_states)
+        return embedding(hidden_states, reverse=True)
 
     def _build_cache(self, token_ids):
         # Called by upstream's `generate_step()`, which fills the cache here
@@ -234,6 +242,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 stops,
             )
         token_ids = ops.convert_to_numpy(generation.token_ids)[:, :length]
+        loop.release(generation)
         if stop_token_ids is None:
             padding_mask = np.ones_like(given)
         else:

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from keras import tree
 
 from keras_nlp_cache import loops
 from keras_nlp_cache.loops.generation import FEWEST_SLOTS
@@ -297,6 +298,48 @@ def test_a_decode_step_moves_no_weights(family):
         moved = [x for x in moved if x[1] != query]
         assert query < keys
     assert not moved
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="reads TensorFlow's XLA")
+@every_family
+def test_one_row_is_multiplied_with_matrices_as_they_lie(family):
+    lm = greedy_lm(family)
+    prompt = random_tokens(1, 5)
+    loop = lm.generation_loop
+    generation = loop.prefill(prompt, np.ones_like(prompt), slots_for(40, 64))
+    text = optimized_hlo(loop, generation)
+    assert text.count(" dot(") > 6 * len(lm.backbone.blocks)
+    # One loop with what makes the matrix, XLA adds up number by number.
+    fused = [x for x in text.split("\n\n") if x.startswith("%fused")]
+    dots = re.findall(
+        r" dot\(%[\w.]+, %(?!param)[^)]*\).*op_name=\"(.*?)\"", "\n".join(fused)
+    )
+    if family.name.startswith("gemma"):
+        # These kernels, (heads, in, out), are no matrices.
+        dots = [x for x in dots if not re.search("/(query|key|value)", x)]
+    assert dots == []
+
+
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="keeps a cache between calls"
+)
+def test_a_cache_that_is_done_with_is_used_again():
+    lm = greedy_lm(LLAMA)
+    loop = lm.generation_loop
+    expected = generate(lm, [5], 20)
+    (spare,) = loop._spare_caches
+    for variable in tree.flatten(spare):
+        variable.assign(variable * np.nan)
+    np.testing.assert_array_equal(generate(lm, [5], 20), expected)
+    assert [x is spare for x in loop._spare_caches] == [True]
+    # One that is in use is not, nor one of another size.
+    prompt = random_tokens(1, 5)
+    generation = loop.prefill(prompt, np.ones_like(prompt), slots_for(20))
+    assert generation.cache is spare
+    np.testing.assert_array_equal(generate(lm, [5], 20), expected)
+    assert [x is spare for x in loop._spare_caches] == [False]
+    generate(lm, [5, 3], 20)
+    assert [x[0][0].shape[0] for x in loop._spare_caches] == [2]
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="records PyTorch operators")

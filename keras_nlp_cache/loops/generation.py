@@ -227,6 +227,12 @@ class Loop:
             generation, np.int32(limit), self._padded(stop_token_ids)
         )
 
+    def release(self, generation):
+        """Says that a `Generation` is not to be used any more.
+
+        Its cache may then be that of the next one.
+        """
+
     def verify(self, generation, drafted, count, limit, stop_token_ids=()):
         """Adds those of some guesses that are right, and one token more.
 

@@ -1,5 +1,7 @@
 """Generation on TensorFlow: one compiled prefill, one compiled decode loop."""
 
+import collections
+
 import numpy as np
 import tensorflow as tf
 from keras import ops
@@ -7,6 +9,8 @@ from keras import tree
 
 from keras_nlp_cache.loops.generation import CompiledLoop
 from keras_nlp_cache.loops.generation import unfinished
+from keras_nlp_cache.loops.tensorflow_products import kernels_as_matrices
+from keras_nlp_cache.loops.tensorflow_products import using_matrices
 
 
 class TensorFlowLoop(CompiledLoop):
@@ -20,7 +24,9 @@ class TensorFlowLoop(CompiledLoop):
     for this.
 
     Between the two functions a cache lies in variables, which XLA updates in
-    place. What is passed as a tensor, it copies.
+    place. What is passed as a tensor, it copies. One cache that is done with is
+    kept for the next prefill: XLA gives the memory of variables back when it
+    runs the next time, and by then there would be two.
     """
 
     jit_compile_by_default = True
@@ -33,6 +39,7 @@ class TensorFlowLoop(CompiledLoop):
         if jit_compile == "auto":
             jit_compile = self.jit_compile_by_default
         options = {"autograph": False, "jit_compile": bool(jit_compile)}
+        self._spare_caches = collections.deque(maxlen=1)
         self._compiled_prefill = tf.function(self._prefill_into, **options)
         self._compiled_decode = tf.function(self._decode_into, **options)
         self._compiled_verify = tf.function(self._verify_into, **options)
@@ -87,15 +94,28 @@ class TensorFlowLoop(CompiledLoop):
         )
         return generation._replace(cache=cache)
 
+    def release(self, generation):
+        self._spare_caches.append(generation.cache)
+
     def _empty_cache(self, batch, slots):
-        """Variables one by one: beside a cache of tensors, there'd be two."""
         dtype = self.lm.cache_dtype or self.lm.backbone.compute_dtype
-        return tuple(
-            tuple(
-                tf.Variable(tf.zeros((batch, heads, slots, dim), dtype))
-                for _ in range(2)
-            )
+        shapes = [
+            (batch, heads, slots, dim)
             for heads, dim in self.lm.backbone.cache_spec
+        ]
+        try:
+            spare = self._spare_caches.pop()
+        except IndexError:
+            spare = ()
+        if [tuple(key.shape) for key, _ in spare] == shapes:
+            for variable in tree.flatten(spare):
+                variable.assign(tf.zeros_like(variable))
+            return spare
+        # Variables one by one: beside a cache of tensors, there'd be two.
+        del spare
+        return tuple(
+            tuple(tf.Variable(tf.zeros(shape, dtype)) for _ in range(2))
+            for shape in shapes
         )
 
     def _prefill_into(self, variables, token_ids, given, length, start):
@@ -105,11 +125,10 @@ class TensorFlowLoop(CompiledLoop):
 
     def _decode_into(self, variables, generation, limit, stop_token_ids):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
+        call = self._make_call()
         (generation,) = ops.while_loop(
             lambda generation: unfinished(generation, limit),
-            lambda generation: (
-                self._step(self._make_call(), generation, stop_token_ids),
-            ),
+            lambda generation: (self._step(call, generation, stop_token_ids),),
             (generation._replace(cache=cache),),
         )
         return _assign(variables, generation)
@@ -128,25 +147,14 @@ class TensorFlowLoop(CompiledLoop):
         return _assign(variables, generation)
 
     def _make_call(self, length=None):
-        narrow = super()._make_call(length)
-        if length:
-            return narrow
+        call = super()._make_call(length)
+        matrices = kernels_as_matrices(self.lm)
 
-        def call(generation):
-            token_ids, _, _, index, cache = generation
-            batch, slots = token_ids.shape
-            if batch > 1 or slots == 1:
-                return narrow(generation)
-            # TensorFlow's XLA runs the product of one row with a matrix on one
-            # core, that of two rows on all. So the token before is computed
-            # again, to the same keys and values.
-            start = tf.maximum(index - 1, 0)
-            logits, _, cache = self.lm.call_with_cache(
-                tf.slice(token_ids, (0, start), (1, 2)), cache, start
-            )
-            return tf.gather(logits, index - start, axis=1), cache
+        def call_on_matrices(generation):
+            with using_matrices(matrices):
+                return call(generation)
 
-        return call
+        return call_on_matrices
 
 
 def _assign(variables, generation):

@@ -11,6 +11,8 @@ import math
 import torch
 from torch.overrides import TorchFunctionMode
 
+from keras_nlp_cache.loops.dense import as_matrix
+
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
@@ -60,24 +62,15 @@ def _dense_einsum(equation, *operands):
     several operators for what is a matrix times a vector in a decode step.
 
     Returns:
-        A tensor, or `None` if the last axes of `x` do not meet the first of
-        the kernel (but for axes of size 1).
+        A tensor, or `None` if it is not. See `as_matrix()`.
     """
-    if len(operands) != 2 or "->" not in equation or "." in equation:
+    if len(operands) != 2:
         return None
-    terms, output = equation.replace(" ", "").split("->")
-    x_axes, kernel_axes = terms.split(",")
     x, kernel = operands
-    count = len(set(x_axes) & set(kernel_axes))
-    kept, contracted = x_axes[: len(x_axes) - count], x_axes[-count:]
-    at = kernel_axes.find(contracted) if count else -1
-    free = kernel_axes.replace(contracted, "")
-    if at < 0 or output != kept + free or math.prod(kernel.shape[:at]) != 1:
+    reshapes = as_matrix(equation, kernel.shape)
+    if reshapes is None:
         return None
-    shape = [kernel.shape[kernel_axes.index(axis)] for axis in free]
-    size = math.prod(x.shape[len(kept) :])
-    product = dense_product(
-        x.reshape(*x.shape[: len(kept)], size),
-        kernel.reshape(size, math.prod(shape)),
-    )
-    return product.reshape(*x.shape[: len(kept)], *shape)
+    count, free = reshapes
+    kept, matrix = x.shape[:-count], kernel.reshape(-1, math.prod(free))
+    product = dense_product(x.reshape(*kept, matrix.shape[0]), matrix)
+    return product.reshape(*kept, *free)
