@@ -3,7 +3,8 @@
     python -m tests.summary jax.xml torch.xml
 
 Each file is what `pytest --junitxml` wrote; its name says what was run. The
-exit status is 1 if a test failed, or if a file is missing.
+exit status is 1 if a test failed, or if a file is missing that is not
+`--optional`.
 """
 
 import argparse
@@ -57,7 +58,15 @@ def _reason(skip):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", help="what pytest wrote")
-    paths = parser.parse_args(argv).paths
+    parser.add_argument(
+        "--optional",
+        nargs="*",
+        default=[],
+        help="the same, of tests that may have been deselected",
+    )
+    args = parser.parse_args(argv)
+    present = [path for path in args.optional if pathlib.Path(path).exists()]
+    paths = [*args.paths, *present]
     rows, notes = [], []
     for path in paths:
         row, reasons = summarize(path)

@@ -55,10 +55,11 @@ def test_tokens_of_the_release(patched, tmp_path):
         np.testing.assert_array_equal(tokens[name], expected, err_msg=name)
 
 
-def test_behaviour_of_the_package(patched):
+def test_behaviour_of_the_package(patched, tmp_path):
+    results = os.environ.get("KERAS_NLP_CACHE_PATCHED_XML", tmp_path / "xml")
     process = python(
         patched,
-        *("-m", "pytest", "-p", "no:xdist"),
+        *("-m", "pytest", "-p", "no:xdist", f"--junitxml={results}"),
         *(ROOT / "tests" / name for name in TESTS),
     )
     assert process.returncode == 0, process.stdout[-5000:]

@@ -40,3 +40,14 @@ def test_counts(cases, counts, status, tmp_path, capsys):
 def test_a_run_that_wrote_nothing(tmp_path, capsys):
     assert summary.main([str(tmp_path / "jax.xml")]) == 1
     assert "did not run" in capsys.readouterr().out
+
+
+def test_what_may_have_been_deselected(tmp_path, capsys):
+    paths = [tmp_path / name for name in ("jax.xml", "jax-patched.xml")]
+    for path, case in zip(paths, (PASSED, FAILED)):
+        assert summary.main([str(paths[0]), "--optional", str(path)]) == (
+            not paths[0].exists()
+        )
+        path.write_text(f'<testsuite time="60">{case}</testsuite>')
+    assert summary.main([str(paths[0]), "--optional", str(paths[1])]) == 1
+    assert "jax-patched" in capsys.readouterr().out
