@@ -10,6 +10,7 @@ from keras import ops
 from keras import tree
 
 from keras_nlp_cache import loops
+from keras_nlp_cache import surgery
 from keras_nlp_cache.loops.generation import FEWEST_SLOTS
 from keras_nlp_cache.loops.generation import Loop
 from keras_nlp_cache.loops.generation import slots_for
@@ -318,6 +319,30 @@ def test_one_row_is_multiplied_with_matrices_as_they_lie(family):
         # These kernels, (heads, in, out), are no matrices.
         dots = [x for x in dots if not re.search("/(query|key|value)", x)]
     assert dots == []
+
+
+class Count(keras.layers.Layer):
+    """Counts how often it is called."""
+
+    def build(self, input_shape):
+        self.calls = self.add_weight(initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.calls.assign_add(1)
+        return x
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="keeps state in the loop")
+def test_what_a_layer_remembers_is_kept():
+    count = Count()
+    lm = surgery.insert_after(LLAMA.lm_pair[0], 0, count)
+    lm.compile(sampler="greedy", **XLA)
+    prompt = random_tokens(1, 5)
+    loop = lm.generation_loop
+    generation = loop.prefill(prompt, np.ones_like(prompt), slots_for(40, 64))
+    count.calls.assign(0)
+    loop.decode(generation, 11)
+    assert int(count.calls) == 6
 
 
 @pytest.mark.skipif(

@@ -151,7 +151,7 @@ class TensorFlowLoop(CompiledLoop):
         matrices = kernels_as_matrices(self.lm)
 
         def call_on_matrices(generation):
-            with using_matrices(matrices):
+            with using_matrices(matrices, self.variables):
                 return call(generation)
 
         return call_on_matrices

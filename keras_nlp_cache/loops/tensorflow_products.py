@@ -43,17 +43,27 @@ def kernels_as_matrices(model):
 
 
 @contextlib.contextmanager
-def using_matrices(matrices):
+def using_matrices(matrices, variables):
     """In this scope, kernels are read from what `kernels_as_matrices()` made.
 
     Layers reshape them to matrices again, and XLA leaves both reshapes out.
+
+    Args:
+        matrices: From `kernels_as_matrices()`.
+        variables: All variables of the model. What is assigned in the scope
+            to others than kernels, such as a seed, is kept.
     """
     mapping = [
         (variable, tf.reshape(matrix, variable.shape))
         for variable, matrix in matrices
     ]
-    with keras.StatelessScope(state_mapping=mapping):
+    with keras.StatelessScope(state_mapping=mapping) as scope:
         yield
+    kernels = {id(variable) for variable, _ in matrices}
+    for variable in variables:
+        value = scope.get_current_value(variable)
+        if value is not None and id(variable) not in kernels:
+            variable.assign(value)
 
 
 def logits(embedding, hidden_states):
