@@ -1,6 +1,7 @@
 """Fixtures shared by the suite, and the backend in its header."""
 
 import gc
+import os
 
 import keras
 import pytest
@@ -9,7 +10,7 @@ from tests.families import PATCHED
 
 
 def pytest_configure(config):
-    """What XLA compiles for JAX is kept, for both processes and next time.
+    """What XLA compiles for JAX is kept, for all processes and next time.
 
     Small models differ in little, and most of the time goes to the compiler.
     """
@@ -17,10 +18,14 @@ def pytest_configure(config):
     if kept and keras.config.backend() == "jax":
         import jax
 
-        directory = config.cache.mkdir("jax")
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        for name, value in {
+            "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }.items():
+            jax.config.update(name, value)
+            # For the programs that tests start.
+            os.environ[name.upper()] = str(value)
 
 
 def pytest_report_header():
@@ -36,11 +41,12 @@ def _deterministic():
     keras.utils.set_random_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _light_garbage_collection():
     """Keras collects garbage for each layer it quantizes.
 
-    Over all that three frameworks import, that is half a second a layer.
+    Over all that three frameworks import, that is half a second a layer, and
+    more with each graph that TensorFlow never gives back.
     """
     gc.collect()
     gc.freeze()

@@ -332,7 +332,9 @@ class Count(keras.layers.Layer):
         return x
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="keeps state in the loop")
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="only TensorFlow keeps it in a loop"
+)
 def test_what_a_layer_remembers_is_kept():
     count = Count()
     lm = surgery.insert_after(LLAMA.lm_pair[0], 0, count)
@@ -346,7 +348,7 @@ def test_what_a_layer_remembers_is_kept():
 
 
 @pytest.mark.skipif(
-    BACKEND != "tensorflow", reason="keeps a cache between calls"
+    BACKEND != "tensorflow", reason="TensorFlow's loop keeps a spare cache"
 )
 def test_a_cache_that_is_done_with_is_used_again():
     lm = greedy_lm(LLAMA)
@@ -369,7 +371,6 @@ def test_a_cache_that_is_done_with_is_used_again():
 
 @pytest.mark.skipif(BACKEND != "torch", reason="records PyTorch operators")
 def test_a_recorded_step_reads_the_same_memory_each_time(monkeypatch):
-
     from keras_nlp_cache.loops import torch_loop
 
     recordings = []
