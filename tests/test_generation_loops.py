@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 
 import keras
 import numpy as np
@@ -231,6 +232,22 @@ def test_how_a_model_was_compiled_is_respected():
     assert type(lm.generation_loop) is type(compiled) is not Loop
     assert lm.generation_loop is not compiled
     np.testing.assert_array_equal(generate(lm, [5, 3], 12), expected)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Inductor is PyTorch's")
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))),
+    reason="Inductor needs a C++ compiler",
+)
+@every_family
+def test_inductor(family):
+    lm = greedy_lm(family)
+    lm.compile(sampler="greedy", jit_compile=True)
+    for seed in (0, 2):
+        randomize(lm.backbone, seed)  # Weights are seen, here too.
+        assert_greedy(lm, generate(lm, [5], 20), 5)
+    ((_, step),) = lm.generation_loop._captured.values()
+    assert type(step).__name__ == "OptimizedModule"
 
 
 @every_family

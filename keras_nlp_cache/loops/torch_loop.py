@@ -10,7 +10,9 @@ from torch.utils import _pytree as pytree
 from keras_nlp_cache.loops.generation import Loop
 from keras_nlp_cache.loops.torch_capture import capture
 from keras_nlp_cache.loops.torch_capture import separate_views
+from keras_nlp_cache.loops.torch_products import dense_product
 from keras_nlp_cache.loops.torch_products import DenseProducts
+from keras_nlp_cache.loops.torch_products import opaque_dense_product
 
 
 def record(function):
@@ -126,11 +128,14 @@ class TorchLoop(Loop):
                 module = capture(self._logits, weights, token_ids, cache, index)
                 prepare, step = separate_views(module, len(weights))
                 if self.lm.jit_compile:
-                    step = torch.compile(step)
+                    step = torch.compile(step, dynamic=False)
                 self._captured[key] = prepare, step
             return self._captured[key]
 
     def _logits(self, weights, token_ids, cache, index):
         mapping = list(zip(self.variables, weights))
-        with keras.StatelessScope(state_mapping=mapping), DenseProducts():
+        products = DenseProducts(
+            opaque_dense_product if self.lm.jit_compile else dense_product
+        )
+        with keras.StatelessScope(state_mapping=mapping), products:
             return self.lm.call_with_cache(token_ids, cache, index)[0]

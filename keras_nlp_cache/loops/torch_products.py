@@ -16,23 +16,6 @@ from keras_nlp_cache.loops.dense import as_matrix
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
-class DenseProducts(TorchFunctionMode):
-    """While active, runs the products of dense layers in the fastest way.
-
-    Applies to inference: there is no gradient.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        output = None
-        if function is torch.einsum:
-            output = _dense_einsum(*args)
-        elif function in _MATMULS and len(args) == 2 and args[1].ndim == 2:
-            output = dense_product(*args)
-        if output is not None:
-            return output
-        return function(*args, **(kwargs or {}))
-
-
 def dense_product(x, matrix):
     """`x @ matrix`.
 
@@ -55,7 +38,21 @@ def dense_product(x, matrix):
     return x @ matrix
 
 
-def _dense_einsum(equation, *operands):
+@torch.library.custom_op("keras_nlp_cache::dense_product", mutates_args=())
+def opaque_dense_product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """`dense_product()` for Inductor, which leaves it as it is.
+
+    It takes oneDNN's products of constants only, and gives others to MKL.
+    """
+    return dense_product(x, matrix)
+
+
+@opaque_dense_product.register_fake
+def _(x, matrix):
+    return x.new_empty((*x.shape[:-1], matrix.shape[-1]))
+
+
+def _dense_einsum(product, equation, *operands):
     """The product, if `equation` is that of a dense layer.
 
     Those of `torch.einsum` move dimensions about and end in a batched product,
@@ -72,5 +69,30 @@ def _dense_einsum(equation, *operands):
         return None
     count, free = reshapes
     kept, matrix = x.shape[:-count], kernel.reshape(-1, math.prod(free))
-    product = dense_product(x.reshape(*kept, matrix.shape[0]), matrix)
-    return product.reshape(*kept, *free)
+    output = product(x.reshape(*kept, matrix.shape[0]), matrix)
+    return output.reshape(*kept, *free)
+
+
+class DenseProducts(TorchFunctionMode):
+    """While active, runs the products of dense layers in the fastest way.
+
+    Applies to inference: there is no gradient.
+
+    Args:
+        product: What multiplies: `dense_product()`, or for what Inductor is to
+            compile, `opaque_dense_product()`.
+    """
+
+    def __init__(self, product=dense_product):
+        super().__init__()
+        self.product = product
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = None
+        if function is torch.einsum:
+            output = _dense_einsum(self.product, *args)
+        elif function in _MATMULS and len(args) == 2 and args[1].ndim == 2:
+            output = self.product(*args)
+        if output is not None:
+            return output
+        return function(*args, **(kwargs or {}))
