@@ -42,7 +42,7 @@ def _attend_prefix(query, key, value, mask, filled, scale, soft_cap):
         filled = int(filled)
         key, value = key[:, :, :filled], value[:, :, :filled]
         mask = mask[..., :filled]
-    dtype, heads = query.dtype, key.shape[1]
+    shape, dtype, heads = query.shape, query.dtype, key.shape[1]
     groups, length = query.shape[2] // heads, query.shape[1]
     if length == 1:
         query = query.view(-1, heads, groups, query.shape[3])
@@ -59,6 +59,8 @@ def _attend_prefix(query, key, value, mask, filled, scale, soft_cap):
         logits = torch.matmul(query, key.transpose(2, 3)).float() * scale
         logits = torch.tanh(logits / soft_cap) * soft_cap + bias
         x = torch.matmul(torch.softmax(logits, dim=-1).to(dtype), value)
+    if length == 1:
+        return x.reshape(shape)
     x = x.unflatten(2, (groups, length))
     return x.permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
 

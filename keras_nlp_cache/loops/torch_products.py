@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from keras_nlp_cache.loops.dense import as_matrix
 
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+_LIBRARY = torch.library.Library("keras_nlp_cache", "FRAGMENT")
+_LIBRARY.define("dense_product(Tensor x, Tensor matrix) -> Tensor")
 
 
 def dense_product(x, matrix):
@@ -38,16 +40,18 @@ def dense_product(x, matrix):
     return x @ matrix
 
 
-@torch.library.custom_op("keras_nlp_cache::dense_product", mutates_args=())
-def opaque_dense_product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def opaque_dense_product(x, matrix):
     """`dense_product()` for Inductor, which leaves it as it is.
 
     It takes oneDNN's products of constants only, and gives others to MKL.
     """
-    return dense_product(x, matrix)
+    return torch.ops.keras_nlp_cache.dense_product(x, matrix)
 
 
-@opaque_dense_product.register_fake
+_LIBRARY.impl("dense_product", dense_product, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("keras_nlp_cache::dense_product", lib=_LIBRARY)
 def _(x, matrix):
     return x.new_empty((*x.shape[:-1], matrix.shape[-1]))
 
