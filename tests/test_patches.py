@@ -145,6 +145,21 @@ def test_patches_are_for_reviewers(patch):
     assert changes == []
 
 
+def test_the_readme_counts_lines(patched):
+    changes = [
+        re.match(r"(\d+)\t(\d+)\tkeras_hub/src/(.*)", line).groups()
+        for line in series._git(
+            patched, "diff", "--numstat", series.PRISTINE
+        ).splitlines()
+    ]
+    rows = {f"| `{path}` | {come} | {go} |" for come, go, path in changes}
+    come, go = (sum(int(x[i]) for x in changes) for i in range(2))
+    readme = (ROOT / "patches" / "README.md").read_text()
+    assert f"In all, {come} lines come and {go} go" in readme
+    (empty,) = rows - set(readme.splitlines())
+    assert empty == "| `models/cached_backbone/__init__.py` | 0 | 0 |"
+
+
 @pytest.fixture
 def another_release(tmp_path):
     """Path of an installed keras_hub with a line of another release."""
