@@ -34,6 +34,7 @@ TEST = [
     *DEMO,
     *EXPORT,
     *BACKENDS["jax"],
+    "grain",  # Upstream's `TestCase`, which tests of the patches extend.
     "hypothesis",
     "parameterized",
     "psutil",

@@ -66,6 +66,36 @@ def test_behaviour_of_the_package(patched, tmp_path):
     assert "patched keras_hub" in process.stdout
 
 
+def run_tests_of_the_series(patched, files, *options):
+    """Runs tests that a series adds to a project; returns what pytest says."""
+    return python(
+        patched,
+        *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("--import-mode=importlib", *options),
+        *(patched / file for file in sorted(files)),
+    ).stdout
+
+
+def test_tests_of_keras_hub(patched, tmp_path):
+    """All pass, and those of what was wrong fail without what mends it."""
+    changed = series._git(patched, "diff", "--name-only", series.PRISTINE)
+    tests = [x for x in changed.split() if x.endswith("_test.py")]
+    output = run_tests_of_the_series(patched, tests)
+    assert re.search(r" \d+ passed(, \d+ skipped)?, ", output), output[-5000:]
+    mended = [
+        re.findall(r"^\+\+\+ b/(.*)$", patch.read_text(), re.M)
+        for patch in HUB.patches[:3]
+    ]
+    tests = {x for files in mended for x in files if x.endswith("_test.py")}
+    assert len(tests) == 3
+    folders = {os.path.dirname(x) for files in mended for x in files}
+    tree = tmp_path / "tree"
+    series._git(tmp_path, "clone", "--quiet", patched, tree)
+    series._git(tree, "checkout", series.PRISTINE, "--", *folders)
+    output = run_tests_of_the_series(tree, tests)
+    assert re.search(r" 4 failed(, \d+ skipped)?, ", output), output[-5000:]
+
+
 def test_regression_tests_of_keras(tmp_path):
     """They fail without the changes that they come with, and pass with them."""
     tree = tmp_path / "tree"
@@ -77,12 +107,7 @@ def test_regression_tests_of_keras(tmp_path):
     assert len(names) >= len(KERAS.patches)
 
     def run():
-        output = python(
-            tree,
-            *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
-            *("--import-mode=importlib", "-k", " or ".join(names)),
-            *(tree / file for file in sorted(files)),
-        ).stdout
+        output = run_tests_of_the_series(tree, files, "-k", " or ".join(names))
         *_, summary = re.findall(r"^=+ (.* in .*) =+$", output, re.M)
         counts = {
             outcome: int(count)
