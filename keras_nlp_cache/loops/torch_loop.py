@@ -53,8 +53,8 @@ class TorchLoop(Loop):
     what is captured, so that new ones are seen.
 
     On a GPU the operators of a step are recorded and launched as one. With
-    `jit_compile=True`, what was captured is compiled by Inductor, which on two
-    cores takes minutes.
+    `jit_compile=True`, what was captured is compiled by Inductor, which needs a
+    C++ compiler.
     """
 
     @staticmethod
