@@ -60,7 +60,6 @@ def _bounded_memory():
         import jax
 
         jax.clear_caches()
-    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -230,3 +230,20 @@ def decode(backbone, token_ids, splits, max_length=None, dtype=None, **extra):
         outputs.append(to_numpy(output))
         index += size
     return np.concatenate(outputs, axis=1)
+
+
+def assert_greedy(lm, token_ids, start, end=None):
+    """Tokens from `start` to `end` are what a call without a cache says.
+
+    Args:
+        lm: A task.
+        token_ids: Array `(B, T)`.
+        start: int. How many tokens were given.
+        end: int. Defaults to `T`.
+    """
+    end = end or token_ids.shape[1]
+    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    likeliest = to_numpy(lm(inputs)).argmax(axis=-1)
+    np.testing.assert_array_equal(
+        token_ids[:, start:end], likeliest[:, start - 1 : end - 1]
+    )

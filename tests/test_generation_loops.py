@@ -15,6 +15,7 @@ from keras_nlp_cache import surgery
 from keras_nlp_cache.loops.generation import FEWEST_SLOTS
 from keras_nlp_cache.loops.generation import Loop
 from keras_nlp_cache.loops.generation import slots_for
+from tests.families import assert_greedy
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import padding_mask
@@ -42,15 +43,6 @@ def greedy_lm(family, **kwargs):
     lm = family.ours("CausalLM")(family.backbone(**kwargs), None)
     lm.compile(sampler="greedy", **XLA)
     return lm
-
-
-def assert_greedy(lm, token_ids, start):
-    """Each token from `start` on is what a forward pass without cache says."""
-    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-    expected = to_numpy(lm(inputs)).argmax(axis=-1)
-    np.testing.assert_array_equal(
-        token_ids[:, start:], expected[:, start - 1 : -1]
-    )
 
 
 def optimized_hlo(loop, generation):

@@ -82,8 +82,7 @@ def lms(family, **config):
     does for each.
     """
     known = dict(family.config)
-    narrow = {name: x for name, x in NARROW.items() if name in known}
-    config = dict(narrow, **config)
+    config = {x: NARROW[x] for x in NARROW if x in known} | config
     ours = family.backbone(**config)
     upstream = family.upstream_backbone(ours, **config)
     return (

@@ -5,13 +5,12 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-from keras import ops
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from tests.families import assert_greedy
 from tests.families import every_family
 from tests.families import FAMILIES
-from tests.families import padding_mask
 from tests.test_streaming import lm_with_text
 
 GPT2, LLAMA = FAMILIES[0], FAMILIES[3]
@@ -23,19 +22,11 @@ def new_lm(family, **kwargs):
     return lm_with_text(family, **kwargs)
 
 
-def assert_greedy(session, start):
-    """From `start` on, by one forward pass without a cache."""
-    token_ids = np.asarray(session.token_ids)
-    end = len(token_ids)
+def assert_session_is_greedy(session, start):
+    token_ids = session.token_ids
     # Of a few lengths only, since JAX compiles each operation for each.
-    length = -(-end // 64) * 64
-    padded = np.pad(token_ids, (0, length - end))[None]
-    mask = padding_mask([end], length)
-    logits = session.lm({"token_ids": padded, "padding_mask": mask})
-    likeliest = ops.convert_to_numpy(ops.argmax(logits[0], axis=-1))
-    np.testing.assert_array_equal(
-        token_ids[start:], likeliest[start - 1 : end - 1]
-    )
+    padded = np.pad(token_ids, (0, -len(token_ids) % 64))[None]
+    assert_greedy(session.lm, padded, start, len(token_ids))
 
 
 @every_family
@@ -50,7 +41,7 @@ def test_each_turn_reads_what_is_new(family):
         # The last token of a text is read by the step that follows it.
         read += sent - 1 if before == 0 else sent
         assert session.prefilled_tokens == read
-        assert_greedy(session, before + sent)
+        assert_session_is_greedy(session, before + sent)
         assert session.text.endswith(answer)
     start = getattr(lm.preprocessor.tokenizer, "start_token_id", None)
     if lm.preprocessor.add_start_token and start is not None:
@@ -66,7 +57,7 @@ def test_a_session_outgrows_its_cache():
     session.send("the dog", max_new_tokens=200, stop_token_ids=None)
     sent = len(session.token_ids) - before - 200
     assert session.prefilled_tokens == read + sent
-    assert_greedy(session, before + sent)
+    assert_session_is_greedy(session, before + sent)
 
 
 @every_family
@@ -81,7 +72,7 @@ def test_forks_go_their_own_way(family):
     assert len(fork.token_ids) == before
     fork.send("the quick", 5, None)
     for x in (session, fork):
-        assert_greedy(x, len(x.token_ids) - 5)
+        assert_session_is_greedy(x, len(x.token_ids) - 5)
     assert fork.prefilled_tokens < len(fork.token_ids) - 5
 
 
@@ -99,7 +90,7 @@ def test_rewind(family):
     sent = len(session.token_ids) - 5 - before
     # What is rewound to has been in the cache all along.
     assert session.prefilled_tokens == read + sent - 1
-    assert_greedy(session, before + sent)
+    assert_session_is_greedy(session, before + sent)
     session.rewind(len(session.token_ids))
     assert session.text == ""
     session.send("the fox", 5, None)
@@ -255,10 +246,10 @@ def test_an_answer_that_is_left_early_goes_on():
     before = len(session.token_ids)
     session.send("dog", 4, None)
     sent = len(session.token_ids) - before - 4
-    assert_greedy(session, before + sent)
+    assert_session_is_greedy(session, before + sent)
     with pytest.raises(RuntimeError, match="left alone"):
         next(answer)
-    assert_greedy(session, before + sent)
+    assert_session_is_greedy(session, before + sent)
 
 
 def test_an_interrupted_step_leaves_a_session_that_goes_on(monkeypatch):
@@ -278,7 +269,7 @@ def test_an_interrupted_step_leaves_a_session_that_goes_on(monkeypatch):
         kept = len(session.token_ids)
         np.testing.assert_array_equal(session.token_ids[: len(tokens)], tokens)
         session.send("fox", 4, None)
-        assert_greedy(session, len(session.token_ids) - 4)
+        assert_session_is_greedy(session, len(session.token_ids) - 4)
         session.rewind(len(session.token_ids) - kept)
 
 
@@ -294,7 +285,7 @@ def test_a_model_that_changes_goes_on():
         session.send("dog", 4, None)
         sent = len(session.token_ids) - before - 4
         assert session.prefilled_tokens == read + sent
-        assert_greedy(session, before + sent)
+        assert_session_is_greedy(session, before + sent)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +319,7 @@ def test_mistakes_change_nothing(arguments, words):
         lm.stream(text, **arguments)
     np.testing.assert_array_equal(session.token_ids, tokens)
     session.send("dog", 3, None)
-    assert_greedy(session, len(session.token_ids) - 3)
+    assert_session_is_greedy(session, len(session.token_ids) - 3)
 
 
 def test_models_that_cannot_have_sessions():
