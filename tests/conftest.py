@@ -54,12 +54,25 @@ def _light_garbage_collection():
 
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_memory():
-    """JAX keeps what it compiled for as long as the process lives."""
+    """What is kept for as long as the process lives, is kept for one file."""
     yield
     if keras.config.backend() == "jax":
         import jax
 
         jax.clear_caches()
+    if keras.config.backend() == "tensorflow":
+        _forget_custom_gradients()
+    gc.unfreeze()
+    gc.collect()
+
+
+def _forget_custom_gradients():
+    """TensorFlow keeps each, such as that of SiLU, with graph and weights."""
+    from tensorflow.python.framework import ops
+
+    gradients = ops.gradient_registry._registry
+    for name in [x for x in gradients if x.startswith("CustomGradient")]:
+        del gradients[name]
 
 
 @pytest.fixture(scope="session")
