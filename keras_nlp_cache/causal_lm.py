@@ -165,8 +165,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
         Upstream's method. `run_eagerly` and `jit_compile` hold for generation
         too. `jit_compile="auto"`, the default, uses XLA on TensorFlow, on a
-        CPU as well, and not PyTorch's Inductor, which
-        `True` asks for.
+        CPU as well, and not PyTorch's Inductor, which `True` asks for.
 
         Args:
             *args: As for `keras_hub.models.CausalLM.compile()`.
