@@ -10,7 +10,8 @@ reported unless all systems generated the same tokens in it.
     python -m benchmarks position --model smollm2
     python -m benchmarks memory --model gpt2
 
-Each prints a table, writes JSON to `benchmarks/results/` and draws a figure.
+Each prints a table, writes JSON to `benchmarks/results/` (or `--results`) and
+draws a figure.
 """
 
 import argparse
@@ -35,6 +36,16 @@ from keras_nlp_cache import atomic_file
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BACKENDS = ("jax", "tensorflow", "torch")
+# What the integers are that a command takes.
+LENGTHS = {
+    "batch": "number of prompts",
+    "prompt": "number of tokens of a prompt",
+    "new": "number of tokens to generate",
+    "max_lengths": "lengths that systems are to be ready for",
+    "max_length": "the length that systems are to be ready for",
+    "positions": "numbers of tokens that are there",
+    "lengths": "numbers of tokens, prompt included",
+}
 # Tokens whose logits are closer than this are a tie that rounding decides.
 TIE = 1e-3
 
@@ -236,8 +247,18 @@ def memory(args):
     return {"systems": systems, "first_call": first, "cache_mib": sizes}
 
 
+def machine():
+    import torch
+
+    gib = psutil.virtual_memory().total / 2**30
+    parts = [f"{os.cpu_count()} cores", platform.machine(), f"{gib:.0f} GiB"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
 def write(path, result):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file.replacing(path) as unfinished:
         unfinished.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -262,23 +283,44 @@ def main():
         prog="python -m benchmarks",
         description=__doc__.split("\n")[0],
     )
-    shared = argparse.ArgumentParser(
-        add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--model", choices=models.MODELS, required=True, help="what generates"
     )
-    shared.add_argument("--model", choices=models.MODELS, required=True)
-    shared.add_argument("--backends", nargs="+", choices=BACKENDS)
-    shared.add_argument("--systems", nargs="+", choices=SYSTEMS)
-    shared.add_argument("--dtype", default="float32")
-    shared.add_argument("--rounds", type=int, default=3)
-    shared.set_defaults(
-        backends=list(BACKENDS), systems=["ours", "keras_hub", "transformers"]
+    shared.add_argument(
+        "--backends",
+        nargs="+",
+        choices=BACKENDS,
+        default=list(BACKENDS),
+        help="of systems that have several",
+    )
+    shared.add_argument(
+        "--systems",
+        nargs="+",
+        choices=SYSTEMS,
+        default=["ours", "keras_hub", "transformers"],
+        help="what to compare",
+    )
+    shared.add_argument("--dtype", default="float32", help="of the weights")
+    shared.add_argument(
+        "--rounds", type=int, default=3, help="measurements of each system"
+    )
+    shared.add_argument(
+        "--results",
+        type=pathlib.Path,
+        default=RESULTS,
+        help="the folder to write JSON and figures to",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(function, **defaults):
-        name = function.__name__.replace("_", "-")
+        summary = function.__doc__.split("\n")[0]
         sub = commands.add_parser(
-            name, parents=[shared], help=function.__doc__.split("\n")[0]
+            function.__name__.replace("_", "-"),
+            parents=[shared],
+            help=summary,
+            description=summary,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         for option, default in defaults.items():
             many = isinstance(default, list)
@@ -287,6 +329,7 @@ def main():
                 type=int,
                 default=default,
                 nargs="+" if many else None,
+                help=LENGTHS[option],
             )
         sub.set_defaults(function=function)
 
@@ -297,23 +340,21 @@ def main():
     args = parser.parse_args()
 
     function = vars(args).pop("function")
+    results = vars(args).pop("results")
     with tempfile.TemporaryDirectory() as folder:
         args.preset = str(models.MODELS[args.model](folder))
         result = function(args)
     del args.preset
-    gib = psutil.virtual_memory().total / 2**30
-    result["machine"] = (
-        f"{os.cpu_count()} cores, {platform.machine()}, {gib:.0f} GiB"
-    )
+    result["machine"] = machine()
     result["arguments"] = vars(args)
     case = [args.command, args.model]
     if args.command == "speed":
         case += [f"batch{args.batch}", f"{args.prompt}+{args.new}"]
-    path = RESULTS / f"{'-'.join(case)}.json"
+    path = results / f"{'-'.join(case)}.json"
     write(path, result)
     print(f"{path.stem}, {args.dtype}, {result['machine']}")
     print_table(result)
-    figures.draw(RESULTS)
+    figures.draw(results)
 
 
 if __name__ == "__main__":

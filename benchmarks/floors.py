@@ -16,6 +16,8 @@ import time
 
 import numpy as np
 
+from benchmarks.worker import torch_device
+
 
 def matrix_shapes(preset):
     """Shapes `(out, in)` of all matrices that a decode step multiplies by."""
@@ -47,8 +49,8 @@ def bandwidth():
     """Bytes per second, all cores reading from memory."""
     import torch
 
-    x = torch.ones(2**27)
-    return x.numel() * 4 / median_seconds(lambda: x.sum())
+    x = torch.ones(2**27, device=torch_device())
+    return x.numel() * 4 / median_seconds(lambda: x.sum().item())
 
 
 def products(backend, shapes, batch):
@@ -64,12 +66,16 @@ def products(backend, shapes, batch):
 
         from keras_nlp_cache.loops.torch_products import dense_product
 
-        matrices = [torch.tensor(x.T) for x in matrices]
-        vectors = {n: torch.tensor(x) for n, x in vectors.items()}
+        device = torch_device()
+        matrices = [torch.tensor(x.T, device=device) for x in matrices]
+        vectors = {
+            n: torch.tensor(x, device=device) for n, x in vectors.items()
+        }
 
         def all_products(product):
             for x in matrices:
-                product(vectors[x.shape[0]], x)
+                last = product(vectors[x.shape[0]], x)
+            last.cpu()  # A GPU has done all that came before, too.
 
         return min(
             median_seconds(functools.partial(all_products, product))

@@ -118,14 +118,15 @@ class Transformers(System):
         import torch
         import transformers
 
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             preset, dtype=getattr(torch, dtype)
-        ).eval()
+        )
+        self.model = model.to(torch_device()).eval()
 
     def generate(self, prompt, new, max_length=None, stop=None):
         import torch
 
-        prompt = torch.tensor(prompt.astype("int64"))
+        prompt = torch.tensor(prompt.astype("int64"), device=torch_device())
         with torch.no_grad():
             output = self.model.generate(
                 prompt,
@@ -137,7 +138,7 @@ class Transformers(System):
                 eos_token_id=stop,
                 **self.options,
             )
-        return output[:, prompt.shape[1] :].numpy()
+        return output[:, prompt.shape[1] :].numpy(force=True)
 
     def step_milliseconds(self, prompt, new, max_length):
         prompt = np.asarray(prompt, "int32")
@@ -169,8 +170,15 @@ SYSTEMS = {
 }
 
 
+def torch_device():
+    """Where Keras puts tensors of PyTorch: on a GPU, if there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def peak_mib():
-    """Peak resident memory, as Linux counts it."""
+    """Peak resident memory of the host, as Linux counts it."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
