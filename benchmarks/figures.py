@@ -79,7 +79,7 @@ def draw(folder):
             draw_lines,
             {
                 "xlabel": "MiB of keys and values",
-                "ylabel": "peak above weights",
+                "ylabel": "MiB above the weights at the peak",
             },
         ),
     }
