@@ -1,5 +1,6 @@
 """What generating is: a prefill, then decode steps."""
 
+import collections
 import typing
 
 import numpy as np
@@ -330,11 +331,42 @@ class Loop:
 
 
 class CompiledLoop(Loop):
-    """What loops that are compiled as a whole have in common."""
+    """What loops that are compiled as a whole have in common.
+
+    One cache that is done with is kept for the next prefill. The memory of
+    another would often be new: TensorFlow gives that of variables back when XLA
+    runs the next time, and on JAX what lies between is too small to use again.
+    """
 
     # A prompt fills its last chunk by half on average, and 32 rows are enough
     # to keep two cores busy. One size, for one compilation.
     chunk = 32
+
+    def __init__(self, lm):
+        super().__init__(lm)
+        self._spare_caches = collections.deque(maxlen=1)
+
+    def release(self, generation):
+        self._spare_caches.append(generation.cache)
+
+    def _take_cache(self, batch, slots):
+        """A cache to write over, with anything in it."""
+        dtype = self.lm.cache_dtype or self.lm.backbone.compute_dtype
+        shapes = [
+            (batch, heads, slots, dim)
+            for heads, dim in self.lm.backbone.cache_spec
+        ]
+        try:
+            spare = self._spare_caches.pop()
+        except IndexError:
+            spare = ()
+        if [tuple(key.shape) for key, _ in spare] == shapes:
+            return spare
+        del spare  # Before there are two.
+        return tuple(
+            tuple(self._new_tensor(shape, dtype) for _ in range(2))
+            for shape in shapes
+        )
 
     def _fill(self, token_ids, given, length, cache, start=0):
         """Prefills, to be compiled: `length` and `start` may be tensors."""

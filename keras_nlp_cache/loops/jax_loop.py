@@ -2,6 +2,7 @@
 
 import jax
 import keras
+import numpy as np
 from keras import ops
 
 from keras_nlp_cache.loops.generation import CompiledLoop
@@ -49,7 +50,9 @@ class JaxLoop(CompiledLoop):
 
     def __init__(self, lm):
         super().__init__(lm)
-        self._compiled_prefill = jax.jit(self._stateless_prefill)
+        self._compiled_prefill = jax.jit(
+            self._stateless_prefill, donate_argnames="cache", keep_unused=True
+        )
         self._compiled_prefill_more = jax.jit(
             self._stateless_prefill_more, donate_argnames="cache"
         )
@@ -75,7 +78,10 @@ class JaxLoop(CompiledLoop):
         )
 
     def _prefill(self, token_ids, given, length):
-        return self._compiled_prefill(self._weights(), token_ids, given, length)
+        cache = self._take_cache(*token_ids.shape)
+        return self._compiled_prefill(
+            self._weights(), token_ids, given, length, cache
+        )
 
     def _prefill_more(self, token_ids, given, length, cache, start):
         return self._compiled_prefill_more(
@@ -111,16 +117,22 @@ class JaxLoop(CompiledLoop):
             jax.tree.map(lambda x: jax.numpy.array(x, copy=True), arrays)
         )
 
+    def _new_tensor(self, shape, dtype):
+        # JAX would compile what makes zeros, for each shape.
+        return sharded(
+            jax.device_put(
+                np.zeros(shape, jax.numpy.dtype(dtype)), may_alias=False
+            )
+        )
+
     def _weights(self):
         return [x.value for x in self.variables]
 
-    def _stateless_prefill(self, weights, token_ids, given, length):
-        mapping = list(zip(self.variables, weights))
-        with keras.StatelessScope(state_mapping=mapping):
-            cache = self.lm.backbone.make_cache(
-                *token_ids.shape, self.lm.cache_dtype
-            )
-            return self._fill(token_ids, given, length, sharded(cache))
+    def _stateless_prefill(self, weights, token_ids, given, length, cache):
+        cache = sharded(jax.tree.map(jax.numpy.zeros_like, cache))
+        return self._stateless_prefill_more(
+            weights, token_ids, given, length, cache, 0
+        )
 
     def _stateless_prefill_more(
         self, weights, token_ids, given, length, cache, start

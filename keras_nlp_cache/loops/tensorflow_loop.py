@@ -1,7 +1,5 @@
 """Generation on TensorFlow: one compiled prefill, one compiled decode loop."""
 
-import collections
-
 import numpy as np
 import tensorflow as tf
 from keras import ops
@@ -24,9 +22,7 @@ class TensorFlowLoop(CompiledLoop):
     for this.
 
     Between the two functions a cache lies in variables, which XLA updates in
-    place. What is passed as a tensor, it copies. One cache that is done with is
-    kept for the next prefill: XLA gives the memory of variables back when it
-    runs the next time, and by then there would be two.
+    place. What is passed as a tensor, it copies.
     """
 
     jit_compile_by_default = True
@@ -39,7 +35,6 @@ class TensorFlowLoop(CompiledLoop):
         if jit_compile == "auto":
             jit_compile = self.jit_compile_by_default
         options = {"autograph": False, "jit_compile": bool(jit_compile)}
-        self._spare_caches = collections.deque(maxlen=1)
         self._compiled_prefill = tf.function(self._prefill_into, **options)
         self._compiled_decode = tf.function(self._decode_into, **options)
         self._compiled_verify = tf.function(self._verify_into, **options)
@@ -56,7 +51,9 @@ class TensorFlowLoop(CompiledLoop):
         )
 
     def _prefill(self, token_ids, given, length):
-        cache = self._empty_cache(*token_ids.shape)
+        cache = self._take_cache(*token_ids.shape)
+        for variable in tree.flatten(cache):
+            variable.assign(tf.zeros_like(variable))
         return self._prefill_more(token_ids, given, length, cache, np.int32(0))
 
     def _prefill_more(self, token_ids, given, length, cache, start):
@@ -94,29 +91,8 @@ class TensorFlowLoop(CompiledLoop):
         )
         return generation._replace(cache=cache)
 
-    def release(self, generation):
-        self._spare_caches.append(generation.cache)
-
-    def _empty_cache(self, batch, slots):
-        dtype = self.lm.cache_dtype or self.lm.backbone.compute_dtype
-        shapes = [
-            (batch, heads, slots, dim)
-            for heads, dim in self.lm.backbone.cache_spec
-        ]
-        try:
-            spare = self._spare_caches.pop()
-        except IndexError:
-            spare = ()
-        if [tuple(key.shape) for key, _ in spare] == shapes:
-            for variable in tree.flatten(spare):
-                variable.assign(tf.zeros_like(variable))
-            return spare
-        # Variables one by one: beside a cache of tensors, there'd be two.
-        del spare
-        return tuple(
-            tuple(tf.Variable(tf.zeros(shape, dtype)) for _ in range(2))
-            for shape in shapes
-        )
+    def _new_tensor(self, shape, dtype):
+        return tf.Variable(tf.zeros(shape, dtype))
 
     def _prefill_into(self, variables, token_ids, given, length, start):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
