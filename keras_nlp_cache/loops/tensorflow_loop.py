@@ -92,6 +92,7 @@ class TensorFlowLoop(CompiledLoop):
         return generation._replace(cache=cache)
 
     def _new_tensor(self, shape, dtype):
+        # One by one: beside a cache of tensors, there would be two.
         return tf.Variable(tf.zeros(shape, dtype))
 
     def _prefill_into(self, variables, token_ids, given, length, start):
