@@ -101,6 +101,23 @@ def test_all_that_jax_compiles_is_counted():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="what the compiler leaves on TensorFlow"
+)
+def test_memory_is_given_back_after_compilations(monkeypatch):
+    from keras_nlp_cache.loops import tensorflow_loop
+
+    tensorflow_loop.give_back_free_memory()
+    compiled = []
+    monkeypatch.setattr(
+        tensorflow_loop, "give_back_free_memory", lambda: compiled.append(1)
+    )
+    lm = greedy_lm(LLAMA)
+    for length in (5, 7):
+        generate(lm, [length], 20)
+        assert len(compiled) == lm.generation_loop.compilations == 2
+
+
 @every_family
 @pytest.mark.parametrize("lengths", [[1], [33], [45, 38]])
 def test_prompts_of_several_chunks(family, lengths):
