@@ -50,6 +50,7 @@ class JaxLoop(CompiledLoop):
 
     def __init__(self, lm):
         super().__init__(lm)
+        # Nothing reads the cache that comes in, which is there to be donated.
         self._compiled_prefill = jax.jit(
             self._stateless_prefill, donate_argnames="cache", keep_unused=True
         )
