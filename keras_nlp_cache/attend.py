@@ -67,23 +67,39 @@ def attend(
     Reference:
         Grouped-query attention, https://arxiv.org/abs/2305.13245
     """
-    heads = ops.shape(key)[1]
-    logits = attention_logits(
-        group_queries(query, heads), key, mask, scale, soft_cap
-    )
-    groups = ops.shape(logits)[2]
-    if sink is None:
-        weights = ops.softmax(logits, axis=-1)
-    else:
-        sink = ops.reshape(ops.cast(sink, "float32"), (heads, groups, 1, 1))
-        sink = ops.broadcast_to(sink, (*ops.shape(logits)[:-1], 1))
-        logits = ops.concatenate([logits, sink], axis=-1)
-        weights = ops.softmax(logits, axis=-1)[..., :-1]
+    weights = attention_weights(query, key, mask, scale, soft_cap, sink)
     weights = ops.cast(weights, query.dtype)
     if dropout is not None:
         weights = dropout(weights)
     output = ungroup_queries(weighted_values(weights, value))
     return zero_unless_seen(output, mask)
+
+
+def attention_weights(query, key, mask, scale, soft_cap=None, sink=None):
+    """What `attend()` weighs values with, before dropout.
+
+    Args:
+        query: As for `attend()`, like all that follow.
+        key: Tensor.
+        mask: float32 tensor.
+        scale: float.
+        soft_cap: Optional float.
+        sink: Optional tensor.
+
+    Returns:
+        A float32 tensor `(B, key_value_heads, groups, T, S)`.
+    """
+    heads = ops.shape(key)[1]
+    logits = attention_logits(
+        group_queries(query, heads), key, mask, scale, soft_cap
+    )
+    if sink is None:
+        return ops.softmax(logits, axis=-1)
+    groups = ops.shape(logits)[2]
+    sink = ops.reshape(ops.cast(sink, "float32"), (heads, groups, 1, 1))
+    sink = ops.broadcast_to(sink, (*ops.shape(logits)[:-1], 1))
+    logits = ops.concatenate([logits, sink], axis=-1)
+    return ops.softmax(logits, axis=-1)[..., :-1]
 
 
 def attend_filled(query, key, value, mask, filled, **kwargs):

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_nlp_cache.attend import AttendsThroughCache
+from keras_nlp_cache.block_call import takes_part
 from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.cached_block import first_argument
@@ -50,6 +51,8 @@ class Rematerializable:
     cache_argument = "cache"
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
+        if takes_part(self):
+            return layer_call
         fixed = {k: v for k, v in kwargs.items() if isinstance(v, bool)}
         cache = kwargs.get(self.cache_argument)
         has_pair = isinstance(cache, LayerCache) and cache.key is None
@@ -79,6 +82,9 @@ class CachedAttention(Rematerializable, AttendsThroughCache):
             to query, key and value, and from all heads to the output.
         replaced_attention: Layer that is called in place of `attend()`, with
             its arguments by name. Only there if surgery put it there.
+        stand_in: Layer that is called on `x` in place of all that comes before
+            the output projection. The cache stays as it is. Only there if
+            surgery put it there.
     """
 
     projections = {
@@ -114,6 +120,9 @@ class CachedAttention(Rematerializable, AttendsThroughCache):
             holds the updated cache, or `None` twice if there was none.
         """
         x = first_argument(args, kwargs)
+        if hasattr(self, "stand_in"):
+            output = self.merge_heads(self.stand_in(x))
+            return output if cache is None else (output, tuple(cache[:2]))
         edited = hasattr(self, "replaced_attention")
         if not isinstance(cache, tuple):
             if not edited:

@@ -21,6 +21,7 @@ from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import saved_graph
+from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache.cached_graph import CachedGraph
 from keras_nlp_cache.cached_graph import plain_python
 from keras_nlp_cache.decoder_block import DecoderBlock
@@ -211,15 +212,22 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             site = next(sites)
 
             def stand_in(*args, **kwargs):
-                x = dense(call(site, *args, **site.without_cache(kwargs)))
-                return x if site.block is None else (x, None, None)
+                with collecting_taps() as taps:
+                    x = dense(call(site, *args, **site.without_cache(kwargs)))
+                if site.block is None:
+                    return x
+                if isinstance(x, tuple):
+                    x, _ = x
+                tapped = [taps.get(part) for part in site.layer.tapped_parts]
+                return x, None, None, *tapped
 
             return stand_in
 
         x, _, taps = super()._run_through_graph(
             tree.flatten(inputs), operation_fn
         )
-        return x, taps
+        # Of a block that is not called any more, there is nothing to tap.
+        return x, {name: y for name, y in taps.items() if y is not None}
 
     def with_graph(self, wiring, hidden_states, taps, replaced):
         """Makes a backbone of the same class and layers over another graph.
@@ -308,7 +316,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             # Keras looks up how many outputs a layer has in its first call,
             # which for a block may have been one without a cache.
             if isinstance(operation, DecoderBlock):
-                return [None] * 3
+                return [None] * (3 + len(operation.tapped_parts))
             return call_fn(operation, *args, **kwargs)
 
         return super()._run_through_graph(inputs, call_fn=call)

@@ -9,6 +9,7 @@ is, and states the outputs that follow from it.
 
 import keras
 
+from keras_nlp_cache import block_call
 from keras_nlp_cache.attention import Rematerializable
 from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.cached_block import CachedBlock
@@ -23,11 +24,24 @@ class DecoderBlock(CachedBlock, Rematerializable):
     Subclasses set `attention_cls`, and call `specialize_attention()` at the
     end of their `build()`.
 
+    A block has two branches, attention and feed-forward network. Each starts
+    from normalized hidden states and is added to the hidden states. The layers
+    that a branch is made of are its *parts*, which surgery can edit. A block
+    with tapped parts returns a dictionary of these last.
+
     Attributes, beside those of `CachedBlock`:
         attention_cls: Class to give the attention layer, a `CachedAttention`.
+        parts: Dictionary from the names of parts to the attributes that hold
+            them: `"attention.norm"`, `"feedforward.norm"`, `"feedforward.up"`,
+            `"feedforward.down"`, and where there are such `"feedforward.gate"`,
+            `"attention.post_norm"` and `"feedforward.post_norm"`.
+            `"attention"` and `"feedforward"` are the last layers of the
+            branches, those whose results are added. An attribute with a dot
+            is one of the attention layer.
     """
 
     attention_cls = None
+    parts = {}
 
     def specialize_attention(self):
         attention = getattr(self, self.attention_name)
@@ -40,7 +54,65 @@ class DecoderBlock(CachedBlock, Rematerializable):
             if isinstance(first_argument(args, kwargs), keras.KerasTensor):
                 kwargs.pop(self.cache_argument, None)
                 return wiring.call_block(self, args, kwargs)
-        return super().__call__(*args, **kwargs)
+        hidden_states = first_argument(args, kwargs)
+        with block_call.calling(hidden_states) as call:
+            outputs = super().__call__(*args, **kwargs)
+        taps = call.taps
+        if isinstance(hidden_states, keras.KerasTensor) and self.tapped_parts:
+            *outputs, taps = outputs
+        if not taps:
+            return outputs
+        block_call.collect(taps)
+        outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        return *outputs, taps
+
+    def compute_output_spec(self, *args, **kwargs):
+        outputs = super().compute_output_spec(*args, **kwargs)
+        hidden_states = first_argument(args, kwargs)
+        cache, slots = kwargs.get(self.cache_argument), hidden_states.shape[1]
+        if isinstance(cache, tuple):
+            slots = None if cache[0] is None else cache[0].shape[2]
+        taps = {
+            tap.part: tap.tap_spec(hidden_states, slots) for tap in self._taps()
+        }
+        if not taps:
+            return outputs
+        return (*(outputs if isinstance(cache, tuple) else (outputs,)), taps)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        if block_call.takes_part(self):
+            return layer_call
+        return super().rematerialized_call(layer_call, *args, **kwargs)
+
+    @property
+    def tapped_parts(self):
+        """Names of the parts whose results are returned, too, in order."""
+        return sorted({tap.part for tap in self._taps()})
+
+    def _taps(self):
+        return [
+            layer
+            for layer in self._flatten_layers(include_self=False)
+            if isinstance(layer, block_call.BlockTap)
+        ]
+
+    @property
+    def part_paths(self):
+        """Dictionary from the names of parts to paths of attributes.
+
+        A path leads through the block to the layer: `("attention",
+        "query_dense")`.
+        """
+        projections = getattr(self, self.attention_name).projections
+        paths = {
+            f"attention.{name}": (self.attention_name, attribute)
+            for name, attribute in projections.items()
+        }
+        paths |= {
+            name: tuple(attribute.split("."))
+            for name, attribute in self.parts.items()
+        }
+        return dict(sorted(paths.items()))
 
     def mask_unless_cached(self, upstream_mask, **kwargs):
         """Upstream's attention mask, where upstream's attention will use it.

@@ -13,6 +13,7 @@ import contextvars
 import keras
 from keras import tree
 
+from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache.replaying import dense
 from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.sharing import share
@@ -134,7 +135,13 @@ def apply(backbone, graph):
             layer = layers[call["layer"]]
             args = deserialize(call["args"])
             kwargs = deserialize(call["kwargs"])
-            results[i] = tree.flatten(dense(layer(*args, **kwargs)))
+            with collecting_taps() as taps:
+                x = dense(layer(*args, **kwargs))
+            results[i] = tree.flatten(x)
+            if taps:
+                # What stands for the cache of the block is in between.
+                tapped = (taps[part] for part in sorted(taps))
+                results[i] += [None, None, *tapped]
         replaced = {
             id(getattr(backbone, name)): layers[i]
             for name, i in graph["attributes"].items()

@@ -61,7 +61,7 @@ class SharedFrom:
         self.changes = changes
 
 
-def share(layer, name=None, **changes):
+def share(layer, /, name=None, **changes):
     """Makes a layer of the same class that shares sub-layers and variables.
 
     What constructor and `build()` did is not done again, so no weight is

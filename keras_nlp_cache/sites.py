@@ -33,8 +33,11 @@ class Site(typing.NamedTuple):
         return f"Site({self.name}: {kind} -> {self.shape}{cache})"
 
     def __call__(self, *args, **kwargs):
-        """Calls the layer."""
-        return self.layer(*args, **kwargs)
+        """Calls the layer. What is tapped inside goes to the collector."""
+        output = self.layer(*args, **kwargs)
+        if self.block is not None and isinstance(output, tuple):
+            return output[0]
+        return output
 
     def without_cache(self, arguments):
         """The keyword arguments of the call but for the cache."""

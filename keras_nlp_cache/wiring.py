@@ -78,7 +78,7 @@ class Wiring:
         if not block.built:
             block.build(first_argument(args, kwargs).shape)
         kwargs[block.cache_argument] = self._layer_cache(block)
-        hidden_states, updated = block(*args, **kwargs)
+        hidden_states, updated, *_ = block(*args, **kwargs)
         self.blocks.append(block)
         self._updated.append(updated)
         return hidden_states

@@ -59,6 +59,16 @@ class Peeks(keras.layers.Layer):
         return query_shape
 
 
+class AttendsToItself(keras.layers.Layer):
+    """An attention function that looks at nothing but the query."""
+
+    def call(self, query, key, value, mask, scale, soft_cap, dropout):
+        return query
+
+    def compute_output_shape(self, query_shape, **shapes):
+        return query_shape
+
+
 def built_for_16():
     layer = keras.layers.Dense(16, name="built")
     layer.build((None, None, 16))
@@ -198,8 +208,8 @@ EDITS = {
     ),
     # Inside attention.
     "an unknown projection": (
-        lambda m: surgery.add_lora(m, 0, 2, ["query", "gate"]),
-        ["`projections`", "gate", "output"],
+        lambda m: surgery.add_lora(m, 0, 2, ["query", "nose"]),
+        ["`projections`", "nose", "output", "gate"],
     ),
     "no projection": (
         lambda m: surgery.add_lora(m, 0, 2, []),
@@ -244,7 +254,78 @@ EDITS = {
         lambda m: surgery.replace_attention(m, 0, lambda attention: ops.add),
         ["Keras layer", "attend()"],
     ),
+    # At sites inside a block.
+    "a part that no block has": (
+        lambda m: surgery.tap(m, "block.0.nose"),
+        ["`where`", "'block.0.nose'", "'feedforward.down'", "'residual'"],
+    ),
+    "a part of a block that is not there": (
+        lambda m: surgery.tap(m, "block.7.attention"),
+        ["`where`", "'block.7.attention'", "3 decoder blocks"],
+    ),
+    "parts where blocks are needed": (
+        lambda m: surgery.ablate_heads(m, "block.*.attention", 0),
+        ["decoder blocks only", "'block.*.attention'"],
+    ),
+    "a narrower layer inside": (
+        lambda m: surgery.insert_after(
+            m, "block.1.residual", keras.layers.Dense(16, name="narrow")
+        ),
+        ["'narrow'", "1.residual", "(None, None, 32)", "(None, None, 16)"],
+    ),
+    "a layer that mixes positions inside": (
+        lambda m: surgery.insert_after(
+            m, "block.1.feedforward", Attends(name="attends")
+        ),
+        ["'attends'", "treat each position alone"],
+    ),
+    "no layer inside": (
+        lambda m: surgery.replace(m, "block.1.residual", lambda old: 3),
+        ["`layer`", "Received: 3"],
+    ),
+    "to remove what changes the shape": (
+        lambda m: surgery.remove(m, "block.1.feedforward.up"),
+        ["'feedforward'", "feedforward.up", "(None, None, 32)"],
+    ),
+    "to remove attention weights": (
+        lambda m: surgery.remove(m, "block.1.attention.weights"),
+        ["tapped only", "replace_attention()"],
+    ),
+    "to edit what was replaced": (
+        lambda m: surgery.add_lora(
+            surgery.remove(m, "block.1.attention"), 1, 2, "query"
+        ),
+        ["attention was replaced by 'nothing'", "attention.query"],
+    ),
+    "to replace what is tapped inside": (
+        lambda m: surgery.remove(
+            surgery.tap(m, "block.1.attention.query"), "block.1.attention"
+        ),
+        ["to have no taps", "attention.query", "Tap afterwards"],
+    ),
+    "to attend otherwise where weights are tapped": (
+        lambda m: surgery.add_attention_sink(
+            surgery.tap(m, "block.1.attention.weights"), 1
+        ),
+        ["tapped", "Tap afterwards"],
+    ),
+    "the weights of a function nobody knows": (
+        lambda m: surgery.tap(
+            surgery.replace_attention(
+                m, 1, lambda attention: AttendsToItself(name="itself")
+            ),
+            "block.1.attention.weights",
+        ),
+        ["function was replaced by 'itself'"],
+    ),
 }
+
+
+def test_a_family_without_a_gate():
+    with pytest.raises(ValueError) as error:
+        surgery.add_lora(original(FAMILIES[0]), 0, 2, ["gate"])
+    for word in ("'feedforward.gate'", "'up', 'down'"):
+        assert word in str(error.value)
 
 
 @pytest.mark.parametrize("kind", EDITS)

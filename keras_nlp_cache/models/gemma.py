@@ -65,6 +65,27 @@ class GemmaDecoderBlock(DecoderBlock, gemma_decoder_block.GemmaDecoderBlock):
     attention_name = "attention"
     attention_cls = CachedGemmaAttention
 
+    @property
+    def parts(self):
+        parts = {
+            "attention": "attention.output_dense",
+            "attention.norm": "pre_attention_norm",
+            "feedforward": "ffw_linear",
+            "feedforward.down": "ffw_linear",
+            "feedforward.gate": "gating_ffw",
+            "feedforward.norm": "pre_ffw_norm",
+            "feedforward.up": "gating_ffw_2",
+        }
+        if self.use_post_attention_norm:
+            parts["attention.post_norm"] = "post_attention_norm"
+            parts["attention"] = "post_attention_norm"
+        if self.dropout:
+            parts["attention"] = "attention_dropout"
+        if self.use_post_ffw_norm:
+            parts["feedforward.post_norm"] = "post_ffw_norm"
+            parts["feedforward"] = "post_ffw_norm"
+        return parts
+
     def build(self, input_shape):
         super().build(input_shape)
         self.specialize_attention()

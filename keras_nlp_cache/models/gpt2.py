@@ -36,6 +36,14 @@ class TransformerDecoder(DecoderBlock, keras_hub.layers.TransformerDecoder):
     """Transformer decoder that takes a per-layer cache."""
 
     attention_cls = CachedMultiHeadAttention
+    parts = {
+        "attention": "_self_attention_dropout",
+        "attention.norm": "_self_attention_layer_norm",
+        "feedforward": "_feedforward_dropout",
+        "feedforward.down": "_feedforward_output_dense",
+        "feedforward.norm": "_feedforward_layer_norm",
+        "feedforward.up": "_feedforward_intermediate_dense",
+    }
 
     def build(self, decoder_sequence_shape, encoder_sequence_shape=None):
         super().build(decoder_sequence_shape, encoder_sequence_shape)

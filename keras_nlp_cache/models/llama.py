@@ -45,6 +45,15 @@ class LlamaTransformerDecoder(
     """Llama decoder block that takes a per-layer cache."""
 
     attention_cls = LlamaAttention
+    parts = {
+        "attention": "_self_attention_dropout",
+        "attention.norm": "_self_attention_layernorm",
+        "feedforward": "_feedforward_output_dense",
+        "feedforward.down": "_feedforward_output_dense",
+        "feedforward.gate": "_feedforward_gate_dense",
+        "feedforward.norm": "_feedforward_layernorm",
+        "feedforward.up": "_feedforward_intermediate_dense",
+    }
 
     def build(self, decoder_sequence_shape):
         super().build(decoder_sequence_shape)

@@ -23,6 +23,7 @@ from keras_nlp_cache.surgery.edits import remove
 from keras_nlp_cache.surgery.edits import repeat_blocks
 from keras_nlp_cache.surgery.edits import replace
 from keras_nlp_cache.surgery.edits import tap
+from keras_nlp_cache.surgery.parts import Part
 from keras_nlp_cache.surgery.rewiring import rewire
 from keras_nlp_cache.surgery.selection import select
 
@@ -30,6 +31,7 @@ __all__ = [
     "AttentionSink",
     "ControlVector",
     "LowRankAdapter",
+    "Part",
     "ScaledHeads",
     "Site",
     "ablate_heads",

@@ -1,4 +1,4 @@
-"""Layers that stand in for a part of an attention layer."""
+"""Layers that stand in for a part of a decoder block."""
 
 import math
 

@@ -1,45 +1,56 @@
-"""Edits inside the attention layers of decoder blocks.
-
-A block that is edited inside is another block, of the same class and over the
-same weights but for what was replaced.
-"""
+"""Edits of the projections of decoder blocks, and of how they attend."""
 
 import keras
 
-from keras_nlp_cache.attention import CachedAttention
 from keras_nlp_cache.sharing import share
 from keras_nlp_cache.surgery.adapters import AttentionSink
 from keras_nlp_cache.surgery.adapters import LowRankAdapter
 from keras_nlp_cache.surgery.adapters import ScaledHeads
+from keras_nlp_cache.surgery.part_layers import WeightsTap
+from keras_nlp_cache.surgery.parts import change_part
+from keras_nlp_cache.surgery.parts import check_fits
+from keras_nlp_cache.surgery.parts import EditedBlocks
+from keras_nlp_cache.surgery.parts import Part
+from keras_nlp_cache.surgery.parts import WEIGHTS
 from keras_nlp_cache.surgery.positionwise import check_attention
-from keras_nlp_cache.surgery.positionwise import check_layer
-from keras_nlp_cache.surgery.rewiring import backbone_of
 from keras_nlp_cache.surgery.rewiring import EditError
 from keras_nlp_cache.surgery.rewiring import rewire_sites
 from keras_nlp_cache.surgery.selection import select_blocks
 
-PROJECTIONS = tuple(CachedAttention.projections)
+PROJECTIONS = {
+    "query": "attention.query",
+    "key": "attention.key",
+    "value": "attention.value",
+    "output": "attention.output",
+    "gate": "feedforward.gate",
+    "up": "feedforward.up",
+    "down": "feedforward.down",
+}
 
 
 def replace_projections(model, where, projections, layer):
-    """Replaces projections of the attention layers of decoder blocks.
+    """Replaces projections of decoder blocks.
 
     Args:
         model: A backbone or a `CausalLM` of this package. It is left as it is.
         where: Which decoder blocks. See `select()`.
-        projections: `"query"`, `"key"`, `"value"` or `"output"`, or a list of
-            these.
+        projections: `"query"`, `"key"`, `"value"` and `"output"` of attention,
+            `"up"`, `"down"` and, where there is one, `"gate"` of the
+            feed-forward network, or a list of these.
         layer: Function that takes the projection and returns the layer to put
             in its place, which may call the projection. The first three
-            project `(B, T, hidden_dim)` to `(B, T, heads, head_dim)`, the last
-            projects `(B, T, query_heads, head_dim)` to `(B, T, hidden_dim)`.
+            project `(B, T, hidden_dim)` to `(B, T, heads, head_dim)`, the
+            fourth projects `(B, T, query_heads, head_dim)` to `(B, T,
+            hidden_dim)`. Those of the feed-forward network project from and to
+            `(B, T, hidden_dim)`, with `(B, T, intermediate_dim)` between.
 
     Returns:
         A model of the same class.
 
     Raises:
         ValueError: If something else than decoder blocks is selected, a
-            projection is unknown, or the layer does not fit or mixes positions.
+            projection is unknown or the family has none such, or the layer
+            does not fit or mixes positions.
 
     Example:
     ```python
@@ -65,20 +76,14 @@ def replace_projections(model, where, projections, layer):
             "Expected `layer` to be a function that takes a projection and "
             f"returns the layer to put in its place. Received: {layer!r}."
         )
+    names = [PROJECTIONS[name] for name in projections]
 
-    def changes(attention, hidden_states):
-        heads = attention.compute_query_shape(hidden_states.shape)
-        found = {}
-        for name in projections:
-            attribute = attention.projections[name]
-            old = getattr(attention, attribute)
-            shape = heads if name == "output" else hidden_states.shape
-            new = layer(old)
-            _check_projection(new, old, name, shape)
-            found[attribute] = new
-        return found
+    def change(part, old):
+        new = layer(old)
+        check_fits(new, part.name, *part.shapes)
+        return new
 
-    return edit_attention(model, where, changes)
+    return _edit(model, where, names, change)
 
 
 def replace_attention(model, where, function):
@@ -108,17 +113,24 @@ def replace_attention(model, where, function):
     ```
     """
 
-    def changes(attention, hidden_states):
+    def change(part, attention):
         new = function(attention)
         if not isinstance(new, keras.layers.Layer):
             raise EditError(
                 "Expected `function` to return a Keras layer that is called "
                 f"as `attend()` is. Received: {new!r}."
             )
-        _check_attention(new, attention, hidden_states)
-        return {"replaced_attention": new}
+        _check_attention(new, attention, part.site.shape)
+        if isinstance(
+            getattr(attention, "replaced_attention", None), WeightsTap
+        ):
+            raise EditError(
+                f"Expected {part.name!r} not to be tapped, since it is to be "
+                "computed in another way. Tap afterwards."
+            )
+        return share(attention, replaced_attention=new)
 
-    return edit_attention(model, where, changes)
+    return _edit(model, where, [WEIGHTS], change)
 
 
 def add_lora(model, where, rank, projections=("query", "value"), alpha=None):
@@ -131,7 +143,8 @@ def add_lora(model, where, rank, projections=("query", "value"), alpha=None):
         model: A backbone or a `CausalLM` of this package. It is left as it is.
         where: Which decoder blocks. See `select()`.
         rank: int. The rank of the adapters.
-        projections: Which projections. See `replace_projections()`.
+        projections: Which projections, of attention and of the feed-forward
+            network. See `replace_projections()`.
         alpha: Optional float. The adapters are scaled by `alpha / rank`.
 
     Returns:
@@ -141,6 +154,9 @@ def add_lora(model, where, rank, projections=("query", "value"), alpha=None):
     Example:
     ```python
     adapted = surgery.add_lora(backbone, slice(None), rank=4)
+    everywhere = surgery.add_lora(
+        backbone, slice(None), 4, ["query", "key", "value", "output", "up"]
+    )
     ```
 
     Reference:
@@ -187,25 +203,23 @@ def ablate_heads(model, where, heads):
     """
     heads = [heads] if hasattr(heads, "__index__") else list(heads)
 
-    def changes(attention, hidden_states):
-        shape = attention.compute_query_shape(hidden_states.shape)
-        if not heads or not all(-shape[2] <= i < shape[2] for i in heads):
+    def change(part, old):
+        takes, returns = part.shapes
+        if not heads or not all(-takes[2] <= i < takes[2] for i in heads):
             raise EditError(
-                f"Expected `heads` to be some of the {shape[2]} heads of "
-                f"attention layer {attention.name!r}. Received: {heads}."
+                f"Expected `heads` to be some of the {takes[2]} heads of "
+                f"{part.name!r}. Received: {heads}."
             )
-        scale = [1.0] * shape[2]
+        scale = [1.0] * takes[2]
         for i in heads:
             scale[i] = 0.0
-        attribute = attention.projections["output"]
-        old = getattr(attention, attribute)
         new = ScaledHeads(
             old, scale, dtype=old.dtype_policy, name=f"{old.name}_heads"
         )
-        _check_projection(new, old, "output", shape)
-        return {attribute: new}
+        check_fits(new, part.name, takes, returns)
+        return new
 
-    return edit_attention(model, where, changes)
+    return _edit(model, where, ["attention.output"], change)
 
 
 def add_attention_sink(model, where, initial=0.0):
@@ -239,65 +253,43 @@ def add_attention_sink(model, where, initial=0.0):
     )
 
 
-def edit_attention(model, where, changes):
-    """Gives decoder blocks attention layers with other parts.
+def _edit(model, where, names, change):
+    """Changes parts of decoder blocks.
 
     Args:
         model: A backbone or a `CausalLM`.
         where: Which decoder blocks. See `select()`.
-        changes: Function that takes an attention layer and the symbolic hidden
-            states that its block takes, and returns a dictionary from
-            attributes to the layers that they are to hold.
+        names: The names of the parts.
+        change: Function from a `Part` and the layer that it is to the layer in
+            its place.
     """
-    chosen = select_blocks(model, where)
-    everywhere = backbone_of(model).sites
-    names = {site.layer.name for site in everywhere}
-    edited = {}
-
-    def edit(block, hidden_states):
-        attention = getattr(block, block.attention_name)
-        attention = share(attention, **changes(attention, hidden_states))
-        name = block.name
-        if any(x.layer is block and x not in chosen for x in everywhere):
-            # The block as it was is in the graph, too.
-            while name in names:
-                name += "_edited"
-            names.add(name)
-        return share(block, name=name, **{block.attention_name: attention})
-
-    def call(site, *args, **kwargs):
-        block = site.layer
-        if site in chosen:
-            if id(block) not in edited:
-                edited[id(block)] = edit(block, args[0])
-            block = edited[id(block)]
-        return block(*args, **kwargs)
-
-    return rewire_sites(model, call)
+    chosen = [
+        Part(f"{site.name}.{name}", name, site)
+        for site in select_blocks(model, where)
+        for name in names
+    ]
+    for part in chosen:
+        has = part.site.layer.part_paths
+        if part.part not in (*has, WEIGHTS):
+            short = [x for x, name in PROJECTIONS.items() if name in has]
+            raise ValueError(
+                f"Expected projections that {part.site.name!r} has, some of "
+                f"{short}. Received one that it has not: {part.part!r}."
+            )
+    blocks = EditedBlocks(
+        model,
+        chosen,
+        lambda block, part: change_part(
+            block, part, lambda old: change(part, old)
+        ),
+    )
+    return rewire_sites(
+        model, lambda site, *args, **kwargs: blocks.layer(site)(*args, **kwargs)
+    )
 
 
-def _check_projection(new, old, name, shape):
-    expected = tuple(old.compute_output_shape(shape))
-    if not isinstance(new, keras.layers.Layer):
-        raise EditError(
-            f"Expected a Keras layer in place of the {name} projection. "
-            f"Received: {new!r}."
-        )
-    try:
-        received = tuple(new(keras.KerasTensor(shape, new.compute_dtype)).shape)
-    except Exception as e:
-        received = f"{type(e).__name__}: {e}"
-    if received != expected:
-        raise EditError(
-            f"Expected layer {new.name!r}, in place of the {name} projection, "
-            f"to turn inputs of shape {tuple(shape)} into outputs of shape "
-            f"{expected}. Received: {received}."
-        )
-    check_layer(new, shape)
-
-
-def _check_attention(new, attention, hidden_states):
-    query_heads = attention.compute_query_shape(hidden_states.shape)[2]
+def _check_attention(new, attention, input_shape):
+    query_heads = attention.compute_query_shape(input_shape)[2]
     heads, head_dim = attention.key_value_shape
     shape = (None, None, query_heads, head_dim)
     cache = keras.KerasTensor((None, heads, None, head_dim), new.compute_dtype)

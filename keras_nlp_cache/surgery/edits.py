@@ -8,6 +8,8 @@ from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.sites import Site
+from keras_nlp_cache.surgery import part_edits
+from keras_nlp_cache.surgery.parts import EditedBlocks
 from keras_nlp_cache.surgery.rewiring import backbone_of
 from keras_nlp_cache.surgery.rewiring import EditError
 from keras_nlp_cache.surgery.rewiring import rewire_sites
@@ -20,9 +22,11 @@ def insert_after(model, where, layer):
 
     Args:
         model: A backbone or a `CausalLM` of this package. It is left as it is.
-        where: What to insert it after. See `select()`.
-        layer: A layer that takes hidden states `(B, T, hidden_dim)` and returns
-            hidden states of the same shape. Selected several times, the same
+        where: What to insert it after. See `select()`. After `residual` of a
+            block, what the layer returns is the residual stream from there on.
+        layer: A layer that takes hidden states `(B, T, hidden_dim)`, or what
+            else the selected layer returns, and returns the same shape.
+            Selected several times, the same
             layer is called each time. For a layer for each, pass a function
             that takes the selected layer and returns the one to insert. A
             decoder block gets a cache.
@@ -46,9 +50,10 @@ def insert_after(model, where, layer):
         https://github.com/keras-team/keras-hub/pull/1598
     """
     chosen, inserted = select(model, where), _layers(layer)
+    blocks = EditedBlocks(model, chosen, part_edits.insert_after(inserted))
 
     def call(site, *args, **kwargs):
-        x = site.layer(*args, **kwargs)
+        x = blocks.layer(site)(*args, **kwargs)
         if site in chosen:
             x = _call(inserted(site), (x,), {}, x.shape)
         return x
@@ -60,16 +65,18 @@ def insert_before(model, where, layer):
     """Inserts a layer before others.
 
     Takes the arguments of `insert_after()`. What is selected then gets what
-    the layer made of its first input.
+    the layer made of its first input; a branch of a block, what the layer made
+    of its normalized input.
     """
     chosen, inserted = select(model, where), _layers(layer)
+    blocks = EditedBlocks(model, chosen, part_edits.insert_before(inserted))
 
     def call(site, *args, **kwargs):
         if site in chosen:
             x = first_argument(args, kwargs)
             x = _call(inserted(site), (x,), {}, x.shape)
             args, kwargs = _with_first_argument(x, args, kwargs)
-        return site.layer(*args, **kwargs)
+        return blocks.layer(site)(*args, **kwargs)
 
     return rewire_sites(model, call)
 
@@ -83,6 +90,11 @@ def replace(model, where, layer):
     of the backbone that held the replaced layer (`token_embedding`, say) hold
     the new one.
 
+    In the place of a branch of a block, `attention` or `feedforward`, a layer
+    gets the normalized hidden states, and what it returns is added. In the
+    place of `residual` it gets what attention returns, and nothing is added.
+    A block whose attention is replaced keeps its place in the cache.
+
     Example:
     ```python
     identity = keras.layers.Identity(name="nothing")
@@ -91,11 +103,12 @@ def replace(model, where, layer):
     ```
     """
     chosen, replacement = select(model, where), _layers(layer)
+    blocks = EditedBlocks(model, chosen, part_edits.replace(replacement))
     replaced = {}  # Filled while the graph grows, read when it is complete.
 
     def call(site, *args, **kwargs):
         if site not in chosen:
-            return site.layer(*args, **kwargs)
+            return blocks.layer(site)(*args, **kwargs)
         new = replacement(site)
         replaced[id(site.layer)] = new
         return _call(new, args, kwargs, site.shape)
@@ -105,6 +118,10 @@ def replace(model, where, layer):
 
 def remove(model, where):
     """Takes layers out of a model. Their inputs pass in their place.
+
+    Inside a block, `attention` or `feedforward` then add nothing, and without
+    `residual` attention's result goes on alone. A block without attention
+    keeps its place in the cache.
 
     Args:
         model: A backbone or a `CausalLM` of this package. It is left as it is.
@@ -124,11 +141,12 @@ def remove(model, where):
     ```
     """
     chosen = select(model, where)
+    blocks = EditedBlocks(model, chosen, part_edits.remove)
 
     def call(site, *args, **kwargs):
         if site in chosen:
             return first_argument(args, kwargs)
-        return site.layer(*args, **kwargs)
+        return blocks.layer(site)(*args, **kwargs)
 
     return rewire_sites(model, call)
 
@@ -223,14 +241,16 @@ def tap(model, where):
         model: A backbone or a `CausalLM` of this package. It is left as it is.
             Of a `CausalLM`, the `backbone` returns the taps; the task itself
             returns logits and generates as before.
-        where: What to tap. See `select()`.
+        where: What to tap. See `select()`. `"block.*.attention.weights"` are
+            float32 `(B, query_heads, T, S)`, where `S` is the cache's length
+            or, without one, `T`.
 
     Returns:
         A model of the same class.
 
     Example:
     ```python
-    tapped = surgery.tap(backbone, slice(None))
+    tapped = surgery.tap(backbone, [slice(None), "block.0.attention.weights"])
     hidden_states, taps = tapped({"token_ids": [[1, 2, 3]]})
     hidden_states, cache, taps = tapped({
         "token_ids": [[1, 2, 3]],
@@ -239,7 +259,13 @@ def tap(model, where):
     })
     ```
     """
-    return rewire_sites(model, Site.__call__, tapped=select(model, where))
+    chosen = select(model, where)
+    blocks = EditedBlocks(model, chosen, part_edits.tap)
+
+    def call(site, *args, **kwargs):
+        return blocks.layer(site)(*args, **kwargs)
+
+    return rewire_sites(model, call, tapped=chosen)
 
 
 def _layers(layer):

@@ -5,6 +5,7 @@ import contextlib
 import keras
 
 from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.causal_lm import CausalLM
 from keras_nlp_cache.replaying import replaying
@@ -93,7 +94,8 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
         model: A backbone or a `CausalLM`.
         call_function: Function `(site, *args, **kwargs)`, called with each
             `Site` of the backbone.
-        tapped: Sites whose result the new backbone is to return, too.
+        tapped: Sites and parts whose result the new backbone is to return,
+            too.
         replaced: Optional dictionary from the `id()` of layers to those in
             their place. Attributes of the backbone, such as its
             `token_embedding`, follow.
@@ -104,7 +106,8 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
 
     def call(site, *args, **kwargs):
         try:
-            x = call_function(site, *args, **kwargs)
+            with collecting_taps() as inside:
+                x = call_function(site, *args, **kwargs)
         except EditError:
             raise
         except Exception as e:
@@ -121,8 +124,11 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
                 f"symbolic tensor of shape {site.shape}, as the layer does. "
                 f"Received: {type(x).__name__} of shape {received}."
             )
-        if site in tapped:
-            taps[site.name] = x
+        for place in tapped:
+            if place == site:
+                taps[place.name] = x
+            elif getattr(place, "site", None) == site:
+                taps[place.name] = inside[place.part]
         return x
 
     with _undone_on_error(backbone), replaying(wiring):

@@ -6,6 +6,9 @@ import re
 import keras
 
 from keras_nlp_cache.sites import Site
+from keras_nlp_cache.surgery.parts import matching
+from keras_nlp_cache.surgery.parts import Part
+from keras_nlp_cache.surgery.parts import parts_of
 from keras_nlp_cache.surgery.rewiring import backbone_of
 
 
@@ -19,19 +22,34 @@ def select(model, where):
             - a layer: all calls of that layer,
             - a string: layers of that name, which may be a pattern with `*`,
               `?` and `[...]`,
+            - a string such as `"block.*.attention"` or `"block.-1.residual"`:
+              parts inside decoder blocks, by the index of the block (or its
+              name) and the name of the part; see below,
             - a compiled regular expression, searched for in the names,
             - a class: layers of that class,
             - an integer or a slice: decoder blocks by their place, as they
               would be picked from `backbone.blocks`,
             - a function that takes a layer and returns whether to select it,
-            - a `Site` of this model, from an earlier selection,
+            - a `Site` or `Part` of this model, from an earlier selection,
             - a list or tuple of any of these: what any of them selects.
 
+    A decoder block adds two things to the hidden states, one after the other:
+
+    - `attention`, with its `attention.norm` before, its projections
+      `attention.query`, `attention.key`, `attention.value` and
+      `attention.output`, and `attention.weights`, which can be tapped only,
+    - `feedforward`, with its `feedforward.norm` before, its projections
+      `feedforward.gate` (where there is one), `feedforward.up` and
+      `feedforward.down`,
+    - and between the two there is `residual`, the sum of what came into the
+      block and of what attention added.
+
     Returns:
-        A tuple of `Site`s, in the order in which the graph calls them. Each
-        has a `layer`, a `name`, and for a decoder block the index `block` of
-        its cache. A layer that is called twice has two sites, the second named
-        with a number at its end.
+        A tuple of `Site`s and `Part`s, in the order in which the graph calls
+        them. A `Site` has a `layer`, a `name`, and for a decoder block the
+        index `block` of its cache. A layer that is called twice has two sites,
+        the second named with a number at its end. A `Part` has a `name`, a
+        `layer`, and the `site` of its block.
 
     Raises:
         ValueError: If nothing is selected, or `where` is none of the above.
@@ -40,17 +58,23 @@ def select(model, where):
     ```python
     for site in surgery.select(backbone, "transformer_layer_*"):
         print(site.name, site.block, site.shape)
+    for part in surgery.select(backbone, "block.*.feedforward.up"):
+        print(part.name, part.layer)
     ```
     """
     sites = backbone_of(model).sites
-    chosen = tuple(site for site in sites if _matcher(sites, where)(site))
+    matches = _matcher(sites, where)
+    chosen = tuple(
+        x for site in sites for x in (site, *parts_of([site])) if matches(x)
+    )
     if not chosen:
         names = [site.name for site in sites]
         blocks = sum(site.block is not None for site in sites)
         raise ValueError(
             f"Expected `where` to select a call in the graph of {model.name!r}"
             f", which has {blocks} decoder blocks and is made of {names}. "
-            f"Received: {where!r}, which selects nothing."
+            f"A block has the parts {_part_names(sites)}, such as "
+            f"'block.0.attention'. Received: {where!r}, which selects nothing."
         )
     return chosen
 
@@ -68,17 +92,29 @@ def select_blocks(model, where):
     return sites
 
 
+def _part_names(sites):
+    return sorted({x.part for x in parts_of(sites)})
+
+
 def _matcher(sites, where):
-    """A function that says whether a site is selected."""
-    if isinstance(where, Site):
-        return lambda site: site == where
+    """A function that says whether a site or a part is selected."""
+    if isinstance(where, Site | Part):
+        return lambda x: x == where
     if isinstance(where, list | tuple | set | frozenset | range):
         matchers = [_matcher(sites, x) for x in where]
-        return lambda site: any(matches(site) for matches in matchers)
+        return lambda x: any(matches(x) for matches in matchers)
     if isinstance(where, str):
-        return lambda site: (
-            fnmatch.fnmatchcase(site.layer.name, where) or site.name == where
+        parts = set(matching(sites, where))
+        return lambda x: (
+            x in parts
+            if isinstance(x, Part)
+            else fnmatch.fnmatchcase(x.layer.name, where) or x.name == where
         )
+    matches = _site_matcher(sites, where)
+    return lambda x: isinstance(x, Site) and matches(x)
+
+
+def _site_matcher(sites, where):
     if isinstance(where, re.Pattern):
         return lambda site: where.search(site.layer.name) is not None
     if isinstance(where, type):
@@ -98,7 +134,7 @@ def _matcher(sites, where):
         return lambda site: bool(where(site.layer))
     raise ValueError(
         "Expected `where` to be a layer, a name or pattern, a class, the index "
-        "of a decoder block, a slice of them, a function of a layer, a site "
-        f"from `select()`, or a list of these. Received: {where!r} of type "
-        f"{type(where).__name__}."
+        "of a decoder block, a slice of them, a function of a layer, a site or "
+        "part from `select()`, or a list of these. Received: "
+        f"{where!r} of type {type(where).__name__}."
     )

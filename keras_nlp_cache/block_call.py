@@ -1,0 +1,106 @@
+"""What a decoder block and the layers that surgery put inside it tell another.
+
+Upstream's blocks are code, not graphs. A layer inside one sees what it is
+called with and no more, and what it returns goes where the code sends it. Edits
+of the residual stream and taps inside a block need more than that: the call of
+the block that is under way.
+"""
+
+import contextlib
+import contextvars
+
+import keras
+
+_current = contextvars.ContextVar("keras_nlp_cache_block_call", default=None)
+_collected = contextvars.ContextVar("keras_nlp_cache_taps", default=None)
+
+
+class BlockCall:
+    """One call of a decoder block.
+
+    Attributes:
+        hidden_states: Tensor `(B, T, hidden_dim)`, what the block was called
+            with, and the residual stream up to its first sum.
+        branch_inputs: Dictionary from `"attention"` or `"feedforward"` to the
+            tensor that this branch of the block starts from, if a layer inside
+            asked for it.
+        taps: Dictionary from the names of parts to tensors.
+    """
+
+    def __init__(self, hidden_states):
+        self.hidden_states = hidden_states
+        self.branch_inputs = {}
+        self.taps = {}
+
+
+@contextlib.contextmanager
+def calling(hidden_states):
+    """In this scope, a block is called on some hidden states."""
+    call = BlockCall(hidden_states)
+    token = _current.set(call)
+    try:
+        yield call
+    finally:
+        _current.reset(token)
+
+
+def current():
+    """The `BlockCall` that is under way, `None` outside of a block."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def collecting_taps():
+    """Yields a dictionary that gets the taps of each block that is called."""
+    taps = {}
+    token = _collected.set(taps)
+    try:
+        yield taps
+    finally:
+        _collected.reset(token)
+    collect(taps)
+
+
+def collect(taps):
+    """Hands taps of a block to whoever collects them."""
+    if _collected.get() is not None:
+        _collected.get().update(taps)
+
+
+class InBlock(keras.layers.Layer):
+    """Base of layers that take part in the call of the block around them.
+
+    They cannot be computed again on their own: what is computed again has no
+    block around it.
+    """
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return layer_call
+
+
+class BlockTap(InBlock):
+    """Base of layers whose result a block returns beside its hidden states.
+
+    Attributes:
+        part: str. The name under which the block returns it.
+    """
+
+    def put(self, x):
+        """Says what to return, if there is a block to return it."""
+        if current() is not None:
+            current().taps[self.part] = x
+
+    def tap_spec(self, hidden_states, slots):
+        """What `put()` will be called with, as a `KerasTensor`.
+
+        Args:
+            hidden_states: `KerasTensor` `(B, T, hidden_dim)`, what the block
+                is called with.
+            slots: int or `None`. How many slots are attended.
+        """
+        raise NotImplementedError
+
+
+def takes_part(layer):
+    """Whether a layer holds one that takes part in the call of its block."""
+    return any(isinstance(x, InBlock) for x in layer._flatten_layers())
