@@ -16,7 +16,6 @@ import keras
 import keras_hub
 from keras import tree
 from keras.src.models.functional import Functional
-from keras_hub.src.utils.preset_utils import get_preset_loader
 from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
@@ -26,6 +25,7 @@ from keras_nlp_cache.cached_graph import CachedGraph
 from keras_nlp_cache.cached_graph import plain_python
 from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
+from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.replaying import constant
 from keras_nlp_cache.replaying import dense
 from keras_nlp_cache.replaying import replaying
@@ -432,10 +432,11 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         """Loads a backbone from a preset that either package saved.
 
         Takes what `keras_hub.models.Backbone.from_preset()` takes: a built-in
-        name, a hub handle, a local preset or Hugging Face directory.
+        name, a hub handle, a local preset or Hugging Face directory; or the
+        path of a GGUF file.
         """
         with drop_in.scope():
-            loader = get_preset_loader(preset)
+            loader = preset_loader(preset)
             backbone_cls = drop_in.replacement(loader.check_backbone_class())
             if not issubclass(backbone_cls, cls):
                 raise ValueError(

@@ -10,7 +10,6 @@ from keras import ops
 from keras import tree
 from keras.src.models.functional import Functional
 from keras_hub.src.utils.pipeline_model import PipelineModel
-from keras_hub.src.utils.preset_utils import get_preset_loader
 from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
@@ -24,6 +23,7 @@ from keras_nlp_cache.cached_graph import floating_dtype
 from keras_nlp_cache.loops import speculative
 from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.loops.generation import supports
+from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.quantization import layer_structure
 from keras_nlp_cache.session import Session
 
@@ -480,7 +480,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         Args:
             preset: What `keras_hub.models.CausalLM.from_preset()` takes: a
                 built-in name, a hub handle, or the path of a local preset or
-                Hugging Face directory.
+                Hugging Face directory. Or the path of a GGUF file, which is
+                converted once.
             load_weights: bool. Whether to load the weights.
             **kwargs: Passed on to the task and, as `dtype`, to its backbone.
 
@@ -489,7 +490,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 package does not cover, or not of class `cls`.
         """
         with drop_in.scope():
-            loader = get_preset_loader(preset)
+            loader = preset_loader(preset)
             backbone_cls = drop_in.replacement(loader.check_backbone_class())
             tasks = [
                 task

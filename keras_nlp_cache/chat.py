@@ -5,13 +5,15 @@ import pathlib
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from keras_nlp_cache import gguf_preset
+
 
 def chat_prompt(preset, question, start_token=None):
     """Formats a question with the chat template of a preset.
 
     Args:
         preset: str. A preset, as for `CausalLM.from_preset()`. Only local
-            Hugging Face directories carry a template.
+            Hugging Face directories and GGUF files carry a template.
         question: str.
         start_token: Optional str. The token that the preprocessor will put
             first. If the template begins with it too, it is left out here.
@@ -19,7 +21,7 @@ def chat_prompt(preset, question, start_token=None):
     Returns:
         The prompt, or `question` as it is if the preset has no template.
     """
-    template, variables = _template(pathlib.Path(preset))
+    template, variables = _template(pathlib.Path(gguf_preset.directory(preset)))
     if template is None:
         return question
     environment = ImmutableSandboxedEnvironment(

@@ -135,7 +135,8 @@ def _answering(max_new_tokens):
     answer.add_argument(
         "--preset",
         help="a keras_hub preset or hub handle, or the path of a local preset "
-        "or Hugging Face directory (default: SmolLM2-135M-Instruct)",
+        "or Hugging Face directory, or of a GGUF file (default: "
+        "SmolLM2-135M-Instruct)",
         default=argparse.SUPPRESS,
     )
     answer.add_argument(
@@ -173,7 +174,7 @@ def _positive(kind):
 
 def _generate(args):
     _check_prompt(args.prompt)
-    preset = getattr(args, "preset", None) or _default_preset()
+    preset = _preset(args)
     lm = _load(preset, args.dtype)
     lm.compile(sampler=_sampler(args))
     prompt = args.prompt
@@ -219,13 +220,19 @@ def _speed(times):
     return text + "]"
 
 
-def _default_preset():
+def _preset(args):
+    """The preset that was asked for, as a directory if it is a GGUF file."""
     from keras_nlp_cache import default_model
+    from keras_nlp_cache import gguf_preset
 
+    preset = getattr(args, "preset", None)
     try:
-        return default_model.preset()
-    except (ImportError, OSError) as e:
-        raise CommandError(f"cannot convert the default model: {e}") from e
+        if preset is None:
+            return default_model.preset()
+        return gguf_preset.directory(preset)
+    except (ImportError, OSError, ValueError) as e:
+        name = "the default model" if preset is None else repr(preset)
+        raise CommandError(f"cannot convert {name}: {e}") from e
 
 
 def _load(preset, dtype):
@@ -265,7 +272,7 @@ def _steer(args):
     personas = _personas(args)
     vector = _load_vector(args.vector) if personas is None else None
     _check_save(args)
-    preset = getattr(args, "preset", None) or _default_preset()
+    preset = _preset(args)
     lm = _load(preset, args.dtype)
     lm.compile(sampler="greedy")
 

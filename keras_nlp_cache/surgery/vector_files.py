@@ -9,6 +9,7 @@ import pathlib
 import re
 
 from keras_nlp_cache import atomic_file
+from keras_nlp_cache import gguf_reader
 
 _FORMAT = "control_vector"
 _ARCHITECTURE = "controlvector"
@@ -167,17 +168,7 @@ def _write_gguf(path, tensors, model_hint):
 
 def _read_gguf(path):
     gguf = require("gguf", "gguf")
-
-    class StrictReader(gguf.GGUFReader):
-        # Past the end of a file the library reads empty arrays. It would
-        # count through an array whose damaged length says 2**60.
-        def _get(self, offset, dtype, count=1, *args, **kwargs):
-            x = super()._get(offset, dtype, count, *args, **kwargs)
-            if len(x) != count:
-                raise ValueError(f"the file ends at or before byte {offset}")
-            return x
-
-    reader = StrictReader(path)
+    reader = gguf_reader.read(path)
 
     def text(key):
         field = reader.get_field(key)
