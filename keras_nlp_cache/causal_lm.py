@@ -1,6 +1,7 @@
 """The task that generates through the backbone's graph."""
 
 import contextvars
+import inspect
 import threading
 
 import keras
@@ -21,6 +22,7 @@ from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import owned_cache
 from keras_nlp_cache.cached_graph import floating_dtype
 from keras_nlp_cache.loops import speculative
+from keras_nlp_cache.loops.generation import Conditions
 from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.loops.generation import supports
 from keras_nlp_cache.preset_loader import preset_loader
@@ -36,7 +38,7 @@ _assistant_model = contextvars.ContextVar(
 )
 
 # Threads that generate with one model share its loop.
-_making_loop = threading.Lock()
+_making_loop = threading.RLock()
 
 
 # For the second base see `CachedBackbone`.
@@ -141,6 +143,41 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         )
         return self._logits(hidden_states), hidden_states, cache
 
+    def read(self, token_ids, cache, cache_update_index):
+        """Runs what the model is on some tokens, for their cache.
+
+        Takes the arguments of `call_with_cache()`, and returns its hidden
+        states and cache. Calls that method if it was overridden.
+        """
+        if not self.overridden("call_with_cache"):
+            return self.run_backbone(token_ids, cache, cache_update_index)
+        _, hidden_states, cache = self.call_with_cache(
+            token_ids, cache, cache_update_index
+        )
+        return hidden_states, cache
+
+    def overridden(self, *names):
+        """Which methods are not those of this package.
+
+        Args:
+            *names: Names of methods by which upstream's users say how a model
+                generates. With `"make_generate_function"`, counts a
+                `generate_function` that was assigned, too.
+
+        Returns:
+            A list of those that a subclass or an attribute overrides.
+        """
+        found = [
+            name
+            for name in names
+            if name in vars(self)
+            or inspect.getattr_static(type(self), name) is not _METHODS[name]
+        ]
+        if "make_generate_function" in names:
+            if self.generate_function not in (None, self._generate):
+                found.append("generate_function")
+        return found
+
     def _logits(self, hidden_states):
         embedding = self.backbone.token_embedding
         if is_owned() and keras.config.backend() == "tensorflow":
@@ -154,9 +191,16 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         # and then decodes with `call_with_cache()`.
         batch_size, max_length = ops.shape(token_ids)
         cache = self.backbone.make_cache(batch_size, max_length)
-        return self.run_backbone(token_ids, cache, 0)
+        return self.read(token_ids, cache, 0)
 
     def generate_step(self, inputs, stop_token_ids=None):
+        """Upstream's method, which `generate()` calls if it is overridden.
+
+        Otherwise it calls it only for samplers with a loop of their own.
+        """
+        if self.overridden("_build_cache", "call_with_cache"):
+            # They may keep the cache.
+            return super().generate_step(inputs, stop_token_ids)
         with owned_cache():
             return super().generate_step(inputs, stop_token_ids)
 
@@ -188,35 +232,77 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             )
         super().compile(*args, **kwargs)
         self.cache_dtype = cache_dtype
-        self.generation_jit_compile = kwargs.get("jit_compile", "auto")
-        self._loop = None
+        self._jit_compile_option = kwargs.get("jit_compile", "auto")
+        self._jit_compile_resolved = self.jit_compile
+        self._loop = self._compiled_step = None
+
+    @property
+    def generation_jit_compile(self):
+        """What `jit_compile` is for generation, `"auto"` if nobody said."""
+        if self.jit_compile != self._jit_compile_resolved:
+            return self.jit_compile  # Assigned since.
+        return self._jit_compile_option
 
     @property
     def generation_loop(self):
         """The `keras_nlp_cache.loops.Loop` that the model generates with.
 
-        Kept, with what it compiled, while the model has the same variables:
-        their values may change.
+        Kept, with what it compiled, while the model has the same variables,
+        whose values may change, and the same sampler, called and compiled as
+        it was.
         """
         with _making_loop:
+            CausalLM.make_generate_function(self)
             if self._loop is None or not self._loop.is_current():
                 self._loop = loops.make_loop(self)
             return self._loop
 
     def make_generate_function(self):
-        """Returns the function that generates from a batch of tokens."""
-        if supports(self.sampler):
-            generate = self._generate
-        else:
-            generate = super().make_generate_function()
+        """Returns the function that generates from a batch of tokens.
 
-        def checked_generate(inputs, stop_token_ids=None):
+        As upstream's, it is kept as `generate_function`. Assign `None` to that
+        to have everything compiled anew, or a function to have it called.
+        """
+        with _making_loop:
+            if self.generate_function is None:
+                self._loop = self._compiled_step = None
+                self.generate_function = self._generate
+            return self.generate_function
+
+    def _generate(self, inputs, stop_token_ids=None):
+        stops = prompts.stop_tokens(stop_token_ids)
+        own_step = self.overridden("generate_step")
+        if not own_step:  # What that takes is its business.
             prompts.check_tokens(inputs, self.backbone)
-            return generate(inputs, stop_token_ids=stop_token_ids)
+            if supports(self.sampler) and not self.overridden("_build_cache"):
+                return self._generate_in_loop(inputs, stops)
+        if not (own_step or callable(self.sampler)):
+            raise ValueError(
+                "Expected `sampler` to be a `keras_hub.samplers.Sampler`. "
+                f"Received: {self.sampler!r}. Assign one, or call "
+                "`compile(sampler=...)`."
+            )
+        return self._compiled_generate_step()(
+            inputs, stop_token_ids=stops or None
+        )
 
-        return checked_generate
+    def _compiled_generate_step(self):
+        """What upstream makes of `generate_step()`, while it is current."""
+        with _making_loop:
+            made_for = Conditions(
+                self, "call_with_cache", "_build_cache", "generate_step"
+            )
+            if (
+                self._compiled_step is None
+                or self._compiled_step[0] != made_for
+            ):
+                self.generate_function = None
+                step = super().make_generate_function()
+                self._compiled_step = made_for, step
+                self.generate_function = self._generate
+            return self._compiled_step[1]
 
-    def _generate(self, inputs, stop_token_ids):
+    def _generate_in_loop(self, inputs, stop_token_ids):
         token_ids = ops.convert_to_numpy(inputs["token_ids"])
         given = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
         length = token_ids.shape[1]
@@ -302,7 +388,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             Leviathan et al., 2022, https://arxiv.org/abs/2211.17192
         """
         prompts.check_max_length(max_length)
-        prompts.check_stop_token_ids(stop_token_ids)
+        stop_token_ids = prompts.stop_tokens(stop_token_ids)
         if self.preprocessor is not None:
             prompts.check_text(inputs, max_length, self.preprocessor)
         prompts.check_assistant(self, assistant_model)
@@ -515,3 +601,15 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
     def save_to_preset(self, preset_dir, max_shard_size=10):
         with drop_in.saving_preset(preset_dir) as folder:
             super().save_to_preset(folder, max_shard_size=max_shard_size)
+
+
+# What upstream's users override to say how a model generates.
+_METHODS = {
+    name: vars(CausalLM)[name]
+    for name in (
+        "call_with_cache",
+        "_build_cache",
+        "generate_step",
+        "make_generate_function",
+    )
+}

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.backbone import CachedBackbone
-from keras_nlp_cache.loops.generation import check_sampler
+from keras_nlp_cache.loops.generation import check_loop
 
 
 def is_int(x):
@@ -32,7 +32,7 @@ def check_assistant(lm, assistant):
             f"{type(assistant).__module__}.{type(assistant).__name__}."
         )
     for model in (lm, assistant):
-        check_sampler(model.sampler)
+        check_loop(model)
     sizes = [
         model.backbone.token_embedding.input_dim for model in (lm, assistant)
     ]
@@ -52,21 +52,46 @@ def check_max_length(max_length):
         )
 
 
-def check_stop_token_ids(stop_token_ids):
-    """Checks what to stop at: `None`, `"auto"` or a sequence of ids."""
+def stop_tokens(stop_token_ids):
+    """What to stop at, as a tuple of ints, or as it is if nobody says.
+
+    Args:
+        stop_token_ids: `None`, `"auto"`, or any collection of token ids: a
+            sequence, a set, an array, a tensor.
+
+    Raises:
+        ValueError: If it is something else.
+    """
     if stop_token_ids is None:
-        return
+        return None
     if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
-        return
+        return "auto"
+    ids = stop_token_ids
+    if ops.is_tensor(ids):
+        ids = ops.convert_to_numpy(ids)
     try:
-        wrong = not all(is_int(x) for x in tuple(stop_token_ids))
-    except TypeError:
-        wrong = True
-    if wrong:
+        if isinstance(ids, (str, bytes, dict)):
+            raise TypeError
+        ids = tuple(int(x) if _is_token_id(x) else None for x in ids)
+        if None in ids:
+            raise TypeError
+    except (TypeError, ValueError) as e:
         raise ValueError(
             'Expected `stop_token_ids` to be `None`, `"auto"` or a sequence of '
-            f"integers. Received: {stop_token_ids!r}."
-        )
+            f"integers, or a set or a tensor. Received: {stop_token_ids!r}."
+        ) from e
+    return tuple(sorted(set(ids)))
+
+
+def _is_token_id(x):
+    if (
+        not is_int(x)
+        and getattr(x, "shape", None) == ()
+        and hasattr(x, "dtype")
+    ):
+        # One of a tensor of another framework.
+        x = np.asarray(x)[()]
+    return is_int(x) and abs(int(x)) < 2**31
 
 
 def check_tokens(inputs, backbone):

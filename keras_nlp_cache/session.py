@@ -5,11 +5,11 @@ from keras import ops
 from keras import tree
 
 from keras_nlp_cache import session_file
-from keras_nlp_cache.loops.generation import check_sampler
+from keras_nlp_cache.loops.generation import check_loop
 from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.pieces import TextPieces
-from keras_nlp_cache.prompts import check_stop_token_ids
 from keras_nlp_cache.prompts import is_int
+from keras_nlp_cache.prompts import stop_tokens
 
 
 class Session:
@@ -105,7 +105,8 @@ class Session:
             RuntimeError: From the iterator, if the session changed after the
                 iterator was made.
         """
-        check_sampler(self.lm.sampler)
+        check_loop(self.lm)
+        _check_postprocess(self.lm.preprocessor)
         token_ids = self._tokenize(text)
         _check_count(max_new_tokens)
         stop = _stop_token_ids(self.lm.preprocessor.tokenizer, stop_token_ids)
@@ -132,12 +133,17 @@ class Session:
         Yields:
             Token ids, as ints.
         """
-        loop = self.lm.generation_loop
+        stops = stop_tokens(stop_token_ids) or ()
         token_ids = np.append(self.token_ids, token_ids).astype("int32")
         end = len(token_ids) + max_new_tokens
-        generation = self._prefill(loop, token_ids, end)
-        steps = loop.steps(generation, end, stop_token_ids)
+        loop = steps = None
         while True:
+            check_loop(self.lm)
+            if loop is not self.lm.generation_loop:
+                # At first, and where the sampler, say, is another one by now.
+                loop = self.lm.generation_loop
+                generation = self._prefill(loop, token_ids, end)
+                steps = loop.steps(generation, end, stops)
             # While a step is under way there is no cache to go on with.
             cache, self._cache = self._cache, None
             generation = next(steps, None)
@@ -152,6 +158,9 @@ class Session:
                 self._filled = len(self.token_ids)
                 self.token_ids = np.append(self.token_ids, token_id)
                 yield int(token_id)
+            if token_id in stops:
+                return
+            token_ids = self.token_ids
 
     def _stream(self, token_ids, max_new_tokens, stop, turn):
         pieces = TextPieces(self.lm.preprocessor.tokenizer.detokenize)
@@ -286,17 +295,27 @@ class Session:
 
 
 def _stop_token_ids(tokenizer, stop_token_ids):
-    if stop_token_ids is None:
-        return ()
-    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+    stop_token_ids = stop_tokens(stop_token_ids)
+    if stop_token_ids == "auto":
         names = ("end_token_id", "end_token2_id")
         return tuple(
             getattr(tokenizer, name)
             for name in names
             if hasattr(tokenizer, name)
         )
-    check_stop_token_ids(stop_token_ids)
-    return tuple(stop_token_ids)
+    return stop_token_ids or ()
+
+
+def _check_postprocess(preprocessor):
+    """Refuses what makes text of all tokens in a way that nobody knows."""
+    method = type(preprocessor).generate_postprocess
+    if not method.__module__.startswith("keras_hub."):
+        raise ValueError(
+            "Expected a preprocessor whose text can be shown piece by piece. "
+            f"Received: a {type(preprocessor).__name__} with a "
+            "`generate_postprocess` of its own, which streams and sessions "
+            "would pass by. Call `generate()`."
+        )
 
 
 def _check_count(max_new_tokens):

@@ -24,10 +24,17 @@ def make_loop(lm):
     Raises:
         ValueError: If the sampler has a loop of its own.
     """
-    check_sampler(lm.sampler)
+    check_sampler(lm)
+    backend = keras.config.backend()
+    if backend == "torch":
+        from keras_nlp_cache.loops import torch_loop
+
+        # There, upstream calls in each step what a user may have overridden.
+        if lm.run_eagerly or lm.overridden("call_with_cache"):
+            return torch_loop.EagerTorchLoop(lm)
+        return torch_loop.TorchLoop(lm)
     if lm.run_eagerly:
         return Loop(lm)
-    backend = keras.config.backend()
     if backend == "jax":
         from keras_nlp_cache.loops.jax_loop import JaxLoop
 
@@ -36,8 +43,4 @@ def make_loop(lm):
         from keras_nlp_cache.loops.tensorflow_loop import TensorFlowLoop
 
         return TensorFlowLoop(lm)
-    if backend == "torch":
-        from keras_nlp_cache.loops.torch_loop import TorchLoop
-
-        return TorchLoop(lm)
     return Loop(lm)

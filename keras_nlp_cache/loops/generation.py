@@ -3,6 +3,7 @@
 import collections
 import typing
 
+import keras
 import numpy as np
 from keras import ops
 from keras import tree
@@ -58,19 +59,100 @@ def supports(sampler):
     )
 
 
-def check_sampler(sampler):
+def check_sampler(lm):
     """Refuses samplers with a loop of their own, which `generate()` runs.
 
     Raises:
-        ValueError: If `supports(sampler)` is false.
+        ValueError: If `supports(lm.sampler)` is false.
     """
-    if not supports(sampler):
+    if not supports(lm.sampler):
         raise ValueError(
             "Expected a sampler that picks one token at a time, such as "
-            f'"greedy" or "top_p". Received: {type(sampler).__name__}, which '
-            "has a loop of its own. Call `compile(sampler=...)` with another, "
-            "or `generate()`."
+            f'"greedy" or "top_p". Received: {type(lm.sampler).__name__}, '
+            "which has a loop of its own. Call `compile(sampler=...)` with "
+            "another, or `generate()`."
         )
+
+
+def check_loop(lm):
+    """Refuses models that the loops would not generate as their users say.
+
+    Raises:
+        ValueError: If the sampler has a loop of its own, or a method that says
+            how to generate was overridden, which `generate()` calls.
+    """
+    check_sampler(lm)
+    overridden = lm.overridden(
+        "generate_step", "_build_cache", "make_generate_function"
+    )
+    if overridden:
+        raise ValueError(
+            "Expected a model that generates as this package does, token by "
+            f"token. Received: a {type(lm).__name__} with a "
+            f"`{overridden[0]}` of its own, which `stream()`, sessions and "
+            "`assistant_model` would pass by. Call `generate()`, or override "
+            "`call_with_cache()` or the sampler."
+        )
+
+
+class Conditions:
+    """What a model is when something is compiled for it.
+
+    Values of variables are not part of it. Equal to others if nothing else
+    that was compiled has changed.
+
+    Args:
+        lm: A `CausalLM`.
+        *methods: Names of methods that are called.
+        attributes: bool. Whether attributes of the sampler matter, such as its
+            temperature.
+    """
+
+    def __init__(self, lm, *methods, attributes=True):
+        sampler, base = lm.sampler, getattr(lm.sampler, "base_sampler", None)
+        objects = [sampler, base, *lm.variables]
+        for name in methods:
+            objects += [vars(lm).get(name), getattr(type(lm), name)]
+        self._objects = objects
+        self._values = (
+            lm.run_eagerly,
+            lm.generation_jit_compile,
+            lm.cache_dtype,
+            keras.config.floatx(),
+            _state(sampler) if attributes else None,
+        )
+
+    def __eq__(self, other):
+        return (
+            len(self._objects) == len(other._objects)
+            and all(a is b for a, b in zip(self._objects, other._objects))
+            and self._values == other._values
+        )
+
+
+class _Identity:
+    """Compares equal to what is the same object, which it keeps alive."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __eq__(self, other):
+        return isinstance(other, _Identity) and self.x is other.x
+
+
+def _state(x):
+    """What can be compared later, to tell whether something was changed."""
+    if x is None or isinstance(x, (bool, int, float, str, bytes)):
+        return type(x), x
+    if isinstance(x, np.ndarray):
+        return x.shape, x.dtype.str, x.tobytes()
+    if isinstance(x, (list, tuple)):
+        return type(x), [_state(y) for y in x]
+    if isinstance(x, dict):
+        return type(x), [(_state(k), _state(v)) for k, v in x.items()]
+    if isinstance(x, Sampler):
+        return _Identity(x), _state(vars(x))
+    return _Identity(x)
 
 
 def slots_for(length, limit=None):
@@ -132,6 +214,8 @@ class Loop:
     """Generation with its loop in Python, on any backend.
 
     The compiled loops are subclasses, and replace methods with an underscore.
+    A loop is for a model as it is: if `is_current()` is false, another one has
+    to be made.
 
     Args:
         lm: A `CausalLM` whose sampler is one that `supports()` knows.
@@ -146,17 +230,25 @@ class Loop:
     chunk = 512
     compilations = 0
     tokens_per_piece = 1
+    # Whether what the sampler's attributes were is part of what is compiled.
+    compiles_sampler = False
 
     def __init__(self, lm):
         self.lm = lm
         self.sampler = token_sampler(lm.sampler)
         self.variables = lm.variables
+        self._made_for = self._conditions()
 
     def is_current(self):
-        """Whether the model still has the variables it had."""
-        now = self.lm.variables
-        return len(now) == len(self.variables) and all(
-            a is b for a, b in zip(now, self.variables)
+        """Whether the model and its sampler are still what they were.
+
+        Values of variables may change.
+        """
+        return self._conditions() == self._made_for
+
+    def _conditions(self):
+        return Conditions(
+            self.lm, "call_with_cache", attributes=self.compiles_sampler
         )
 
     def prefill(self, token_ids, given, slots, cache=None, start=0):
@@ -274,7 +366,7 @@ class Loop:
         with owned_cache():
             for at in range(start, length - 1, self.chunk):
                 end = min(at + self.chunk, int(length) - 1)
-                _, cache = self.lm.run_backbone(token_ids[:, at:end], cache, at)
+                _, cache = self.lm.read(token_ids[:, at:end], cache, at)
         return Generation(
             token_ids=ops.convert_to_tensor(token_ids),
             given=ops.convert_to_tensor(given),
@@ -341,6 +433,7 @@ class CompiledLoop(Loop):
     # A prompt fills its last chunk by half on average, and 32 rows are enough
     # to keep two cores busy. One size, for one compilation.
     chunk = 32
+    compiles_sampler = True
 
     def __init__(self, lm):
         super().__init__(lm)
@@ -378,7 +471,7 @@ class CompiledLoop(Loop):
             # What it writes past the prompt is written again before it is read.
             at = ops.minimum(start + i * chunk, slots - chunk)
             tokens = ops.slice(token_ids, (0, at), (batch, chunk))
-            return self.lm.run_backbone(tokens, cache, at)[1]
+            return self.lm.read(tokens, cache, at)[1]
 
         with owned_cache():
             cache = ops.fori_loop(

@@ -50,6 +50,13 @@ class JaxLoop(CompiledLoop):
 
     def __init__(self, lm):
         super().__init__(lm)
+        # Its seeds, and what a sampler of a user's keeps in variables.
+        kept = [
+            x
+            for x in vars(self.sampler).values()
+            if isinstance(x, keras.Variable)
+        ]
+        self._sampler_variables = [*self.sampler.variables, *kept]
         # Nothing reads the cache that comes in, which is there to be donated.
         self._compiled_prefill = jax.jit(
             self._stateless_prefill, donate_argnames="cache", keep_unused=True
@@ -104,7 +111,7 @@ class JaxLoop(CompiledLoop):
 
     def _sample(self, compiled, *args, **kwargs):
         """Calls a compiled function that draws random numbers."""
-        seeds = self.sampler.variables
+        seeds = self._sampler_variables
         generation, values = compiled(
             self._weights(), [x.value for x in seeds], *args, **kwargs
         )
@@ -173,7 +180,7 @@ class JaxLoop(CompiledLoop):
 
     def _stateless(self, weights, seeds, function):
         """What a function returns, and the state of the sampler after it."""
-        variables = self.sampler.variables
+        variables = self._sampler_variables
         mapping = [*zip(self.variables, weights), *zip(variables, seeds)]
         with keras.StatelessScope(state_mapping=mapping) as scope:
             result = function()

@@ -29,8 +29,6 @@ class TensorFlowLoop(CompiledLoop):
     """
 
     jit_compile_by_default = True
-    # A call costs as much as a fifth of a token of a small model.
-    tokens_per_piece = 3
 
     def __init__(self, lm):
         super().__init__(lm)

@@ -1,5 +1,6 @@
 """Generation on PyTorch: an eager prefill, a captured decode step."""
 
+import contextlib
 import functools
 import threading
 
@@ -45,7 +46,42 @@ def record(function):
     return replay
 
 
-class TorchLoop(Loop):
+@contextlib.contextmanager
+def inference():
+    """Without gradients, and with tensors that may be written to later.
+
+    Those made in `torch.inference_mode()` may not outside of it, where a
+    session may go on.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class EagerTorchLoop(Loop):
+    """Generation that calls the layers of the model once per token."""
+
+    def _prefill(self, *args):
+        with inference():
+            return super()._prefill(*args)
+
+    def _prefill_more(self, *args):
+        with inference():
+            return super()._prefill_more(*args)
+
+    def _step(self, *args):
+        with inference():
+            return super()._step(*args)
+
+    def _verify(self, *args):
+        with inference():
+            return super()._verify(*args)
+
+    def restore_cache(self, arrays):
+        with inference():
+            return super().restore_cache(arrays)
+
+
+class TorchLoop(EagerTorchLoop):
     """Generation that calls the layers of the model once, not once per token.
 
     The prefill runs eagerly, for prompts of any length. The model's part of a
@@ -72,16 +108,8 @@ class TorchLoop(Loop):
         return len(self._captured)
 
     def _prefill_more(self, *args):
-        with torch.no_grad(), DenseProducts():
+        with DenseProducts():
             return super()._prefill_more(*args)
-
-    def _step(self, call, generation, stop_token_ids):
-        with torch.no_grad():
-            return super()._step(call, generation, stop_token_ids)
-
-    def _verify(self, *args):
-        with torch.no_grad():
-            return super()._verify(*args)
 
     def _make_call(self, length=None):
         step = None
