@@ -14,6 +14,7 @@ from keras import ops
 from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.cache import MASKED
+from keras_nlp_cache.cache import start_at
 
 # Numbers per slot, in the keys of all rows and heads, up to which copying a
 # block costs less than reading slots that are empty.
@@ -150,7 +151,7 @@ def _attend_in_blocks(
     def block(x, axis, i):
         start, shape = [0] * 4, list(ops.shape(x))
         start[axis], shape[axis] = i * size, size
-        return ops.slice(x, start, shape)
+        return ops.slice(x, start_at(*start), shape)
 
     def body(i, largest, total, output):
         logits = attention_logits(

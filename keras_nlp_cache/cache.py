@@ -66,6 +66,16 @@ def slots(index, length):
     return ops.arange(length, dtype="int32") + ops.cast(index, "int32")
 
 
+def start_at(*indices):
+    """Where a slice starts, all indices of one dtype.
+
+    JAX wants them so. Python's are int64 to it where `jax_enable_x64` is set.
+    """
+    if keras.config.backend() != "jax":
+        return indices
+    return tuple(ops.cast(index, "int32") for index in indices)
+
+
 def causal_mask(index, length, max_length, window=None):
     """Additive mask that hides the future, and the past beyond a window.
 
@@ -185,7 +195,7 @@ def _write(slots_of_head, update, index):
     if _portable.get() and keras.config.backend() == "tensorflow":
         return _write_portably(slots_of_head, update, index)
     if keras.config.backend() != "torch":
-        return ops.slice_update(slots_of_head, (0, 0, index, 0), update)
+        return ops.slice_update(slots_of_head, start_at(0, 0, index, 0), update)
     # `ops.slice_update` reads the index back into Python on torch; an index
     # kernel leaves it on the device.
     where = ops.cast(slots(index, update.shape[2]), "int64")

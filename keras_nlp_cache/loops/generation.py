@@ -12,6 +12,7 @@ from keras_hub.samplers import Sampler
 from keras_hub.samplers import SpeculativeSampler
 
 from keras_nlp_cache.cache import owned_cache
+from keras_nlp_cache.cache import start_at
 from keras_nlp_cache.loops.speculative import verify_step
 
 # The fewest slots of a cache. Sizes are powers of two, so that texts of similar
@@ -187,14 +188,16 @@ def decode_step(sampler, call, generation, stop_token_ids):
     next_token = sampler.get_next_token(probabilities)
 
     index = index + 1
-    known = ops.slice(token_ids, (0, index), (batch, 1))[:, 0]
-    is_given = ops.slice(given, (0, index), (batch, 1))[:, 0]
+    known = ops.slice(token_ids, start_at(0, index), (batch, 1))[:, 0]
+    is_given = ops.slice(given, start_at(0, index), (batch, 1))[:, 0]
     next_token = ops.where(is_given, known, ops.cast(next_token, "int32"))
     stops = ops.any(next_token[:, None] == stop_token_ids[None], axis=1)
     done = ops.logical_or(
         done, ops.logical_and(stops, ops.logical_not(is_given))
     )
-    token_ids = ops.slice_update(token_ids, (0, index), next_token[:, None])
+    token_ids = ops.slice_update(
+        token_ids, start_at(0, index), next_token[:, None]
+    )
     return Generation(token_ids, given, done, index, cache)
 
 
@@ -415,7 +418,7 @@ class Loop:
             token_ids, _, _, index, cache = generation
             size = (ops.shape(token_ids)[0], length or 1)
             logits, _, cache = self.lm.call_with_cache(
-                ops.slice(token_ids, (0, index), size), cache, index
+                ops.slice(token_ids, start_at(0, index), size), cache, index
             )
             return logits if length else logits[:, 0], cache
 
@@ -470,7 +473,7 @@ class CompiledLoop(Loop):
             # The last chunk may overlap the one before, and writes the same.
             # What it writes past the prompt is written again before it is read.
             at = ops.minimum(start + i * chunk, slots - chunk)
-            tokens = ops.slice(token_ids, (0, at), (batch, chunk))
+            tokens = ops.slice(token_ids, start_at(0, at), (batch, chunk))
             return self.lm.read(tokens, cache, at)[1]
 
         with owned_cache():

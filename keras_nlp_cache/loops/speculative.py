@@ -10,6 +10,8 @@ sampled ones have its distribution.
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache.cache import start_at
+
 
 def verify_step(sampler, call, generation, drafted, count, limit, stops):
     """Checks guesses, and adds those that are right and one token more.
@@ -38,13 +40,13 @@ def verify_step(sampler, call, generation, drafted, count, limit, stops):
         )
     )
     first = index + 1
-    known = ops.slice(token_ids, (0, first), new)
-    is_given = ops.slice(given, (0, first), new)
+    known = ops.slice(token_ids, start_at(0, first), new)
+    is_given = ops.slice(given, start_at(0, first), new)
     chosen = ops.where(
         is_given, known, ops.reshape(ops.cast(chosen, "int32"), new)
     )
 
-    guesses = ops.slice(drafted, (0, first), (batch, count))
+    guesses = ops.slice(drafted, start_at(0, first), (batch, count))
     right = ops.logical_or(guesses == chosen[:, :count], done[:, None])
     agreed = ops.sum(ops.cumprod(ops.cast(right, "int32"), axis=1), axis=1)
     ends = ops.any(chosen[:, :, None] == stops[None, None], axis=2)
@@ -61,7 +63,7 @@ def verify_step(sampler, call, generation, drafted, count, limit, stops):
     is_gained = ops.arange(count + 1) < gained
     return generation._replace(
         token_ids=ops.slice_update(
-            token_ids, (0, first), ops.where(is_gained, chosen, known)
+            token_ids, start_at(0, first), ops.where(is_gained, chosen, known)
         ),
         done=ops.logical_or(
             done, ops.any(ops.logical_and(ends, is_gained), axis=1)
