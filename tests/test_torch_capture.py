@@ -1,6 +1,7 @@
 """What is captured on PyTorch does what was captured, with fewer operators."""
 
 import collections
+import contextlib
 
 import keras
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 
 from keras_nlp_cache.loops.torch_capture import capture
 from keras_nlp_cache.loops.torch_capture import separate_views
+from tests.families import FAMILIES
+from tests.families import random_tokens
+from tests.families import to_numpy
 
 
 def operators(module):
@@ -88,3 +92,126 @@ def test_views_of_weights_are_made_apart():
     assert {"aten.mm.default", "aten.add.Tensor"} == set(operators(module))
     weights[0] *= 2
     torch.testing.assert_close(module(*views, x), function(weights, x))
+
+
+# What a user may switch on, and what it is to be seen by.
+SETTINGS = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "another autocast": lambda: torch.autocast("cpu", dtype=torch.float16),
+    "a default dtype": lambda: default_dtype(torch.float64),
+    "deterministic": lambda: deterministic(),
+    "inference": torch.inference_mode,
+    "gradients": torch.enable_grad,
+    "no oneDNN": lambda: torch.backends.mkldnn.flags(enabled=False),
+    "a precision": lambda: precision("medium"),
+}
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def precision(name):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def keys(lm):
+    """What is in the cache after some steps of a decode loop."""
+    prompt, loop = random_tokens(1, 5), lm.generation_loop
+    generation = loop.prefill(prompt, np.ones_like(prompt), 64)
+    generation = loop.decode(generation, 12)
+    return to_numpy(generation.cache[-1][0])[:, :, :11]
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:4:2], ids=["gemma", "llama"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_seen_while_they_last(family, name):
+    """Whichever comes first, each is as in a model that knows no other."""
+    lm = family.lm_pair[0]
+
+    def fresh(setting, **kwargs):
+        lm.compile(sampler="greedy", **kwargs)
+        with setting():
+            return keys(lm)
+
+    plain = fresh(contextlib.nullcontext)
+    changed = fresh(SETTINGS[name])
+    np.testing.assert_array_equal(keys(lm), plain)
+    with SETTINGS[name]():
+        np.testing.assert_array_equal(keys(lm), changed)
+    # It is what the layers do when they are called.
+    eager = fresh(SETTINGS[name], run_eagerly=True)
+    if "autocast" in name:
+        assert np.abs(changed - plain).max() > 1e-4
+        # Before the first token that may be another one after rounding.
+        changed, eager = changed[:, :, :5], eager[:, :, :5]
+        scale = np.abs(eager).max()
+        np.testing.assert_allclose(changed, eager, atol=0.05 * scale)
+    else:
+        np.testing.assert_allclose(changed, eager, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_change_between_two_tokens(name):
+    lm = FAMILIES[3].lm_pair[0]
+    lm.compile(sampler="greedy")
+    prompt, loop = random_tokens(1, 5), lm.generation_loop
+
+    def steps(*settings):
+        generation = loop.prefill(prompt, np.ones_like(prompt), 64)
+        steps = loop.steps(generation, 12)
+        for setting in settings:
+            with setting():
+                generation = next(steps)
+        return to_numpy(generation.cache[-1][0])[0, :, 4:7]
+
+    plain, setting = contextlib.nullcontext, SETTINGS[name]
+    # One slot for each step, as if it had been the same before.
+    one, other, both = (
+        steps(*x)
+        for x in (
+            (plain, plain, plain),
+            (plain, setting, setting),
+            (plain, setting, plain),
+        )
+    )
+    np.testing.assert_array_equal(both[:, 0], one[:, 0])
+    np.testing.assert_array_equal(both[:, 1], other[:, 1])
+    if "autocast" in name:
+        assert (one[:, 1] != other[:, 1]).any()
+
+
+def test_a_session_goes_on_in_another_mode():
+    lm = FAMILIES[0].text_lm()
+    expected, session = (lm.start_session() for _ in range(2))
+    for mode in (torch.inference_mode, torch.enable_grad, torch.inference_mode):
+        expected.send("the", 3, None)
+        with mode():
+            session.send("the", 3, None)
+    stream = session.stream("the", 3, None)
+    with torch.inference_mode():
+        next(stream)
+    list(stream)
+    expected.send("the", 3, None)
+    np.testing.assert_array_equal(session.token_ids, expected.token_ids)

@@ -57,6 +57,29 @@ def inference():
         yield
 
 
+def operator_choices(device):
+    """What PyTorch was told that decides which operators a function calls.
+
+    What they do when they run, such as in which precision they multiply or
+    whether always in the same order, is not part of it. Gradients are not
+    either: see `inference()`.
+
+    Args:
+        device: `torch.device`. Where the function runs.
+    """
+    cuda = torch.backends.cuda
+    return (
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.enabled,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
+
+
 class EagerTorchLoop(Loop):
     """Generation that calls the layers of the model once per token."""
 
@@ -85,8 +108,9 @@ class TorchLoop(EagerTorchLoop):
     """Generation that calls the layers of the model once, not once per token.
 
     The prefill runs eagerly, for prompts of any length. The model's part of a
-    decode step is captured for each size of the cache. Weights are arguments of
-    what is captured, so that new ones are seen.
+    decode step is captured for each size of the cache, and again where PyTorch
+    would choose other operators, as in `torch.autocast`. Weights are arguments
+    of what is captured, so that new ones are seen.
 
     On a GPU the operators of a step are recorded and launched as one. With
     `jit_compile=True`, what was captured is compiled by Inductor, which needs a
@@ -112,13 +136,15 @@ class TorchLoop(EagerTorchLoop):
             return super()._prefill_more(*args)
 
     def _make_call(self, length=None):
-        step = None
+        step = bound_for = None
 
         def call(generation):
-            nonlocal step
+            nonlocal step, bound_for
             token_ids, _, _, index, cache = generation
-            if step is None:
+            choices = operator_choices(token_ids.device)
+            if choices != bound_for:
                 step = self._bind(token_ids[:, : length or 1], cache)
+                bound_for = choices
             now = token_ids[:, index : index + (length or 1)]
             logits = step(now, index)
             return logits if length else logits[:, 0], cache
@@ -142,15 +168,18 @@ class TorchLoop(EagerTorchLoop):
             nonlocal step, on_gpu
             token.copy_(new_token)
             slot.fill_(index)
-            if on_gpu:
-                # Not before: it runs the step, which writes into the cache.
-                step, on_gpu = record(step), False
-            return step()
+            # What autocasting does was captured.
+            with torch.autocast(token.device.type, enabled=False):
+                if on_gpu:
+                    # Not before: it runs the step, which writes into the cache.
+                    step, on_gpu = record(step), False
+                return step()
 
         return bound_step
 
     def _captured_step(self, weights, token_ids, cache, index):
-        key = *token_ids.shape, cache[0][0].shape[2]
+        choices = operator_choices(token_ids.device)
+        key = *token_ids.shape, cache[0][0].shape[2], choices
         with self._capturing:
             if key not in self._captured:
                 module = capture(self._logits, weights, token_ids, cache, index)

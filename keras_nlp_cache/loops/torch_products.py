@@ -33,6 +33,8 @@ def dense_product(x, matrix):
         and x.dtype == matrix.dtype == torch.float32
         and x.ndim > 1
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
     ):
         return torch.ops.mkldnn._linear_pointwise(
             x.contiguous(), matrix.t(), None, "none", [], ""
