@@ -16,6 +16,8 @@ import keras
 import keras_hub
 from keras import tree
 from keras.src.models.functional import Functional
+from keras.src.ops.function import make_node_key
+from keras.src.ops.node import KerasHistory
 from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
@@ -23,10 +25,8 @@ from keras_nlp_cache import saved_graph
 from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache.cached_graph import CachedGraph
 from keras_nlp_cache.cached_graph import plain_python
-from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.preset_loader import preset_loader
-from keras_nlp_cache.replaying import constant
 from keras_nlp_cache.replaying import dense
 from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.sharing import attributes
@@ -139,25 +139,12 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         for i, layer in enumerate(graph.operations):
             if isinstance(layer, keras.layers.Layer):
                 self._constructed[layer] = i
-        # A layer's first node tells Keras what its outputs are, so the nodes
-        # of the graph that is replaced have to go.
-        for operation in graph.operations:
-            operation._inbound_nodes.clear()
-            operation._outbound_nodes.clear()
-        takes_positions = [getattr(self, x) for x in self.position_layers]
-
-        def call(operation, *args, **kwargs):
-            if operation in takes_positions:
-                kwargs["positions"] = wiring.positions
-            args, kwargs = tree.map_structure(constant, (args, kwargs))
-            return operation(*args, **kwargs)
-
-        with replaying(Wiring(self.blocks[0].dtype_policy)) as wiring:
-            hidden_states = graph._run_through_graph(
-                [wiring.inputs[tensor.name] for tensor in graph.inputs],
-                operation_fn=lambda op: functools.partial(call, op),
-            )
+        wiring = Wiring(self.blocks[0].dtype_policy, graph)
+        hidden_states = wiring.thread(
+            [getattr(self, x) for x in self.position_layers]
+        )
         self._set_graph(wiring, hidden_states, taps={}, **kwargs)
+        self._output_without_cache = outputs
 
     def _set_graph(self, wiring, hidden_states, taps, **kwargs):
         """Makes a wired graph the one that the model is made of."""
@@ -166,7 +153,6 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         self._positions = wiring.positions
         # Losses and metrics see the hidden states alone.
         self.output_names = self.output_names[:1]
-        self._output_without_cache = None
 
     @property
     def blocks(self):
@@ -262,6 +248,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 value = replaced[id(value)]
                 new._replaced_attributes |= {name}
             setattr(new, name, value)
+        new._call_without_cache_first()
         setattr(new, self.blocks_name, list(wiring.blocks))
         new._edited = True
         if hasattr(new, "_lora_enabled_layers"):
@@ -274,6 +261,29 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 if getattr(layer, "lora_enabled", False)
             ]
         return new
+
+    def _call_without_cache_first(self):
+        """Calls the layers without a cache, on `input`.
+
+        Of layers that only this graph has, it becomes the first call, the one
+        that Keras means by `layer.output`. Layers of the backbone that was
+        edited keep theirs, which belongs to that backbone.
+        """
+        nodes = {x for nodes in self._nodes_by_depth.values() for x in nodes}
+        with replaying(None):
+            self._output_without_cache = self._without_cache(self.input)
+        for operation in self._operations:
+            calls = operation._inbound_nodes
+            if calls[0] not in nodes:
+                continue
+            calls.sort(key=lambda node: node in nodes)
+            for i, node in enumerate(calls):
+                for j, x in enumerate(node.outputs):
+                    x._keras_history = KerasHistory(operation, i, j)
+        self._nodes = {
+            make_node_key(x.operation, x.operation._inbound_nodes.index(x))
+            for x in nodes
+        }
 
     def _without_cache(self, inputs, call=lambda operation: operation):
         """Replays the graph symbolically with no cache in it, as upstream's.
@@ -309,17 +319,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 inputs,
                 lambda op: functools.partial(call_fn, operation_fn(op)),
             )
-        if call_fn is None:
-            return super()._run_through_graph(inputs, operation_fn)
-
-        def call(operation, *args, **kwargs):
-            # Keras looks up how many outputs a layer has in its first call,
-            # which for a block may have been one without a cache.
-            if isinstance(operation, DecoderBlock):
-                return [None] * (3 + len(operation.tapped_parts))
-            return call_fn(operation, *args, **kwargs)
-
-        return super()._run_through_graph(inputs, call_fn=call)
+        return super()._run_through_graph(inputs, operation_fn, call_fn)
 
     # === Calling it ===
 
@@ -347,8 +347,6 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
     @property
     def output(self):
         """The symbolic hidden states that follow from `input` alone."""
-        if self._output_without_cache is None:
-            self._output_without_cache = self._without_cache(self.input)
         return self._output_without_cache
 
     def export(

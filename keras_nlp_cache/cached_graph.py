@@ -33,6 +33,28 @@ def floating_dtype(name, dtype):
     return dtype
 
 
+class CallWithCache(keras.layers.Layer):
+    """A symbolic call of a model with a cache, in a graph of a user's.
+
+    Keras takes the number of a call's outputs from `layer.output`. That of the
+    model is its hidden states alone, that of this layer is what the call
+    returns.
+
+    Args:
+        model: A model that is a `CachedGraph`.
+    """
+
+    def __init__(self, model):
+        super().__init__(name=f"{model.name}_with_cache", autocast=False)
+        self.model = model
+
+    def call(self, inputs, training=None):
+        return self.model(inputs, training=training)
+
+    def compute_output_spec(self, inputs, training=None):
+        return self.model.compute_output_spec(inputs)
+
+
 class CachedGraph:
     """Mixin for a functional model whose graph a `Wiring` made.
 
@@ -113,11 +135,8 @@ class CachedGraph:
     @plain_python
     def __call__(self, inputs, *args, **kwargs):
         inputs = self._normalize(inputs)
-        # A symbolic call with several outputs is spelled out rather than
-        # recorded as one call of the model: `output`, which Keras consults for
-        # their number, has the hidden states alone.
         if isinstance(inputs["cache"][0][0], keras.KerasTensor):
-            return self.call(inputs, *args, **kwargs)
+            return CallWithCache(self)(inputs, *args, **kwargs)
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs, training=None, mask=None, **kwargs):
@@ -154,6 +173,32 @@ class CachedGraph:
             *tree.map_structure(spec, further),
         )
 
+    def _run_through_graph(
+        self, inputs, operation_fn=lambda op: op, call_fn=None
+    ):
+        # Keras' own runs on what `inputs` lists, and takes the number of a
+        # call's outputs from the first call of a layer, which for a block is
+        # one without a cache.
+        values = dict(zip(map(id, self._inputs), tree.flatten(inputs)))
+        for depth in sorted(self._nodes_by_depth, reverse=True):
+            for node in self._nodes_by_depth[depth]:
+                if any(id(x) not in values for x in node.input_tensors):
+                    continue
+                if node.is_input:
+                    continue
+                outputs = node.outputs
+                if call_fn is None:
+                    args, kwargs = node.arguments.fill_in(values)
+                    outputs = operation_fn(node.operation)(*args, **kwargs)
+                values.update(zip(map(id, node.outputs), tree.flatten(outputs)))
+        if any(id(x) not in values for x in self._outputs):
+            raise ValueError(
+                "Expected all outputs of the graph to be computed from its "
+                f"inputs, {[x.name for x in self._inputs]}. Received outputs "
+                "that depend on the inputs of another graph."
+            )
+        return tree.map_structure(lambda x: values[id(x)], self._outputs_struct)
+
     def _standardize_inputs(self, inputs):
         # Keras would cast each input to the dtype that the graph declares,
         # and with it a cache made in another dtype on request.
@@ -166,3 +211,8 @@ class CachedGraph:
             name: self._inputs_struct[name]
             for name in ("token_ids", "padding_mask")
         }
+
+    @property
+    def inputs(self):
+        """`input`, in a list."""
+        return tree.flatten(self.input)

@@ -8,8 +8,6 @@ import contextlib
 import contextvars
 
 import keras
-import numpy as np
-from keras import ops
 
 _active = contextvars.ContextVar("keras_nlp_cache_wiring", default=None)
 
@@ -19,7 +17,7 @@ def replaying(wiring):
     """In this scope, blocks called on symbolic tensors get caches.
 
     Args:
-        wiring: The `Wiring` that makes them.
+        wiring: The `Wiring` that makes them, or `None` for them to get none.
     """
     token = _active.set(wiring)
     try:
@@ -41,14 +39,4 @@ def dense(x):
     """
     if isinstance(x, keras.KerasTensor):
         x._sparse = False
-    return x
-
-
-def constant(x):
-    """Makes an array of a tensor that upstream computed for a graph.
-
-    Exported through TensorFlow, the tensor would become one more input.
-    """
-    if keras.config.backend() == "tensorflow" and ops.is_tensor(x):
-        return np.asarray(x.numpy())
     return x

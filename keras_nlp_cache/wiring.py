@@ -5,12 +5,28 @@ one more pair of inputs, and the graph one more pair of outputs. Who builds the
 graph sees blocks that take hidden states and return hidden states.
 """
 
+import functools
+
 import keras
+import numpy as np
+from keras import ops
+from keras import tree
 
 from keras_nlp_cache.cache import LayerCache
+from keras_nlp_cache.cached_block import CachedBlock
 from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.step import AttentionMask
 from keras_nlp_cache.step import Positions
+
+
+def constant(x):
+    """Makes an array of a tensor that was computed for a graph.
+
+    Exported through TensorFlow, the tensor would become one more input.
+    """
+    if keras.config.backend() == "tensorflow" and ops.is_tensor(x):
+        return np.asarray(x.numpy())
+    return x
 
 
 class Wiring:
@@ -18,6 +34,8 @@ class Wiring:
 
     Args:
         dtype: Dtype policy of the layers that it adds to the graph.
+        graph: Optional `keras.Function`, a graph without a cache whose inputs
+            to take. Defaults to new ones.
 
     Attributes:
         inputs: Dictionary of the symbolic inputs, but for the caches.
@@ -27,8 +45,9 @@ class Wiring:
             that was called twice stands there twice.
     """
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, graph=None):
         self._dtype = dtype
+        self._graph = graph
         self._caches = []
         self._updated = []
         self._mask = None
@@ -51,11 +70,42 @@ class Wiring:
                 (None, None), dtype="bool", name="attention_mask", optional=True
             ),
         }
+        if graph is not None:
+            given = {x.name: x for x in graph.inputs}
+            given["padding_mask"]._keras_history.operation.optional = True
+            self.inputs.update(given)
         self.positions = Positions(dtype=dtype, name="positions")(
             self.inputs["token_ids"],
             index=self.inputs["cache_update_index"],
             token_positions=self.inputs["token_positions"],
             attention_mask=self.inputs["attention_mask"],
+        )
+
+    def thread(self, takes_positions=()):
+        """Threads caches through the graph that the inputs are of.
+
+        The layers are called once more. What they are called with and return
+        without a cache stays their first call, which is the one that Keras
+        means by `layer.output`.
+
+        Args:
+            takes_positions: Layers that take `positions`.
+
+        Returns:
+            The symbolic hidden states.
+        """
+
+        def call(operation, *args, **kwargs):
+            args, kwargs = tree.map_structure(constant, (args, kwargs))
+            if operation in takes_positions:
+                kwargs["positions"] = self.positions
+            if isinstance(operation, CachedBlock):
+                return self.call_block(operation, args, kwargs)
+            return operation(*args, **kwargs)
+
+        return self._graph._run_through_graph(
+            self._graph.inputs,
+            operation_fn=lambda operation: functools.partial(call, operation),
         )
 
     def call_block(self, block, args, kwargs):

@@ -29,10 +29,19 @@ OPTIONAL = {
 @every_family
 def test_optional_inputs_are_inputs_of_the_graph(family):
     backbone, upstream = family.pair
-    assert {x.name for x in backbone.inputs} == OPTIONAL | set(INPUTS)
+    names = {
+        x.name
+        for x in backbone.operations
+        if isinstance(x, keras.layers.InputLayer)
+    }
+    assert names == OPTIONAL | set(INPUTS)
+    # What models are built on is upstream's.
     assert set(backbone.input) == set(INPUTS) == set(upstream.input)
+    assert [x.name for x in backbone.inputs] == [
+        x.name for x in upstream.inputs
+    ]
     # They reach the blocks along the graph, not past it.
-    consumers = {x.name: set() for x in backbone.inputs}
+    consumers = {name: set() for name in names}
     for operation in backbone.operations:
         for node in operation._inbound_nodes:
             for x in node.input_tensors:
@@ -89,6 +98,45 @@ def test_extended_as_a_functional_model(family):
     theirs = keras.Model(upstream.input, head(upstream.output))
     np.testing.assert_allclose(
         to_numpy(ours(INPUTS)), to_numpy(theirs(INPUTS)), atol=1e-6
+    )
+
+
+def features(backbone, inputs):
+    """A model of the inputs and outputs of all layers that upstream has."""
+    layers = [
+        layer
+        for layer in backbone.layers
+        if {layer.name} - OPTIONAL - set(INPUTS) - {"positions", "mask"}
+    ]
+    return keras.Model(
+        inputs,
+        {layer.name: [layer.input, layer.output] for layer in layers},
+    )
+
+
+@every_family
+def test_activations_as_of_a_functional_model(family):
+    """What tutorials do: build on the `output` of a layer inside."""
+    backbone, upstream = family.pair
+    ours = features(backbone, backbone.input)(INPUTS)
+    theirs = features(upstream, upstream.input)(INPUTS)
+    listed = [INPUTS[x.name] for x in upstream.inputs]
+    assert len(ours) == len(upstream.layers) - len(INPUTS)
+    for other in (theirs, features(backbone, backbone.inputs)(listed)):
+        tree.map_structure(
+            lambda x, y: np.testing.assert_allclose(
+                to_numpy(x), to_numpy(y), atol=1e-6
+            ),
+            ours,
+            other,
+        )
+    # A model of a part of the graph, from activations on.
+    first, last = backbone.get_layer(index=-2), upstream.layers[-1]
+    head = keras.Model(first.output, backbone.output)
+    np.testing.assert_allclose(
+        to_numpy(head(theirs[first.name][1])),
+        to_numpy(theirs[last.name][1]),
+        atol=1e-6,
     )
 
 

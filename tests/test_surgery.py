@@ -199,6 +199,41 @@ def test_taps_symbolically(family):
 
 
 @every_family
+def test_activations_as_of_a_functional_model(family):
+    """`layer.output` belongs to the model in which the layer was new."""
+
+    def run(inputs, outputs):
+        model = keras.Model(inputs, outputs)
+        return {name: to_numpy(x) for name, x in model(PROMPTS).items()}
+
+    model = original(family).backbone
+    block = model.blocks[1]
+    before = run(model.input, {"x": block.output})["x"]
+    edited = surgery.insert_after(
+        model, 0, keras.layers.Rescaling(0.5, name="half")
+    )
+    _, taps = surgery.tap(edited, "*")(PROMPTS)
+    expected = {name: to_numpy(x) for name, x in taps.items()}
+    half = edited.get_layer("half").output
+    for inputs in (edited.input, edited.inputs):
+        x = run(inputs, {"half": half, "output": edited.output})
+        assert_close(x["half"], expected["half"])
+        assert_close(x["output"], full_forward(edited, **PROMPTS))
+    # Of a layer that is in both it stays what it was, and is never mistaken.
+    assert edited.get_layer(block.name) is block
+    assert_close(run(model.input, {"x": block.output})["x"], before)
+    for inputs, output in ((edited.input, block.output), (model.input, half)):
+        with pytest.raises(ValueError, match='"token_ids" is used 2 times'):
+            keras.Model(inputs, output)
+    # Where there is but the edited model, all layers are its own.
+    loaded = type(edited).from_config(edited.get_config())
+    loaded.set_weights(edited.get_weights())
+    outputs = {x: loaded.get_layer(x).output for x in expected}
+    for name, x in run(loaded.input, outputs).items():
+        assert_close(x, expected[name])
+
+
+@every_family
 def test_replaced_layers_are_attributes(family):
     """What turns hidden states into logits follows the embedding."""
     lm = original(family)

@@ -237,6 +237,11 @@ def tap(model, where):
     of sites to tensors. A tap shows what the next layer gets to see, so what
     is later inserted after a tapped layer shows in its tap.
 
+    `keras.Model(backbone.input, layer.output)` shows the same of a backbone
+    that was not edited. Of one that was, it can take layers that the edit
+    inserted, and refuses those that are the original's too, whose `output` is
+    what they return there.
+
     Args:
         model: A backbone or a `CausalLM` of this package. It is left as it is.
             Of a `CausalLM`, the `backbone` returns the taps; the task itself
