@@ -251,7 +251,8 @@ class AttendsThroughCache:
             key and value are `(B, T, key_value_heads, head_dim)`.
         scale: float. Multiplies the attention logits.
         soft_cap: Optional float. See `attend()`.
-        window: Optional int. How many slots a query sees, its own included.
+        window: Optional int. How many positions a query sees, its own
+            included.
         weights_dropout: Optional callable, applied to the attention weights.
         merge_heads: Method from `(B, T, query_heads, head_dim)` to
             `(B, T, hidden_dim)`.
@@ -275,7 +276,7 @@ class AttendsThroughCache:
         """
         length = ops.shape(x)[1]
         if not isinstance(cache, LayerCache):
-            cache = LayerCache.of_pair(cache, index, length)
+            cache = LayerCache.of_pair(cache, index, length, self.window)
         query, key, value = self.project(x, cache.positions)
         remembered = cache.update(
             ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
@@ -284,7 +285,7 @@ class AttendsThroughCache:
             query=query,
             key=remembered.key,
             value=remembered.value,
-            mask=cache.windowed_mask(self.window),
+            mask=cache.mask,
             scale=self.scale,
             soft_cap=self.soft_cap,
             dropout=self.weights_dropout,

@@ -144,7 +144,7 @@ class CachedAttention(Rematerializable, AttendsThroughCache):
     def _attend_to_all(self, x, attention_mask):
         length = ops.shape(x)[1]
         return self.attend_through(
-            x, LayerCache.without_memory(attention_mask, length)
+            x, LayerCache.without_memory(attention_mask, length, self.window)
         )
 
     def attention_function(self, cache, length):

@@ -81,7 +81,10 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             - `"cache_update_index"`: int scalar, the slot of the first token.
               Goes with `"cache"`.
             - `"token_positions"`: int, `(B, T)`. Where each token stands in
-              the text. Defaults to its slot.
+              the text. Defaults to its slot. A sliding window counts them. A
+              cache does not remember them: tokens of earlier calls are taken
+              to stand right before the first token of this call, with no gap
+              between them and no position for padding (see `padding_mask`).
             - `"attention_mask"`: `(B, T, S)`, bool or int with 0 where a
               token may not attend, or floating and added to the logits.
 

@@ -96,6 +96,44 @@ def causal_mask(index, length, max_length, window=None):
     return additive(seen)
 
 
+def slot_positions(positions, padding_mask, index, max_length):
+    """Where the tokens in a cache stand in the text.
+
+    A cache does not remember it. The tokens of a call stand where the caller
+    says. Those of earlier calls are taken to stand one after the other, right
+    before the first token of this call that is no padding.
+
+    Args:
+        positions: int32 tensor `(B, T)`, the positions of this call's tokens.
+        padding_mask: Optional tensor `(B, S)`, 0 for padding, which takes up
+            slots but no positions.
+        index: int scalar. The slot of the first of the tokens.
+        max_length: int. The number of slots, `S`.
+
+    Returns:
+        An int32 tensor `(B, S)`.
+    """
+    length = ops.shape(positions)[1]
+    everywhere = slots(0, max_length)
+    if padding_mask is None:
+        before, offset = everywhere[None, :], positions[:, :1] - index
+    else:
+        real = ops.cast(ops.not_equal(padding_mask, 0), "int32")
+        before = ops.cumsum(real, axis=1) - real
+        written = slots(index, length)
+        offset = positions - ops.take(before, written, axis=1)
+        first = ops.argmax(
+            ops.take(real, written, axis=1), axis=1, keepdims=True
+        )
+        offset = ops.take_along_axis(offset, first, axis=1)
+    call = ops.clip(everywhere - index, 0, length - 1)
+    return ops.where(
+        (everywhere < index)[None, :],
+        before + offset,
+        ops.take(positions, call, axis=1),
+    )
+
+
 def additive(seen):
     """Turns a boolean mask (`True` where attended) into an additive one."""
     return ops.where(
@@ -118,7 +156,8 @@ class LayerCache(typing.NamedTuple):
         index: int32 scalar. The slot at which this call starts to write.
         positions: int32 tensor `(B or 1, T)`. Where each token stands in the
             text, for rotary and learned position embeddings.
-        mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits.
+        mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits. If the
+            block has a window, the mask hides what is beyond it.
     """
 
     key: typing.Any = None
@@ -132,7 +171,7 @@ class LayerCache(typing.NamedTuple):
         return self.mask is not None
 
     @classmethod
-    def of_pair(cls, pair, index, length):
+    def of_pair(cls, pair, index, length, window=None):
         """Completes a bare `(key, value)` pair for a block called by hand."""
         if index is None:
             raise ValueError(
@@ -146,21 +185,24 @@ class LayerCache(typing.NamedTuple):
             value=value,
             index=index,
             positions=slots(index, length)[None, :],
-            mask=causal_mask(index, length, ops.shape(key)[2])[None, None],
+            mask=causal_mask(index, length, ops.shape(key)[2], window)[
+                None, None
+            ],
         )
 
     @classmethod
-    def without_memory(cls, attention_mask, length):
+    def without_memory(cls, attention_mask, length, window=None):
         """What a block needs that sees all of a text at once.
 
         Args:
             attention_mask: Tensor `(B, T, T)`, 0 where not attended.
             length: int, `T`.
+            window: Optional int. See `causal_mask()`.
         """
-        return cls(
-            positions=slots(0, length)[None, :],
-            mask=additive(attention_mask)[:, None],
-        )
+        mask = additive(attention_mask)[:, None]
+        if window is not None:
+            mask = mask + causal_mask(0, length, length, window)
+        return cls(positions=slots(0, length)[None, :], mask=mask)
 
     def update(self, key, value):
         """Remembers the keys and values of this call's tokens.
@@ -180,14 +222,6 @@ class LayerCache(typing.NamedTuple):
             key=_write(self.key, key, self.index),
             value=_write(self.value, value, self.index),
         )
-
-    def windowed_mask(self, window):
-        """The mask of a block that sees the last `window` slots only."""
-        if window is None:
-            return self.mask
-        length, max_length = ops.shape(self.mask)[2:]
-        index = 0 if self.index is None else self.index
-        return self.mask + causal_mask(index, length, max_length, window)
 
 
 def _write(slots_of_head, update, index):

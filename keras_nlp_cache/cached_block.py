@@ -36,6 +36,11 @@ class CachedBlock:
         """`(key_value_heads, head_dim)` of the keys and of the values."""
         return getattr(self, self.attention_name).key_value_shape
 
+    @property
+    def window(self):
+        """How many positions a query sees, `None` for all before it."""
+        return getattr(self, self.attention_name).window
+
     def __call__(self, *args, **kwargs):
         # Keras casts all float arguments to the compute dtype. Hidden states
         # should be, a cache should not: it may have been made in another

@@ -12,6 +12,7 @@ from keras import ops
 from keras_nlp_cache.cache import additive
 from keras_nlp_cache.cache import causal_mask
 from keras_nlp_cache.cache import MASKED
+from keras_nlp_cache.cache import slot_positions
 from keras_nlp_cache.cache import slots
 
 
@@ -63,6 +64,11 @@ class Positions(Weightless):
 class AttentionMask(Weightless):
     """What each token may attend to.
 
+    Args:
+        window: Optional int. A token sees those that stand less than so many
+            positions before it. Positions are slots, unless others are given:
+            then those of `slot_positions()`.
+
     Call arguments:
         positions: What `Positions` returned.
         padding_mask: Optional tensor, 0 for padding: `(B, S)` with a cache,
@@ -73,11 +79,16 @@ class AttentionMask(Weightless):
         attention_mask: Optional tensor `(B, T, S)`. Boolean or integer, 0
             where a query may not attend; or floating, added to the logits. It
             can hide more than the causal mask does, never less.
+        token_positions: Optional int tensor `(B, T)`, for a window.
 
     Returns:
         float32, `(B or 1, 1, T, S)`, to be added to the attention logits.
         `None` if there are no positions.
     """
+
+    def __init__(self, window=None, **kwargs):
+        super().__init__(**kwargs)
+        self.window = window
 
     def call(
         self,
@@ -86,13 +97,23 @@ class AttentionMask(Weightless):
         key=None,
         index=None,
         attention_mask=None,
+        token_positions=None,
     ):
         if positions is None:
             return None
         length = ops.shape(positions)[1]
         max_length = length if key is None else ops.shape(key)[2]
         index = 0 if index is None else index
-        mask = causal_mask(index, length, max_length)[None, None]
+        window = self.window if token_positions is None else None
+        mask = causal_mask(index, length, max_length, window)[None, None]
+        if self.window is not None and token_positions is not None:
+            keys = positions
+            if key is not None:
+                keys = slot_positions(
+                    positions, padding_mask, index, max_length
+                )
+            distance = positions[:, :, None] - keys[:, None, :]
+            mask = mask + additive(distance < self.window)[:, None]
         if padding_mask is not None:
             mask = mask + additive(padding_mask)[:, None, None, :]
         if attention_mask is not None:
@@ -110,9 +131,10 @@ class AttentionMask(Weightless):
         key=None,
         index=None,
         attention_mask=None,
+        token_positions=None,
     ):
         length = positions.shape[1]
         max_length = length if key is None else key.shape[2]
-        shared = padding_mask is None and attention_mask is None
-        batch = 1 if shared else None
+        given = (padding_mask, attention_mask, token_positions)
+        batch = 1 if all(x is None for x in given) else None
         return keras.KerasTensor((batch, 1, length, max_length))

@@ -50,7 +50,7 @@ class Wiring:
         self._graph = graph
         self._caches = []
         self._updated = []
-        self._mask = None
+        self._masks = {}
         self.blocks = []
         self.inputs = {
             "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
@@ -144,22 +144,33 @@ class Wiring:
             )
             for name in ("key", "value")
         )
-        if self._mask is None:
-            self._mask = AttentionMask(dtype=self._dtype, name="mask")(
-                self.positions,
-                padding_mask=self.inputs["padding_mask"],
-                key=key,
-                index=self.inputs["cache_update_index"],
-                attention_mask=self.inputs["attention_mask"],
-            )
         self._caches.append((key, value))
         return LayerCache(
             key=key,
             value=value,
             index=self.inputs["cache_update_index"],
             positions=self.positions,
-            mask=self._mask,
+            mask=self._mask(block.window),
         )
+
+    def _mask(self, window):
+        """The mask of all blocks that have a window of this size, or none."""
+        if window not in self._masks:
+            name, positions = "mask", None
+            if window is not None:
+                name = f"mask_of_window_{window}"
+                positions = self.inputs["token_positions"]
+            self._masks[window] = AttentionMask(
+                window, dtype=self._dtype, name=name
+            )(
+                self.positions,
+                padding_mask=self.inputs["padding_mask"],
+                key=self._caches[0][0],
+                index=self.inputs["cache_update_index"],
+                attention_mask=self.inputs["attention_mask"],
+                token_positions=positions,
+            )
+        return self._masks[window]
 
     def graph(self, hidden_states, *further):
         """The inputs and outputs of the wired graph.

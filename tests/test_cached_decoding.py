@@ -101,30 +101,48 @@ def test_padding(family, sizes, lengths):
 
 @every_family
 @property_test
-@given(sizes=splits(), pad=st.sampled_from([0, 1, 4]), seed=st.integers(0, 99))
-def test_left_padding_by_positions(family, sizes, pad, seed):
-    """Left-padded rows decode as if there were no padding before them."""
+@given(
+    sizes=st.none() | splits(),
+    place=st.integers(0, LENGTH - 5),
+    pad=st.sampled_from([1, 4]),
+    start=st.sampled_from([0, 7]),
+    seed=st.integers(0, 99),
+)
+def test_padding_by_positions(family, sizes, place, pad, start, seed):
+    """Padded on the left or inside, rows are as if there were no padding.
+
+    With a cache and without one (`sizes=None`), wherever the text starts.
+    """
     token_ids = random_tokens(2, LENGTH, seed)
-    slots = np.arange(LENGTH)
-    mask = np.stack([slots >= 0, slots >= pad]).astype("int32")
-    positions = np.stack([slots, np.maximum(slots - pad, 0)]).astype("int32")
-    output = decode(
-        family.pair[0],
-        token_ids,
-        sizes,
-        padding_mask=mask,
-        token_positions=positions,
-    )
-    row = token_ids[1:, pad:]
-    np.testing.assert_allclose(
-        output[1:, pad:], upstream_full(family, row), atol=ATOL, rtol=ATOL
-    )
-    np.testing.assert_allclose(
-        output[:1],
-        upstream_full(family, token_ids[:1]),
-        atol=ATOL,
-        rtol=ATOL,
-    )
+    mask = np.ones_like(token_ids)
+    mask[1, place : place + pad] = 0
+    inputs = {
+        "padding_mask": mask,
+        "token_positions": start + np.cumsum(mask, axis=1) - mask,
+    }
+    if sizes is None:
+        call = compiled(family.pair[0])
+        output = to_numpy(call({"token_ids": token_ids, **inputs}))
+    else:
+        output = decode(family.pair[0], token_ids, sizes, **inputs)
+    for row in range(2):
+        real = np.flatnonzero(mask[row])
+        alone = compiled(family.pair[0])(
+            {
+                "token_ids": token_ids[row : row + 1, real],
+                "token_positions": start + np.arange(len(real))[None, :],
+            }
+        )
+        np.testing.assert_allclose(
+            output[row : row + 1, real], to_numpy(alone), atol=ATOL, rtol=ATOL
+        )
+        if start == 0:
+            np.testing.assert_allclose(
+                to_numpy(alone),
+                upstream_full(family, token_ids[row : row + 1, real]),
+                atol=ATOL,
+                rtol=ATOL,
+            )
 
 
 @every_family
@@ -139,6 +157,9 @@ def test_positions_and_attention_mask(family, sizes, seed, kind):
     rng = np.random.default_rng(seed)
     token_ids = random_tokens(2, LENGTH, seed)
     positions = np.sort(rng.integers(0, 30, (2, LENGTH)), axis=-1)
+    if "sliding_window_size" in dict(family.config):
+        # A cache does not remember gaps, and a window counts them.
+        positions = positions[:, :1] + np.arange(LENGTH)
     seen = rng.random((2, LENGTH, LENGTH)) < 0.7
     seen |= np.eye(LENGTH, dtype=bool)
     mask = seen.astype(kind)
