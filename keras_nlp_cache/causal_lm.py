@@ -27,6 +27,7 @@ from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.loops.generation import supports
 from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.quantization import layer_structure
+from keras_nlp_cache.quantization import leaving_out
 from keras_nlp_cache.session import Session
 
 # How many tokens a draft model guesses at a time.
@@ -540,6 +541,14 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         """
         self.backbone.refuse_edits("Transformers")
         super().export_to_transformers(path)
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes the weights, as `keras.Model.quantize()` does."""
+        if isinstance(self.preprocessor, keras.layers.Layer):
+            # Keras would go through these, too, and refuse a tokenizer, which
+            # is not built.
+            filters = leaving_out(self.preprocessor, filters)
+        super().quantize(mode, config=config, filters=filters, **kwargs)
 
     def get_quantization_layer_structure(self, mode):
         """What GPTQ and AWQ quantize, in which order. See `quantize()`."""

@@ -1,10 +1,12 @@
-"""How GPTQ and AWQ see a backbone: what comes first, then one block at a time.
+"""What of a task is quantized, and in which order.
 
+GPTQ and AWQ see a backbone as what comes first, and then one block at a time.
 They quantize one block after the other, each with the activations that the
 blocks before it, already quantized, produce.
 """
 
 import numpy as np
+from keras.src.quantizers.utils import should_quantize_layer
 
 
 class _Stop(Exception):
@@ -12,6 +14,20 @@ class _Stop(Exception):
 
     def __init__(self, x):
         self.x = x
+
+
+def leaving_out(layer, filters):
+    """Filters for `keras.Model.quantize()` that let no part of a layer pass.
+
+    Args:
+        layer: A layer. It and all in it are left out.
+        filters: What else to filter by, in any way that Keras knows.
+    """
+    known = (type(None), str, list, tuple)
+    if not isinstance(filters, known) and not callable(filters):
+        return filters  # For Keras to refuse.
+    outside = {id(x) for x in layer._flatten_layers()}
+    return lambda x: id(x) not in outside and should_quantize_layer(x, filters)
 
 
 def layer_structure(backbone):

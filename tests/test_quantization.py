@@ -37,14 +37,14 @@ class Numbers:
     __call__ = tokenize
 
 
-def calibrated(mode):
+def calibrated(mode, vocabulary_size):
     config = {
         "gptq": keras.quantizers.GPTQConfig,
         "awq": keras.quantizers.AWQConfig,
     }[mode]
     rng = np.random.default_rng(0)
     return config(
-        dataset=[" ".join(map(str, rng.integers(1, 100, 64)))],
+        dataset=[" ".join(map(str, rng.integers(1, vocabulary_size, 64)))],
         tokenizer=Numbers(),
         num_samples=1,
         sequence_length=8,
@@ -55,7 +55,8 @@ def calibrated(mode):
 
 def quantize(lm, mode):
     if mode in ("gptq", "awq"):
-        lm.quantize(mode, config=calibrated(mode))
+        size = lm.backbone.token_embedding.input_dim
+        lm.quantize(mode, config=calibrated(mode, size))
     else:
         lm.quantize(mode)
     return lm
@@ -118,6 +119,62 @@ def test_as_upstream(family, mode):
     kept = PROMPTS["padding_mask"].astype(bool)
     np.testing.assert_array_equal(second[kept], PROMPTS["token_ids"][kept])
     np.testing.assert_array_equal(second, greedy(upstream))
+
+
+def text_lm(family):
+    """A task with a preprocessor that was not called yet."""
+    preprocessor = family.preprocessor()
+    size = preprocessor.tokenizer.vocabulary_size()
+    known = dict(family.config)
+    config = {x: NARROW[x] for x in NARROW if x in known}
+    backbone = family.backbone(**config, vocabulary_size=size)
+    return family.ours("CausalLM")(backbone, preprocessor)
+
+
+def generated(lm):
+    lm.compile(sampler="greedy")
+    return lm.generate("the fox", max_length=12)
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [(family, "int8") for family in FAMILIES]
+    + [(FAMILIES[3], mode) for mode in MODES[1:]],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_with_a_preprocessor(family, mode, tmp_path):
+    lm = text_lm(family)
+    backbone = family.ours("Backbone").from_config(lm.backbone.get_config())
+    backbone.set_weights(lm.backbone.get_weights())
+    alone = family.ours("CausalLM")(backbone, None)
+    for model in (lm, alone):
+        quantize(model, mode)
+    tokens = {"token_ids": TOKENS % lm.backbone.token_embedding.input_dim}
+    np.testing.assert_allclose(
+        to_numpy(lm.backbone(tokens)),
+        to_numpy(alone.backbone(tokens)),
+        atol=1e-6,
+    )
+    text = generated(lm)
+    assert text.startswith("the fox")
+    lm.save(tmp_path / "lm.keras")
+    assert generated(keras.saving.load_model(tmp_path / "lm.keras")) == text
+
+
+def test_filters_with_a_preprocessor():
+    """Whatever Keras takes, as a filter or as a configuration."""
+    config = keras.quantizers.Int8QuantizationConfig()
+    for filters in ("gate", ["gate"], lambda layer: "gate" in layer.name):
+        lm = text_lm(FAMILIES[3])
+        lm.quantize(config=config, filters=filters)
+        modes = {
+            layer.name: layer.quantization_mode
+            for layer in lm.backbone._flatten_layers()
+            if getattr(layer, "quantization_mode", None)
+        }
+        assert modes == {"feedforward_gate_dense": "int8"}
+    with pytest.raises(ValueError, match="`filters` argument must be"):
+        text_lm(FAMILIES[3]).quantize("int8", filters=3)
 
 
 @pytest.mark.parametrize("mode", MODES)
