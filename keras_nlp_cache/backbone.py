@@ -23,6 +23,7 @@ from keras_hub.src.utils.python_utils import classproperty
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import saved_graph
 from keras_nlp_cache.block_call import collecting_taps
+from keras_nlp_cache import weight_paths
 from keras_nlp_cache.cached_graph import CachedGraph
 from keras_nlp_cache.cached_graph import plain_python
 from keras_nlp_cache.decoder_block import specialize
@@ -254,6 +255,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         new._call_without_cache_first()
         setattr(new, self.blocks_name, list(wiring.blocks))
         new._edited = True
+        weight_paths.make_distinct(new, kept=self.weights)
         if hasattr(new, "_lora_enabled_layers"):
             # Upstream refers to layers by where they stand.
             new._lora_enabled_layers = [

@@ -7,6 +7,7 @@ that the constructor builds are referred to by number; what was inserted comes
 with a config of its own.
 """
 
+import collections
 import contextlib
 import contextvars
 
@@ -14,6 +15,7 @@ import keras
 from keras import tree
 
 from keras_nlp_cache.block_call import collecting_taps
+from keras_nlp_cache import weight_paths
 from keras_nlp_cache.replaying import dense
 from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.sharing import share
@@ -146,12 +148,14 @@ def apply(backbone, graph):
             id(getattr(backbone, name)): layers[i]
             for name, i in graph["attributes"].items()
         }
-    return backbone.with_graph(
+    edited = backbone.with_graph(
         wiring,
         deserialize(graph["hidden_states"]),
         {name: deserialize(x) for name, x in graph["taps"]},
         replaced,
     )
+    weight_paths.assign(edited, builder.paths())
+    return edited
 
 
 def _with_dtype(config, saved, dtype):
@@ -203,14 +207,19 @@ class _Describer:
         self._numbers = {}
         self._kept = []  # A layer that is freed may lend its id to another.
         self._known = {}
+        self._weights = set()
         for layer, i in constructed.items():
-            self._known[id(layer)] = {"constructed": i, "name": layer.name}
-            for path, inner in sublayers(layer):
-                self._known[id(inner)] = {
-                    "constructed": i,
-                    "name": layer.name,
-                    "path": list(path),
-                }
+            self._know(layer, {"constructed": i, "name": layer.name})
+
+    def _know(self, layer, reference):
+        """A layer and those inside it can be referred to from now on."""
+        self._kept.append(layer)
+        self._weights |= {id(w) for w in weights_of(layer)}
+        self._known[id(layer)] = reference
+        for path, inner in sublayers(layer):
+            self._known.setdefault(
+                id(inner), {**reference, "path": list(path)}
+            )
 
     def index(self, layer):
         if id(layer) not in self._numbers:
@@ -234,7 +243,18 @@ class _Describer:
             }
         if id(layer) in self._known:
             return self._known[id(layer)]
-        return {"layer": keras.saving.serialize_keras_object(layer)}
+        description = {
+            "layer": keras.saving.serialize_keras_object(layer),
+            # Where it is built, and what its weights are called there.
+            "scope": weight_paths.parent(getattr(layer, "path", None)),
+            "weights": [
+                w.path
+                for w in weights_of(layer)
+                if id(w) not in self._weights
+            ],
+        }
+        self._know(layer, {"inside": len(self.descriptions)})
+        return description
 
 
 class _Builder:
@@ -243,6 +263,7 @@ class _Builder:
     def __init__(self, constructed, descriptions):
         self._constructed = constructed
         self._layers = []
+        self._descriptions = descriptions
         with _described(self):
             for description in descriptions:
                 self._layers.append(self._build(description))
@@ -252,14 +273,47 @@ class _Builder:
 
     def _build(self, description):
         if "layer" in description:
-            return keras.saving.deserialize_keras_object(description["layer"])
+            with weight_paths.scope(description.get("scope")):
+                return keras.saving.deserialize_keras_object(
+                    description["layer"]
+                )
         if "shared_from" in description:
             return share(
                 self[description["shared_from"]],
                 name=description["name"],
                 **{name: self[i] for name, i in description["changes"].items()},
             )
-        layer = self._constructed[description["constructed"]]
+        if "inside" in description:
+            layer = self[description["inside"]]
+        else:
+            layer = self._constructed[description["constructed"]]
         for name in description.get("path", ()):
             layer = getattr(layer, name)
         return layer
+
+    def paths(self):
+        """The saved paths of the weights that the constructor did not make.
+
+        Returns:
+            Dictionary from the `id()` of weights to `(weight, path)`.
+        """
+        found = {}
+        seen = {id(w) for x in self._constructed.values() for w in weights_of(x)}
+        for layer, description in zip(self._layers, self._descriptions):
+            if "layer" not in description:
+                continue
+            weights = [w for w in weights_of(layer) if id(w) not in seen]
+            seen |= {id(w) for w in weights}
+            # Quantized anew, a layer has its weights in another order.
+            paths = collections.defaultdict(collections.deque)
+            for path in description.get("weights", ()):
+                paths[path.rpartition("/")[2]].append(path)
+            for w in weights:
+                if paths[w.name]:
+                    found[id(w)] = w, paths[w.name].popleft()
+        return found
+
+
+def weights_of(layer):
+    """The weights of a layer, none of another operation."""
+    return getattr(layer, "weights", [])

@@ -6,6 +6,7 @@ import typing
 
 import keras
 
+from keras_nlp_cache import weight_paths
 from keras_nlp_cache.sharing import share
 from keras_nlp_cache.sites import Site
 from keras_nlp_cache.surgery.part_layers import OnResidual
@@ -56,6 +57,12 @@ class Part(typing.NamedTuple):
     def layer(self):
         """The layer that is the part."""
         return _at(self.site.layer, self.path)
+
+    @property
+    def holders(self):
+        """Names of the layers that hold the part inside of the block."""
+        block = self.site.layer
+        return [_at(block, self.path[:i]).name for i in range(1, len(self.path))]
 
     def __repr__(self):
         return f"Part({self.name}: {type(self.layer).__name__})"
@@ -145,10 +152,12 @@ class EditedBlocks:
         parts = self._parts[site]
         key = id(site.layer), tuple(part.part for part in parts)
         if key not in self._edited:
-            block = site.layer
+            block, name = site.layer, self._name(site, key[1])
             for part in parts:
-                block = self._change(block, part)
-            self._edited[key] = share(block, name=self._name(site, key[1]))
+                # What is built for a part is named after where it stands.
+                with weight_paths.scope("/".join([name, *part.holders])):
+                    block = self._change(block, part)
+            self._edited[key] = share(block, name=name)
         return self._edited[key]
 
     def _name(self, site, edited):
