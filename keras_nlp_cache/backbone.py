@@ -28,6 +28,8 @@ from keras_nlp_cache.cached_graph import CachedGraph
 from keras_nlp_cache.cached_graph import plain_python
 from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.preset_loader import preset_loader
+from keras_nlp_cache.quantization import floating_policy
+from keras_nlp_cache.quantization import policies
 from keras_nlp_cache.replaying import dense
 from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.sharing import attributes
@@ -143,7 +145,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         for i, layer in enumerate(graph.operations):
             if isinstance(layer, keras.layers.Layer):
                 self._constructed[layer] = i
-        wiring = Wiring(self.blocks[0].dtype_policy, graph)
+        wiring = Wiring(floating_policy(self.blocks[0]), graph)
         hidden_states = wiring.thread(
             [getattr(self, x) for x in self.position_layers]
         )
@@ -388,7 +390,20 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
     # === Files ===
 
     def get_config(self):
-        config = super().get_config()
+        quantized = policies(self._flatten_layers(include_self=False))
+        dtype = self.dtype_policy
+        if quantized and not isinstance(
+            dtype, keras.dtype_policies.DTypePolicyMap
+        ):
+            # Upstream's would not say of which dtype the other layers are.
+            dtype = keras.dtype_policies.DTypePolicyMap(dtype, quantized)
+            config = {
+                "name": self.name,
+                "trainable": self.trainable,
+                "dtype": keras.dtype_policies.serialize(dtype),
+            }
+        else:
+            config = super().get_config()
         if self._edited:
             # Upstream's constructors pass on what they do not know, together
             # with outputs of their own: they refuse this, rather than build

@@ -5,8 +5,46 @@ They quantize one block after the other, each with the activations that the
 blocks before it, already quantized, produce.
 """
 
+import keras
 import numpy as np
 from keras.src.quantizers.utils import should_quantize_layer
+
+
+def floating_policy(layer):
+    """The dtype policy of a layer, as it was before it was quantized.
+
+    A quantized layer computes by methods for its mode, which a layer that
+    surgery puts beside it does not have.
+
+    Args:
+        layer: A layer, whose policy may be one for each layer of a model.
+
+    Returns:
+        A `keras.DTypePolicy`.
+    """
+    compute, variable = layer.compute_dtype, layer.variable_dtype
+    return keras.DTypePolicy(
+        compute if compute == variable else f"mixed_{compute}"
+    )
+
+
+def policies(layers):
+    """The dtype policies of quantized layers, by their paths."""
+    return {
+        layer.path: policy
+        for layer in layers
+        if isinstance(
+            policy := _policy_of(layer),
+            keras.dtype_policies.QuantizedDTypePolicy,
+        )
+    }
+
+
+def _policy_of(layer):
+    policy = layer.dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return policy[layer.path] if layer.path else policy.default_policy
+    return policy
 
 
 class _Stop(Exception):

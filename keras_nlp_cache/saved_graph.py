@@ -16,6 +16,8 @@ from keras import tree
 
 from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache import weight_paths
+from keras_nlp_cache.quantization import floating_policy
+from keras_nlp_cache.quantization import policies
 from keras_nlp_cache.replaying import dense
 from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.sharing import share
@@ -116,7 +118,7 @@ def apply(backbone, graph):
         site.layer._inbound_nodes.clear()
         site.layer._outbound_nodes.clear()
     constructed = {i: x for x, i in backbone._constructed.items()}
-    wiring = Wiring(backbone.blocks[0].dtype_policy)
+    wiring = Wiring(floating_policy(backbone.blocks[0]))
     results = {**wiring.inputs, "positions": wiring.positions}
     results = {name: [x] for name, x in results.items()}
 
@@ -128,9 +130,11 @@ def apply(backbone, graph):
             keras.saving.deserialize_keras_object(x),
         )
 
-    descriptions = _with_dtype(
-        graph["layers"], graph["dtype"], backbone.dtype_policy
-    )
+    descriptions = graph["layers"]
+    dtype = keras.dtype_policies.serialize(backbone.dtype_policy)
+    # A map there is that of a quantized backbone, not one to be loaded in.
+    if dtype["class_name"] != "DTypePolicyMap":
+        descriptions = _with_dtype(descriptions, graph["dtype"], dtype)
     builder = _Builder(constructed, descriptions)
     with _described(builder) as layers, replaying(wiring):
         for i, call in enumerate(graph["calls"]):
@@ -165,7 +169,7 @@ def _with_dtype(config, saved, dtype):
     if not isinstance(config, dict):
         return config
     if config == saved:
-        return keras.dtype_policies.serialize(dtype)
+        return dtype
     return {key: _with_dtype(x, saved, dtype) for key, x in config.items()}
 
 
@@ -253,8 +257,30 @@ class _Describer:
                 if id(w) not in self._weights
             ],
         }
+        dtype = self._dtype_of_quantized(layer)
+        if dtype is not None:
+            description["layer"]["config"]["dtype"] = (
+                keras.dtype_policies.serialize(dtype)
+            )
         self._know(layer, {"inside": len(self.descriptions)})
         return description
+
+    def _dtype_of_quantized(self, layer):
+        """The policy by which a layer builds what is quantized inside it."""
+        if not isinstance(layer, keras.layers.Layer):
+            return None
+        if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+            return None
+        quantized = policies(
+            x
+            for x in layer._flatten_layers(include_self=False)
+            if id(x) not in self._known and id(x) not in self._numbers
+        )
+        if not quantized:
+            return None
+        return keras.dtype_policies.DTypePolicyMap(
+            layer.dtype_policy, quantized
+        )
 
 
 class _Builder:

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_nlp_cache.quantization import floating_policy
 from keras_nlp_cache.sharing import share
 from keras_nlp_cache.surgery.adapters import AttentionSink
 from keras_nlp_cache.surgery.adapters import LowRankAdapter
@@ -173,7 +174,7 @@ def add_lora(model, where, rank, projections=("query", "value"), alpha=None):
             projection,
             rank,
             alpha,
-            dtype=projection.dtype_policy,
+            dtype=floating_policy(projection),
             name=f"{projection.name}_adapter",
         )
 
@@ -214,7 +215,7 @@ def ablate_heads(model, where, heads):
         for i in heads:
             scale[i] = 0.0
         new = ScaledHeads(
-            old, scale, dtype=old.dtype_policy, name=f"{old.name}_heads"
+            old, scale, dtype=floating_policy(old), name=f"{old.name}_heads"
         )
         check_fits(new, part.name, takes, returns)
         return new
@@ -247,7 +248,7 @@ def add_attention_sink(model, where, initial=0.0):
         where,
         lambda attention: AttentionSink(
             initial,
-            dtype=attention.dtype_policy,
+            dtype=floating_policy(attention),
             name=f"{attention.name}_sink",
         ),
     )

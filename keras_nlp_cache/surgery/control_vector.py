@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.quantization import floating_policy
 from keras_nlp_cache.surgery import vector_files
 from keras_nlp_cache.surgery.rewiring import backbone_of
 from keras_nlp_cache.surgery.rewiring import rewire_sites
@@ -403,7 +404,7 @@ def apply(model, vector, strength=1.0, name="control_vector"):
     layer = AddDirection(
         vector.directions,
         hidden_dim,
-        dtype=backbone.blocks[0].dtype_policy,
+        dtype=floating_policy(backbone.blocks[0]),
         name=_unused_name(backbone, name),
     )
     layer.build((None, None, hidden_dim))

@@ -8,6 +8,7 @@ from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.causal_lm import CausalLM
+from keras_nlp_cache.quantization import floating_policy
 from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.surgery.positionwise import check_positionwise
 from keras_nlp_cache.wiring import Wiring
@@ -101,7 +102,7 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
             `token_embedding`, follow.
     """
     backbone = backbone_of(model)
-    wiring = Wiring(backbone.blocks[0].dtype_policy)
+    wiring = Wiring(floating_policy(backbone.blocks[0]))
     taps = {}
 
     def call(site, *args, **kwargs):
