@@ -1,4 +1,9 @@
-"""The model families that every test runs over, as small random models."""
+"""The model families that tests run over, as small random models.
+
+What defines a family is tested on every one of them, what the core does for
+all of them on the few that differ most: see `every_family`, `deep_families` and
+`in_turn` below, and "Tests" in CONTRIBUTING.md.
+"""
 
 import dataclasses
 import functools
@@ -144,9 +149,51 @@ FAMILIES = (
     ),
 )
 
+# Of what the core can meet, each has something that the others have not:
+# gpt2: positions that are learned, LayerNorm, biases, a key for each query.
+# gemma2: soft caps, windows, more norms, a kernel for each head, embeddings
+#   that are scaled.
+# llama3: queries that share keys, positions by rotation, rescaled, embeddings
+#   that are tied and read by generation as a matrix.
+DEEP = tuple(x for x in FAMILIES if x.name in ("gpt2", "gemma2", "llama3"))
+
+
+def _with_name(family):
+    # To leave these out, as the runs with the oldest Keras do.
+    marks = () if family in DEEP else pytest.mark.not_deep
+    return pytest.param(family, id=family.name, marks=marks)
+
+
+# For what defines a family, and for what could tell two apart: its seconds are
+# multiplied by the number of families.
 every_family = pytest.mark.parametrize(
-    "family", FAMILIES, ids=[family.name for family in FAMILIES]
+    "family", [_with_name(x) for x in FAMILIES]
 )
+# For what code does that does not ask which family it serves.
+deep_families = pytest.mark.parametrize("family", [_with_name(x) for x in DEEP])
+
+
+def in_turn(names, values):
+    """Each of many values with one of the deep families, by turns.
+
+    For where it matters that all values are tried, and that not all are tried
+    with one family, as with mistakes and with files of edits.
+
+    Args:
+        names: str. Names of further arguments of the test, as
+            `pytest.mark.parametrize()` takes them.
+        values: Iterable of values, or of tuples where there are several names.
+    """
+    several = "," in names
+    parameters = []
+    for i, value in enumerate(values):
+        family = DEEP[i % len(DEEP)]
+        value = value if several else (value,)
+        words = [getattr(x, "__name__", str(x)) for x in value]
+        parameters.append(
+            pytest.param(family, *value, id="-".join([family.name, *words]))
+        )
+    return pytest.mark.parametrize(f"family, {names}", parameters)
 
 
 def randomize(model, seed=0):

@@ -7,8 +7,10 @@ import pytest
 from keras import ops
 
 from keras_nlp_cache import models
+from tests.families import deep_families
 from tests.families import every_family
 from tests.families import FAMILIES
+from tests.families import in_turn
 from tests.families import random_tokens
 from tests.families import to_numpy
 
@@ -196,8 +198,7 @@ CALLS = {
 }
 
 
-@every_family
-@pytest.mark.parametrize("name", CALLS)
+@in_turn("name", CALLS)
 def test_calls(family, name):
     backbone = family.pair[0]
     change, words = CALLS[name]
@@ -212,7 +213,7 @@ def test_calls(family, name):
         assert not to_numpy(tensor).any(), "the caller's cache was modified"
 
 
-@every_family
+@deep_families
 def test_not_a_dictionary(family):
     with pytest.raises(ValueError, match=r"`inputs` to be a dictionary.*shape"):
         family.pair[0](TOKENS)
@@ -240,8 +241,7 @@ MAKE_CACHE = {
 }
 
 
-@every_family
-@pytest.mark.parametrize("name", MAKE_CACHE)
+@in_turn("name", MAKE_CACHE)
 def test_make_cache(family, name):
     args, kwargs, match = MAKE_CACHE[name]
     with pytest.raises(ValueError, match=match):
@@ -288,7 +288,7 @@ def test_learned_positions():
         lm.generate(prompts, stop_token_ids=None)
 
 
-@every_family
+@deep_families
 def test_generate(family):
     lm = family.lm_pair[0]
     lm.compile(sampler="greedy")
@@ -302,7 +302,7 @@ def test_generate(family):
         lm.generate(empty)
 
 
-@every_family
+@deep_families
 def test_generate_from_text(family):
     preprocessor = family.preprocessor()
     lm = family.ours("CausalLM")(

@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import random_tokens
 from tests.families import to_numpy
 
@@ -25,7 +25,7 @@ def arrays(cache):
     return [to_numpy(x).copy() for pair in cache for x in pair]
 
 
-@every_family
+@deep_families
 def test_a_call_does_not_modify_the_cache_it_gets(family):
     backbone = family.pair[0]
     cache = filled_cache(backbone)
@@ -45,7 +45,7 @@ def test_a_call_does_not_modify_the_cache_it_gets(family):
     assert any((old != new).any() for old, new in zip(before, arrays(updated)))
 
 
-@every_family
+@deep_families
 def test_only_the_new_slots_change(family):
     backbone = family.pair[0]
     cache = filled_cache(backbone)

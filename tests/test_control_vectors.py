@@ -23,8 +23,9 @@ from keras_nlp_cache.surgery.control_vector import apply
 from keras_nlp_cache.surgery.control_vector import ControlVector
 from tests.families import compiled
 from tests.families import decode
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -81,7 +82,7 @@ def block_outputs(upstream):
     return outputs
 
 
-@every_family
+@deep_families
 def test_directions_are_those_of_an_independent_computation(family):
     lm = lm_with_text(family, num_layers=3)
     vector = ControlVector.train(lm, POSITIVE, NEGATIVE, batch_size=3)
@@ -335,7 +336,7 @@ def test_bad_directions(directions, hint, words):
 # === Applying ===
 
 
-@every_family
+@deep_families
 def test_what_it_adds(family):
     """As computed by hand with upstream's layers, and through a cache."""
     ours, upstream = family.pair
@@ -364,7 +365,7 @@ def test_what_it_adds(family):
         )
 
 
-@every_family
+@deep_families
 def test_strength_0_gives_the_tokens_of_the_model(family):
     lm = family.lm_pair[0]
     lm.compile(sampler="greedy")
@@ -430,8 +431,7 @@ def test_strength_is_assigned_between_streams(monkeypatch):
         assert text == "".join(fresh.stream("the fox", 8, None))
 
 
-@every_family
-@pytest.mark.parametrize("kind", ["keras", "preset"])
+@in_turn("kind", ["keras", "preset"])
 def test_files_of_steered_models(family, kind, tmp_path):
     steered = vector_for([1]).apply(lm_with_text(family), strength=2.5)
     if kind == "keras":
@@ -451,7 +451,7 @@ def test_files_of_steered_models(family, kind, tmp_path):
     assert float(layer.strength.value) == 2.5
 
 
-@every_family
+@deep_families
 def test_negated_twice(family):
     backbone, vector = family.pair[0], vector_for([0, 1])
     token_ids = random_tokens(2, 4)

@@ -6,14 +6,14 @@ import sys
 import keras
 import pytest
 
-from tests.families import FAMILIES
+from tests.families import DEEP
 
 if keras.config.backend() != "jax":
     pytest.skip("`keras.distribution` is JAX's", allow_module_level=True)
 
-CASES = [("data", family) for family in FAMILIES] + [
+CASES = [("data", family) for family in DEEP] + [
     ("model", family)
-    for family in FAMILIES
+    for family in DEEP
     if hasattr(family.ours("Backbone"), "get_layout_map")
 ]
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -57,7 +57,7 @@ any_or_fixed_shapes = pytest.mark.parametrize(
 )
 
 
-@every_family
+@deep_families
 @any_or_fixed_shapes
 def test_backbones(family, kwargs, tmp_path):
     """The two inputs that upstream has are enough."""

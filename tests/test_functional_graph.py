@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 from keras import tree
 
+from tests.families import deep_families
 from tests.families import every_family
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -89,7 +90,7 @@ def test_called_symbolically(family):
     assert np.abs(to_numpy(filled[1][1])).min(axis=-1).all()
 
 
-@every_family
+@deep_families
 def test_extended_as_a_functional_model(family):
     """What keras_hub documents: build on `backbone.input` and `.output`."""
     backbone, upstream = family.pair
@@ -137,7 +138,7 @@ def test_activations_as_of_a_functional_model(family):
     )
 
 
-@every_family
+@deep_families
 def test_cloned(family):
     backbone, upstream = family.pair
     clone = keras.models.clone_model(backbone)
@@ -148,7 +149,7 @@ def test_cloned(family):
     )
 
 
-@every_family
+@deep_families
 def test_summarized(family):
     lines = []
     family.pair[0].summary(print_fn=lines.append)
@@ -157,7 +158,7 @@ def test_summarized(family):
         assert name[:15] in text, name
 
 
-@every_family
+@deep_families
 def test_plotted(family):
     backbone, _ = family.pair
     graph = keras.utils.model_to_dot(backbone, show_layer_names=True)
@@ -170,7 +171,7 @@ def test_plotted(family):
     shutil.which("dot") is None,
     reason="drawing a picture needs graphviz' program `dot`",
 )
-@every_family
+@deep_families
 def test_drawn(family, tmp_path):
     backbone, _ = family.pair
     path = tmp_path / "model.png"

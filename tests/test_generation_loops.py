@@ -16,8 +16,9 @@ from keras_nlp_cache.loops.generation import FEWEST_SLOTS
 from keras_nlp_cache.loops.generation import Loop
 from keras_nlp_cache.loops.generation import slots_for
 from tests.families import assert_greedy
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import randomize
@@ -118,8 +119,7 @@ def test_memory_is_given_back_after_compilations(monkeypatch):
         assert len(compiled) == lm.generation_loop.compilations == 2
 
 
-@every_family
-@pytest.mark.parametrize("lengths", [[1], [33], [45, 38]])
+@in_turn("lengths", [[1], [33], [45, 38]])
 def test_prompts_of_several_chunks(family, lengths):
     lm = greedy_lm(family)
     loop = lm.generation_loop
@@ -140,11 +140,12 @@ def test_a_last_chunk_that_does_not_fit():
         generate(lm, [38], 41)
 
 
-@pytest.mark.parametrize("name", [x.name for x in FAMILIES if x.name != "gpt2"])
-def test_caches_of_several_blocks(name):
+@deep_families
+def test_caches_of_several_blocks(family):
     """Attention over more slots than are read at a time."""
-    family = next(x for x in FAMILIES if x.name == name)
-    lm = greedy_lm(family)
+    learned = "max_sequence_length" in dict(family.config)
+    sizes = {"max_sequence_length": 1024} if learned else {}
+    lm = greedy_lm(family, **sizes)
     tokens = random_tokens(2, 600)
     loop = lm.generation_loop
     generation = loop.prefill(tokens[:, :508], np.ones((2, 508)), 1024)
@@ -248,7 +249,7 @@ def test_how_a_model_was_compiled_is_respected():
     not any(map(shutil.which, ("g++", "clang++"))),
     reason="Inductor needs a C++ compiler",
 )
-@every_family
+@deep_families
 def test_inductor(family):
     lm = greedy_lm(family)
     lm.compile(sampler="greedy", jit_compile=True)
@@ -259,7 +260,7 @@ def test_inductor(family):
     assert type(step).__name__ == "OptimizedModule"
 
 
-@every_family
+@deep_families
 def test_a_decode_step_does_not_copy_the_cache(family):
     lm = greedy_lm(family)
     loop = lm.generation_loop
@@ -293,7 +294,7 @@ def test_a_decode_step_does_not_copy_the_cache(family):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="reads what XLA compiled")
-@every_family
+@deep_families
 def test_a_decode_step_moves_no_weights(family):
     slots, config = 512, dict(family.config)
     sizes = {"hidden_dim": 256, "intermediate_dim": 512, "num_layers": 1}
@@ -328,7 +329,7 @@ def test_a_decode_step_moves_no_weights(family):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="reads TensorFlow's XLA")
-@every_family
+@deep_families
 def test_one_row_is_multiplied_with_matrices_as_they_lie(family):
     lm = greedy_lm(family)
     prompt = random_tokens(1, 5)
@@ -431,8 +432,7 @@ def test_a_recorded_step_reads_the_same_memory_each_time(monkeypatch):
     assert len(recordings) == 2
 
 
-@every_family
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@in_turn("run_eagerly", [False, True])
 def test_a_cache_of_another_dtype(family, run_eagerly):
     lm = family.ours("CausalLM")(family.backbone(), None)
     lm.compile(

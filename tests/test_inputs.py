@@ -5,12 +5,12 @@ import itertools
 import keras
 import keras_hub
 import numpy as np
-import pytest
 import tensorflow as tf
 from keras import ops
 
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -21,9 +21,12 @@ INPUTS = {"token_ids": TOKENS, "padding_mask": MASK}
 TARGETS = np.random.default_rng(0).normal(size=(4, 8, 32)).astype("float32")
 
 
-@every_family
-@pytest.mark.parametrize("kind", ["list", "numpy", "int64", "tensor"])
-@pytest.mark.parametrize("index", ["int", "numpy", "tensor"])
+@in_turn(
+    "kind, index",
+    itertools.product(
+        ["list", "numpy", "int64", "tensor"], ["int", "numpy", "tensor"]
+    ),
+)
 def test_mixtures(family, kind, index):
     backbone, _ = family.pair
     convert = {
@@ -58,7 +61,7 @@ def test_mixtures(family, kind, index):
     )
 
 
-@every_family
+@deep_families
 def test_optional_keys_may_be_missing_or_none(family):
     backbone, upstream = family.pair
     expected = to_numpy(upstream(INPUTS))
@@ -70,7 +73,7 @@ def test_optional_keys_may_be_missing_or_none(family):
         np.testing.assert_array_equal(to_numpy(output), expected)
 
 
-@every_family
+@deep_families
 def test_cache_of_numpy_arrays(family):
     backbone, _ = family.pair
     cache = backbone.make_cache(4, 8)
@@ -86,7 +89,7 @@ def dataset(x, y):
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
 
 
-@every_family
+@deep_families
 def test_training_a_backbone(family):
     histories = []
     ours = family.backbone()
@@ -112,7 +115,7 @@ def test_training_a_backbone(family):
     np.testing.assert_allclose(*histories, rtol=1e-5, atol=1e-5)
 
 
-@every_family
+@deep_families
 def test_training_a_task(family):
     losses = []
     ours = family.backbone()
@@ -153,7 +156,7 @@ class PooledTextClassifier(keras_hub.models.TextClassifier):
         self.num_classes = num_classes
 
 
-@every_family
+@deep_families
 def test_upstream_task_heads(family):
     """A text classifier on one of our backbones learns as on upstream's."""
     losses = []
@@ -172,7 +175,7 @@ def test_upstream_task_heads(family):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-@every_family
+@deep_families
 def test_training_a_task_on_text(family):
     """Strings and a preprocessor, alone and in a `tf.data.Dataset`."""
     preprocessor = family.preprocessor()

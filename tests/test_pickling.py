@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from keras_nlp_cache import surgery
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -27,7 +27,7 @@ def pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("duplicate", [pickled, copy.deepcopy])
 def test_tasks(family, duplicate):
     lm = family.lm_pair[0]
@@ -45,7 +45,7 @@ def test_tasks(family, duplicate):
     np.testing.assert_array_equal(again, expected)
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("duplicate", [pickled, copy.deepcopy])
 def test_edited_backbones(family, duplicate):
     backbone = surgery.insert_after(

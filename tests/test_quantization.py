@@ -8,6 +8,7 @@ from keras import ops
 import keras_nlp_cache
 from keras_nlp_cache import surgery
 from tests.families import decode
+from tests.families import deep_families
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import padding_mask
@@ -20,10 +21,6 @@ PROMPTS = {
     "token_ids": random_tokens(2, 16) * padding_mask([4, 9], 16),
     "padding_mask": padding_mask([4, 9], 16),
 }
-# How to quantize is Keras' doing, so one family of each kind is enough.
-three_families = pytest.mark.parametrize(
-    "family", [FAMILIES[0], FAMILIES[1], FAMILIES[3]], ids=lambda x: x.name
-)
 MODES = ["int8", "int4", "float8", "gptq", "awq"]
 NARROW = {"hidden_dim": 16, "intermediate_dim": 16, "head_dim": 4}
 
@@ -97,7 +94,7 @@ def greedy(lm):
     return lm.generate(PROMPTS, stop_token_ids=None)["token_ids"]
 
 
-@three_families
+@deep_families
 @pytest.mark.parametrize("mode", MODES)
 def test_as_upstream(family, mode):
     ours, upstream = lms(family)
@@ -228,7 +225,7 @@ def test_a_graph_that_is_no_chain():
     assert greedy(edited).shape == (2, 16)
 
 
-@three_families
+@deep_families
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_files(family, mode, tmp_path):
     """A quantized backbone saved by us or by upstream, loaded by either.
@@ -254,7 +251,7 @@ def test_files(family, mode, tmp_path):
             )
 
 
-@three_families
+@deep_families
 def test_adapters(family, tmp_path):
     """LoRA: generated with, saved, merged into the kernels by quantizing."""
     ours, upstream = lms(family)
@@ -290,7 +287,7 @@ def test_adapters(family, tmp_path):
     np.testing.assert_array_equal(greedy(merged), second)
 
 
-@three_families
+@deep_families
 @pytest.mark.parametrize("layers", ["token_embedding", ".*(layer|block)_1.*"])
 def test_a_policy_for_each_layer(family, layers):
     """Some layers in bfloat16, the rest in float32."""

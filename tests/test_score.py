@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_nlp_cache import surgery
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -19,7 +19,7 @@ def score(lm, **kwargs):
     return to_numpy(lm.score(TOKENS[:, :8], MASK[:, :8], **kwargs))
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("mode", ["logits", "loss"])
 def test_equal_upstream(family, mode):
     seen = {}
@@ -40,7 +40,7 @@ def test_equal_upstream(family, mode):
         np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=2e-4)
 
 
-@every_family
+@deep_families
 def test_no_mask_and_intercepted_embeddings(family):
     ours, theirs = family.lm_pair
     np.testing.assert_allclose(
@@ -57,7 +57,7 @@ def test_no_mask_and_intercepted_embeddings(family):
     assert np.abs(silenced - score(ours)).max() > 1e-3
 
 
-@every_family
+@deep_families
 def test_edited_models(family):
     lm = family.lm_pair[0]
     edited = surgery.insert_after(lm, 0, keras.layers.Rescaling(0.5))

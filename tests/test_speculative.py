@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from keras_nlp_cache import surgery
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -50,7 +50,7 @@ def counting(lm, monkeypatch):
     return gained
 
 
-@every_family
+@deep_families
 def test_greedy_tokens_are_the_same(family, monkeypatch):
     lm = family.lm_pair[0]
     lm.compile(sampler="greedy", **XLA)

@@ -6,7 +6,7 @@ import pytest
 
 import keras_nlp_cache
 from keras_nlp_cache import surgery
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -125,7 +125,7 @@ def exported(lm, format, tmp_path):
     return step, runner(step, path, format)
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("format", FORMATS)
 def test_same_tokens(family, format, tmp_path):
     lm = family.lm_pair[0]
@@ -144,7 +144,7 @@ def test_an_edited_model(format, tmp_path):
     assert tokens != generated(FAMILIES[3].lm_pair[0])
 
 
-@every_family
+@deep_families
 def test_of_a_backbone(family):
     """Several tokens at once, and hidden states rather than logits."""
     backbone = family.pair[0]

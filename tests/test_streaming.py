@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from keras_nlp_cache import models
 from keras_nlp_cache.pieces import TextPieces
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import padding_mask
 from tests.families import random_tokens
 
@@ -29,7 +29,7 @@ def lm_with_text(family, **kwargs):
     return lm
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_tokens_are_those_of_generate(family, run_eagerly):
     lm = lm_with_text(family)
@@ -45,7 +45,7 @@ def test_tokens_are_those_of_generate(family, run_eagerly):
     assert streamed == expected.tolist()
 
 
-@every_family
+@deep_families
 def test_text_is_that_of_generate(family):
     lm = lm_with_text(family)
     prompt = "the fox"
@@ -56,7 +56,7 @@ def test_text_is_that_of_generate(family):
     assert "".join(pieces) == expected
 
 
-@every_family
+@deep_families
 def test_can_be_left_early(family):
     lm = lm_with_text(family)
     whole = list(lm.stream("the fox", 6, stop_token_ids=None))
@@ -65,7 +65,7 @@ def test_can_be_left_early(family):
     assert len(whole) == 6
 
 
-@every_family
+@deep_families
 def test_a_seeded_sampler_repeats_itself(family):
     lm = lm_with_text(family)
 

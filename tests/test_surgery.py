@@ -21,7 +21,9 @@ from tests.edits import new
 from tests.edits import original
 from tests.edits import snapshot
 from tests.edits import TOKENS
+from tests.families import deep_families
 from tests.families import every_family
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import to_numpy
 
@@ -36,7 +38,7 @@ def assert_close(x, y):
     np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-4)
 
 
-@every_family
+@deep_families
 @every_edit
 def test_edit(family, edit):
     lm = original(family)
@@ -61,8 +63,7 @@ def test_edit(family, edit):
     assert_unchanged(before, snapshot(lm))
 
 
-@every_family
-@every_edit
+@in_turn("edit", EDITS)
 def test_edit_generates(family, edit):
     edited = EDITS[edit].apply(original(family))
     edited.compile(sampler="greedy")
@@ -72,7 +73,7 @@ def test_edit_generates(family, edit):
     )
 
 
-@every_family
+@deep_families
 def test_padding_of_an_edited_model(family):
     """The padding mask reaches blocks that are called without one."""
     backbone = surgery.rewire(
@@ -104,7 +105,7 @@ def test_edited_to_nothing_new(family):
     assert attributes(same.backbone).keys() >= attributes(lm.backbone).keys()
 
 
-@every_family
+@deep_families
 def test_a_block_called_twice_has_two_caches(family):
     backbone = original(family).backbone
     twice = surgery.repeat_blocks(backbone, 1, times=3)
@@ -134,7 +135,7 @@ def test_a_block_called_twice_has_two_caches(family):
     assert_close(cached_forward(ablated, (3, 5)), full_forward(ablated))
 
 
-@every_family
+@deep_families
 def test_blocks_side_by_side(family):
     """Blocks in parallel branches, one of them new, have a cache each."""
     backbone = original(family).backbone
@@ -158,7 +159,7 @@ def test_blocks_side_by_side(family):
     assert without.blocks == [first, second, third, third]
 
 
-@every_family
+@deep_families
 def test_taps(family):
     backbone = original(family).backbone
     blocks = surgery.tap(backbone, slice(None))
@@ -188,7 +189,7 @@ def test_taps(family):
     assert doubled.taps == blocks.taps
 
 
-@every_family
+@deep_families
 def test_taps_symbolically(family):
     tapped = surgery.tap(original(family).backbone, 1)
     _, taps = tapped(tapped.input)
@@ -198,7 +199,7 @@ def test_taps_symbolically(family):
     assert_close(to_numpy(probe(inputs)), to_numpy(*expected.values()))
 
 
-@every_family
+@deep_families
 def test_activations_as_of_a_functional_model(family):
     """`layer.output` belongs to the model in which the layer was new."""
 
@@ -234,7 +235,7 @@ def test_activations_as_of_a_functional_model(family):
         assert_close(x, expected[name])
 
 
-@every_family
+@deep_families
 def test_replaced_layers_are_attributes(family):
     """What turns hidden states into logits follows the embedding."""
     lm = original(family)
@@ -253,8 +254,7 @@ def test_replaced_layers_are_attributes(family):
     )
 
 
-@every_family
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "float16"])
+@in_turn("dtype", ["bfloat16", "mixed_bfloat16", "float16"])
 def test_reduced_precision(family, dtype):
     """Rounding is not taken for a layer that mixes positions."""
     backbone = family.backbone(num_layers=BLOCKS, dtype=dtype)
@@ -268,7 +268,7 @@ def test_reduced_precision(family, dtype):
 COMPOSABLE = [name for name in EDITS if "tap" not in name]
 
 
-@every_family
+@deep_families
 @settings(
     max_examples=20,  # Of each family: one hundred.
     deadline=None,

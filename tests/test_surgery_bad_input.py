@@ -9,8 +9,9 @@ from keras_nlp_cache import surgery
 from tests.edits import assert_unchanged
 from tests.edits import original
 from tests.edits import snapshot
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
+from tests.families import in_turn
 
 
 class CallsInside(keras.layers.Layer):
@@ -328,8 +329,7 @@ def test_a_family_without_a_gate():
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("kind", EDITS)
-@every_family
+@in_turn("kind", EDITS)
 def test_refused(family, kind):
     edit, words = EDITS[kind]
     lm = original(family)
@@ -356,7 +356,7 @@ def test_not_a_model(model):
             edit()
 
 
-@every_family
+@deep_families
 def test_a_model_of_upstream(family):
     _, upstream = family.lm_pair
     for model in (upstream, upstream.backbone):

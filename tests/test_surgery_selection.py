@@ -7,14 +7,15 @@ import pytest
 
 from keras_nlp_cache import surgery
 from tests.edits import original
-from tests.families import every_family
+from tests.families import deep_families
+from tests.families import in_turn
 
 
 def names(model, where):
     return [site.name for site in surgery.select(model, where)]
 
 
-@every_family
+@deep_families
 def test_selections(family):
     lm = original(family)
     blocks = lm.backbone.blocks
@@ -44,7 +45,7 @@ def test_selections(family):
         assert names(lm.backbone, where) == expected, where
 
 
-@every_family
+@deep_families
 def test_sites(family):
     lm = original(family)
     sites = surgery.select(lm, keras.Operation)
@@ -62,7 +63,7 @@ def test_sites(family):
     assert "cache 2" in repr(surgery.select(lm, 2))
 
 
-@every_family
+@deep_families
 def test_calls_of_one_layer(family):
     lm = original(family)
     twice = surgery.repeat_blocks(lm, 0)
@@ -73,7 +74,7 @@ def test_calls_of_one_layer(family):
     assert [site.call for site in surgery.select(twice, name)] == [0, 1]
 
 
-@every_family
+@deep_families
 def test_sites_have_names_of_their_own(family):
     """Also where a layer is called as a second call would be."""
     lm = original(family)
@@ -105,8 +106,7 @@ NOTHING = {
 }
 
 
-@pytest.mark.parametrize("kind", NOTHING)
-@every_family
+@in_turn("kind", NOTHING)
 def test_nothing_selected(family, kind):
     with pytest.raises(ValueError, match="which selects nothing") as error:
         surgery.select(original(family), NOTHING[kind])
@@ -114,7 +114,7 @@ def test_nothing_selected(family, kind):
     assert "token_embedding" in str(error.value)
 
 
-@every_family
+@deep_families
 def test_sites_of_another_model(family):
     lm = original(family)
     edited = surgery.remove(lm, 0)
@@ -122,8 +122,7 @@ def test_sites_of_another_model(family):
         surgery.select(edited, surgery.select(lm, 1))
 
 
-@pytest.mark.parametrize("where", [None, 1.5, True, b"x"])
-@every_family
+@in_turn("where", [None, 1.5, True, b"x"])
 def test_where_of_the_wrong_type(family, where):
     with pytest.raises(ValueError, match="Expected `where` to be a layer"):
         surgery.select(original(family), where)

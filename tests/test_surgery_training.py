@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-import pytest
 
 from keras_nlp_cache import surgery
 from tests.edits import BLOCKS
@@ -13,7 +12,8 @@ from tests.edits import full_forward
 from tests.edits import greedy_loop
 from tests.edits import LENGTH
 from tests.edits import TOKENS
-from tests.families import every_family
+from tests.families import deep_families
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import to_numpy
 
@@ -29,8 +29,7 @@ def task(family):
     return family.ours("CausalLM")(family.backbone(num_layers=2), None)
 
 
-@every_family
-@pytest.mark.parametrize("edit", ["insert_after", "add_lora"])
+@in_turn("edit", ["insert_after", "add_lora"])
 def test_inserted_layers_train(family, edit):
     """What is compiled before the training shows it after."""
     lm = task(family)
@@ -60,7 +59,7 @@ def test_inserted_layers_train(family, edit):
         np.testing.assert_array_equal(to_numpy(weight), value)
 
 
-@every_family
+@deep_families
 def test_assigning_shows_in_a_compiled_function(family):
     lm = task(family)
     edited = surgery.insert_after(lm, slice(None), dense)
@@ -75,7 +74,7 @@ def test_assigning_shows_in_a_compiled_function(family):
     np.testing.assert_array_equal(second, greedy_loop(edited, PROMPTS))
 
 
-@every_family
+@deep_families
 def test_compiled_as_the_original(family):
     lm = task(family)
     lm.compile(
@@ -100,7 +99,7 @@ def test_compiled_as_the_original(family):
     assert not surgery.remove(bare, 0).compiled
 
 
-@every_family
+@deep_families
 def test_upstreams_lora(family, tmp_path):
     """`enable_lora()` finds its layers where an edit has put them."""
     backbone = family.backbone(num_layers=BLOCKS)

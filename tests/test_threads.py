@@ -5,7 +5,7 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import padding_mask
 from tests.families import random_tokens
 
@@ -20,7 +20,7 @@ def prompt(seed):
     return {"token_ids": tokens * mask, "padding_mask": mask}
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
 def test_each_thread_gets_its_own_answer(family, cold):
     lm = family.lm_pair[0]

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import padding_mask
 from tests.families import random_tokens
 
@@ -49,7 +49,7 @@ def losses(lm, epochs=3):
     ).history["loss"]
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("mode", ["full", "list_of_layers"])
 def test_gradient_checkpointing(family, mode):
     """The same losses, step by step, as upstream's and as without."""
@@ -76,7 +76,7 @@ def test_gradient_checkpointing(family, mode):
     assert results[1][-1] < results[1][0]
 
 
-@every_family
+@deep_families
 def test_generating_in_between(family):
     """Checkpointed blocks have caches, too."""
     names = [block.name for block in family.pair[0].blocks]

@@ -12,6 +12,7 @@ from keras_nlp_cache import models
 from keras_nlp_cache.backbone import CachedBackbone
 from tests import text
 from tests.families import decode
+from tests.families import deep_families
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import padding_mask
@@ -55,21 +56,29 @@ def test_same_outputs_without_a_cache(family):
 
 
 @every_family
-@pytest.mark.parametrize("max_shard_size", [None, 2e-5])
-def test_weights_files(family, max_shard_size, tmp_path):
+def test_weights_files(family, tmp_path):
+    assert_weights_go_both_ways(family, None, tmp_path)
+
+
+@deep_families
+def test_weights_in_several_files(family, tmp_path):
+    assert_weights_go_both_ways(family, 2e-5, tmp_path)
+
+
+def assert_weights_go_both_ways(family, max_shard_size, folder):
     ours, upstream = family.pair
     suffix = ".weights.json" if max_shard_size else ".weights.h5"
     for source, target in (
         (ours, family.upstream("Backbone")(**dict(family.config))),
         (upstream, family.ours("Backbone")(**dict(family.config))),
     ):
-        path = tmp_path / f"{type(source).__module__}{id(source)}{suffix}"
+        path = folder / f"{type(source).__module__}{id(source)}{suffix}"
         source.save_weights(path, max_shard_size=max_shard_size)
         target.load_weights(path)
         np.testing.assert_array_equal(outputs(target), outputs(source))
 
 
-@every_family
+@deep_families
 def test_keras_files(family, tmp_path):
     ours, upstream = family.pair
     ours.save(tmp_path / "ours.keras")
@@ -92,7 +101,7 @@ def test_keras_files(family, tmp_path):
         assert type(plain) is type(upstream)
 
 
-@every_family
+@deep_families
 def test_keras_file_without_this_package(family, tmp_path, monkeypatch):
     """Where only keras_hub is installed our names are not registered."""
     ours, upstream = family.pair
@@ -132,7 +141,7 @@ def test_backbone_presets(family, tmp_path):
             np.testing.assert_array_equal(outputs(loaded), outputs(ours))
 
 
-@every_family
+@deep_families
 def test_task_presets(family, tmp_path):
     preprocessor = family.preprocessor()
     tokenizer_size = preprocessor.tokenizer.vocabulary_size()
@@ -207,7 +216,7 @@ def test_special_tokens_of_another_model(tmp_path):
         assert tokenizer.special_token_000 == "<|im_eot_id|>"
 
 
-@every_family
+@deep_families
 def test_task_keras_files(family, tmp_path):
     ours, upstream = family.lm_pair
     ours.save(tmp_path / "ours.keras")
@@ -224,7 +233,7 @@ def test_task_keras_files(family, tmp_path):
         )
 
 
-@every_family
+@deep_families
 def test_building_leaves_upstreams_tasks_functional(family, monkeypatch):
     ours, upstream = family.lm_pair
     functional = type(keras.Model(ours.input, ours.output))
@@ -252,7 +261,7 @@ def test_loading_leaves_keras_hub_alone(tmp_path):
     assert type(upstream.transformer_layers[0]) is type(block)
 
 
-@every_family
+@deep_families
 def test_built_from_config(family):
     ours, _ = family.pair
     copy = type(ours).from_config(ours.get_config())
@@ -266,7 +275,7 @@ def test_built_from_config(family):
     )
 
 
-@every_family
+@deep_families
 def test_dtype_of_the_weights(family):
     backbone = family.ours("Backbone")(**dict(family.config), dtype="bfloat16")
     randomize(backbone)
