@@ -1,6 +1,6 @@
 """Generates on 8 virtual devices, as a program for `test_distribution.py`.
 
-python -m tests.distributed {data,model} FAMILY
+python -m tests.distributed {data,model}:FAMILY...
 """
 
 import os
@@ -61,7 +61,9 @@ def check_cache(cache, kind):
             assert shard.data.shape == (rows, heads, *x.shape[2:]), shard
 
 
-def main(kind, name):
+def check(kind, name):
+    print(kind, name, file=sys.stderr, flush=True)
+    keras.distribution.set_distribution(None)
     family = next(x for x in FAMILIES if x.name == name)
     alone = make_lm(family)
     expected = generate(alone)
@@ -79,4 +81,5 @@ def main(kind, name):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for case in sys.argv[1:]:
+        check(*case.split(":"))

@@ -11,7 +11,7 @@ import argparse
 import keras_hub
 import numpy as np
 
-from tests.families import FAMILIES
+from tests.families import DEEP
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import randomize
@@ -29,7 +29,7 @@ def reference():
     mask = padding_mask([4, 9, 6], 16)
     prompts = {"token_ids": random_tokens(3, 16) * mask, "padding_mask": mask}
     tokens = {}
-    for family in FAMILIES:
+    for family in DEEP:
         backbone = family.upstream("Backbone")(**dict(family.config))
         randomize(backbone)
         lm = family.upstream("CausalLM")(backbone, None)

@@ -6,6 +6,7 @@ import tensorflow as tf
 from keras import ops
 from parameterized import parameterized
 
+from tests.families import compiled
 from tests.families import deep_families
 from tests.families import every_family
 from tests.families import FAMILIES
@@ -29,11 +30,14 @@ SAMPLERS = {
 
 
 def generate_both(lms, inputs, sampler, **kwargs):
-    results = []
     for lm in lms:
         lm.compile(sampler=SAMPLERS[sampler]())
-        results.append(lm.generate(inputs, **kwargs))
-    return results
+    return generate_again(lms, inputs, **kwargs)
+
+
+def generate_again(lms, inputs, **kwargs):
+    """With what was compiled before."""
+    return [lm.generate(inputs, **kwargs) for lm in lms]
 
 
 @every_family
@@ -70,11 +74,12 @@ def test_stop_tokens(family):
     # The third token that follows each prompt.
     lengths = PROMPTS["padding_mask"].sum(axis=-1)
     stop = free["token_ids"][np.arange(3), lengths + 2]
+    for lm in family.lm_pair:
+        lm.compile(sampler="greedy")
     for kwargs in ({}, {"strip_prompt": True}):
-        ours, upstream = generate_both(
+        ours, upstream = generate_again(
             family.lm_pair,
             PROMPTS,
-            "greedy",
             stop_token_ids=[int(x) for x in stop],
             **kwargs,
         )
@@ -101,6 +106,8 @@ def _lms_with_text(family):
 @deep_families
 def test_text(family):
     lms = _lms_with_text(family)
+    for lm in lms:
+        lm.compile(sampler="greedy")
     prompts = ["the fox", "what is the capital", "a"]
     for inputs in (prompts, prompts[0]):
         for kwargs in (
@@ -108,7 +115,7 @@ def test_text(family):
             {"max_length": 24, "stop_token_ids": None},
             {"max_length": 24, "strip_prompt": True},
         ):
-            ours, upstream = generate_both(lms, inputs, "greedy", **kwargs)
+            ours, upstream = generate_again(lms, inputs, **kwargs)
             assert ours == upstream
             assert isinstance(ours, type(inputs))
 
@@ -131,8 +138,9 @@ def test_call_with_cache(family):
     token_ids = PROMPTS["token_ids"][:, :4]
     token_ids = ops.convert_to_tensor(token_ids)
     cache = ours.backbone.make_cache(3, LENGTH)
-    logits, hidden_states, cache = ours.call_with_cache(token_ids, cache, 0)
-    full = upstream(
+    call = compiled(ours.call_with_cache)
+    logits, hidden_states, cache = call(token_ids, cache, 0)
+    full = compiled(upstream)(
         {"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids)}
     )
     np.testing.assert_allclose(

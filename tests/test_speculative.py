@@ -1,5 +1,7 @@
 """A draft model changes how fast tokens come, and nothing else."""
 
+import functools
+
 import keras
 import keras_hub
 import numpy as np
@@ -117,6 +119,14 @@ def test_positions_that_were_learned():
     np.testing.assert_array_equal(result["token_ids"], expected["token_ids"])
 
 
+@functools.cache
+def lm_and_draft():
+    """Compiled once for all examples."""
+    lm = LLAMA.ours("CausalLM")(LLAMA.pair[0], None)
+    lm.compile(sampler="greedy")
+    return lm, draft_of(lm)
+
+
 @settings(
     deadline=None,
     max_examples=15,
@@ -124,9 +134,7 @@ def test_positions_that_were_learned():
 )
 @given(st.data())
 def test_any_prompts_and_stops(data):
-    lm = LLAMA.lm_pair[0]
-    lm.compile(sampler="greedy")
-    draft = draft_of(lm)
+    lm, draft = lm_and_draft()
     lengths = data.draw(
         st.lists(st.integers(1, LENGTH), min_size=3, max_size=3)
     )

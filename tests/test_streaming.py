@@ -4,13 +4,13 @@ import itertools
 
 import keras_hub
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_nlp_cache import models
 from keras_nlp_cache.pieces import TextPieces
 from tests.families import deep_families
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
 
@@ -29,8 +29,7 @@ def lm_with_text(family, **kwargs):
     return lm
 
 
-@deep_families
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@in_turn("run_eagerly", [False, True])
 def test_tokens_are_those_of_generate(family, run_eagerly):
     lm = lm_with_text(family)
     lm.compile(sampler="greedy", run_eagerly=run_eagerly)

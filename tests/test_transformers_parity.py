@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from keras_nlp_cache import models
+from tests.families import compiled
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -83,13 +84,15 @@ def test_logits(name, tmp_path):
             attention_mask=torch.tensor(mask),
         ).logits.numpy()
     real = mask.astype(bool)
-    full = to_numpy(lm({"token_ids": token_ids, "padding_mask": mask}))
+    inputs = {"token_ids": token_ids, "padding_mask": mask}
+    full = to_numpy(compiled(lm)(inputs))
     np.testing.assert_allclose(full[real], expected[real], atol=1e-4, rtol=1e-4)
 
     cache = backbone.make_cache(2, 12)
+    call_with_cache = compiled(lm.call_with_cache)
     logits = []
-    for start, stop in ((0, 5), (5, 6), (6, 12)):
-        output, _, cache = lm.call_with_cache(
+    for start, stop in ((0, 10), (10, 11), (11, 12)):
+        output, _, cache = call_with_cache(
             keras.ops.convert_to_tensor(token_ids[:, start:stop]), cache, start
         )
         logits.append(to_numpy(output))
