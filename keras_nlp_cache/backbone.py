@@ -22,8 +22,8 @@ from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import saved_graph
-from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache import weight_paths
+from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache.cached_graph import CachedGraph
 from keras_nlp_cache.cached_graph import plain_python
 from keras_nlp_cache.decoder_block import specialize

@@ -14,8 +14,8 @@ import contextvars
 import keras
 from keras import tree
 
-from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache import weight_paths
+from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache.quantization import floating_policy
 from keras_nlp_cache.quantization import policies
 from keras_nlp_cache.replaying import dense
@@ -221,9 +221,7 @@ class _Describer:
         self._weights |= {id(w) for w in weights_of(layer)}
         self._known[id(layer)] = reference
         for path, inner in sublayers(layer):
-            self._known.setdefault(
-                id(inner), {**reference, "path": list(path)}
-            )
+            self._known.setdefault(id(inner), {**reference, "path": list(path)})
 
     def index(self, layer):
         if id(layer) not in self._numbers:
@@ -252,9 +250,7 @@ class _Describer:
             # Where it is built, and what its weights are called there.
             "scope": weight_paths.parent(getattr(layer, "path", None)),
             "weights": [
-                w.path
-                for w in weights_of(layer)
-                if id(w) not in self._weights
+                w.path for w in weights_of(layer) if id(w) not in self._weights
             ],
         }
         dtype = self._dtype_of_quantized(layer)
@@ -324,7 +320,8 @@ class _Builder:
             Dictionary from the `id()` of weights to `(weight, path)`.
         """
         found = {}
-        seen = {id(w) for x in self._constructed.values() for w in weights_of(x)}
+        constructed = self._constructed.values()
+        seen = {id(w) for x in constructed for w in weights_of(x)}
         for layer, description in zip(self._layers, self._descriptions):
             if "layer" not in description:
                 continue

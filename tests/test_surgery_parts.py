@@ -12,6 +12,7 @@ from tests.edits import greedy_loop
 from tests.edits import LENGTH
 from tests.edits import original
 from tests.edits import TOKENS
+from tests.families import deep_families
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import padding_mask
@@ -44,7 +45,7 @@ def layer_of(backbone, part):
     return found.layer
 
 
-@every_family
+@deep_families
 def test_selection(family):
     backbone = original(family).backbone
     names = [block.name for block in backbone.blocks]
@@ -124,7 +125,7 @@ def test_attention_weights(family):
     assert_close(merged[mask == 1], to_numpy(expected)[mask == 1])
 
 
-@every_family
+@deep_families
 def test_weights_with_a_sink(family):
     backbone = original(family).backbone
     sunk = surgery.add_attention_sink(backbone, 1, initial=50.0)
@@ -158,7 +159,7 @@ def test_inserted_after(family):
             assert_close(taps["residual"], before["residual"])
 
 
-@every_family
+@deep_families
 def test_inserted_before(family):
     backbone = original(family).backbone
     for part in ("attention", "feedforward"):
@@ -199,7 +200,7 @@ def test_removed(family):
     )
 
 
-@every_family
+@deep_families
 def test_replaced(family):
     backbone = original(family).backbone
     for branch in ("attention", "feedforward"):
@@ -245,7 +246,7 @@ COMBINED = {
 
 
 @pytest.mark.parametrize("name", COMBINED)
-@every_family
+@deep_families
 def test_edited_inside(family, name, tmp_path):
     """Cached and uncached agree, it generates, and it is saved."""
     lm = original(family)
@@ -264,14 +265,14 @@ def test_edited_inside(family, name, tmp_path):
     assert loaded.taps == edited.backbone.taps
 
 
-@every_family
+@deep_families
 def test_taps_of_what_is_gone(family):
     """A block takes its taps with it."""
     tapped = surgery.tap(original(family).backbone, "block.*.residual")
     assert surgery.remove(tapped, 1).taps == (tapped.taps[0], tapped.taps[2])
 
 
-@every_family
+@deep_families
 def test_taps_symbolically(family):
     tapped = surgery.tap(original(family).backbone, "block.1.*")
     _, taps = tapped(tapped.input)
@@ -285,7 +286,7 @@ def test_taps_symbolically(family):
         assert all(a in (None, b) for a, b in shape)
 
 
-@every_family
+@deep_families
 def test_training(family):
     """Gradients reach what was inserted, and what is around it."""
     lm = surgery.insert_after(

@@ -65,9 +65,9 @@ def check(edited, tmp_path):
 
 
 def modes(model):
-    return {
-        layer.quantization_mode for layer in model._flatten_layers()
-    } - {None}
+    return {layer.quantization_mode for layer in model._flatten_layers()} - {
+        None
+    }
 
 
 @both_modes
@@ -78,9 +78,7 @@ def test_edit_of_a_quantized_model(mode, edit, tmp_path):
     edited = EDITS[edit].apply(lm)
     # Calibrated or not, what is there keeps its weights.
     kept = {w.path: w for w in lm.weights}
-    assert all(
-        w is kept[w.path] for w in edited.weights if w.path in kept
-    )
+    assert all(w is kept[w.path] for w in edited.weights if w.path in kept)
     assert modes(check(edited, tmp_path)) == {mode}
     np.testing.assert_array_equal(full_forward(lm.backbone), before)
 

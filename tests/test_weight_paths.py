@@ -84,9 +84,7 @@ def test_where_adapters_stand(family):
         attention = getattr(
             edited.blocks[block], edited.blocks[block].attention_name
         )
-        assert path.startswith(
-            f"{edited.blocks[block].name}/{attention.name}/"
-        )
+        assert path.startswith(f"{edited.blocks[block].name}/{attention.name}/")
 
 
 @every_family

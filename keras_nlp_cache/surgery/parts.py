@@ -62,7 +62,8 @@ class Part(typing.NamedTuple):
     def holders(self):
         """Names of the layers that hold the part inside of the block."""
         block = self.site.layer
-        return [_at(block, self.path[:i]).name for i in range(1, len(self.path))]
+        paths = [self.path[:i] for i in range(1, len(self.path))]
+        return [_at(block, path).name for path in paths]
 
     def __repr__(self):
         return f"Part({self.name}: {type(self.layer).__name__})"
