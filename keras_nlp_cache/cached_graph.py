@@ -129,8 +129,17 @@ class CachedGraph:
             for key, _ in self._inputs_struct["cache"]
         )
 
+    @property
+    def takes_generated(self):
+        """Whether there is an optional input `generated`, as after some edits.
+
+        int, `(B, T)`, not 0 where the token that follows is generated.
+        """
+        return "generated" in self._inputs_struct
+
     def _normalize(self, inputs):
-        return normalize(inputs, self.cache_spec, self.max_positions)
+        further = ("generated",) if self.takes_generated else ()
+        return normalize(inputs, self.cache_spec, self.max_positions, further)
 
     @plain_python
     def __call__(self, inputs, *args, **kwargs):

@@ -100,11 +100,11 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             # among ours, and upstream's tasks would be left without it.
             PipelineModel.__bases__ = (Functional,)
 
-    def run_backbone(self, token_ids, cache, cache_update_index):
+    def run_backbone(self, token_ids, cache, cache_update_index, **inputs):
         """Runs the backbone on some tokens of a sequence.
 
-        Takes the arguments of `call_with_cache()`, and returns its hidden
-        states and cache, without the logits.
+        Takes the arguments of `call_with_cache()` and further inputs of the
+        backbone, and returns its hidden states and cache, without the logits.
         """
         with without_taps():
             return self.backbone(
@@ -112,10 +112,11 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                     "token_ids": token_ids,
                     "cache": cache,
                     "cache_update_index": cache_update_index,
+                    **inputs,
                 }
             )
 
-    def call_with_cache(self, token_ids, cache, cache_update_index):
+    def call_with_cache(self, token_ids, cache, cache_update_index, **inputs):
         """Runs the model on some tokens of a sequence.
 
         Args:
@@ -123,6 +124,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             cache: A cache from `backbone.make_cache()` or an earlier call. It
                 is not modified.
             cache_update_index: int scalar, the slot of the first token.
+            **inputs: Further optional inputs of the backbone.
 
         Returns:
             A tuple `(logits, hidden_states, cache)`: logits of shape
@@ -140,7 +142,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         ```
         """
         hidden_states, cache = self.run_backbone(
-            token_ids, cache, cache_update_index
+            token_ids, cache, cache_update_index, **inputs
         )
         return self._logits(hidden_states), hidden_states, cache
 
@@ -199,6 +201,14 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
         Otherwise it calls it only for samplers with a loop of their own.
         """
+        if self.backbone.takes_generated:
+            raise ValueError(
+                "Expected a sampler that picks one token at a time, such as "
+                '"greedy", and no override of `generate_step()`, for a model '
+                "that is steered at generated tokens only. Received: "
+                f"{type(self.sampler).__name__}, on a loop that does not say "
+                "which tokens these are. Apply the control vector to all."
+            )
         if self.overridden("_build_cache", "call_with_cache"):
             # They may keep the cache.
             return super().generate_step(inputs, stop_token_ids)

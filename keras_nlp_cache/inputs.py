@@ -26,7 +26,7 @@ _HOW_TO_MAKE_A_CACHE = (
 )
 
 
-def normalize(inputs, cache_spec, max_positions=None):
+def normalize(inputs, cache_spec, max_positions=None, further=()):
     """Completes the inputs of a backbone, as tensors.
 
     Args:
@@ -36,6 +36,8 @@ def normalize(inputs, cache_spec, max_positions=None):
         cache_spec: Tuple with one `(key_value_heads, head_dim)` per block.
         max_positions: Optional int. The number of positions that the model
             has an embedding for.
+        further: Names of optional inputs `(B, T)` that this model has beyond
+            those of all models.
 
     Returns:
         A dictionary with all keys. `"cache"` has one pair per block, of `None`
@@ -46,7 +48,7 @@ def normalize(inputs, cache_spec, max_positions=None):
             not fit the model or the other inputs, or if the tokens would be
             written past the end of the cache.
     """
-    _check_keys(inputs)
+    _check_keys(inputs, further)
     token_ids = _tensor("token_ids", inputs["token_ids"], "int32", kinds="iuf")
     _check_shape("token_ids", token_ids, batch=None, length=None)
     batch, length = token_ids.shape
@@ -93,6 +95,11 @@ def normalize(inputs, cache_spec, max_positions=None):
             length=length,
             slots=max_length,
         )
+    others = dict.fromkeys(further)
+    for name in further:
+        if inputs.get(name) is not None:
+            others[name] = _tensor(name, inputs[name], "int32")
+            _check_shape(name, others[name], batch=batch, length=length)
     if max_positions is not None:
         _check_positions(positions, index, length, max_positions)
     return {
@@ -102,18 +109,20 @@ def normalize(inputs, cache_spec, max_positions=None):
         "cache_update_index": _tensor("cache_update_index", index, "int32"),
         "token_positions": positions,
         "attention_mask": attention_mask,
+        **others,
     }
 
 
-def _check_keys(inputs):
-    keys = f"the keys {list(REQUIRED)} and, if wanted, any of {list(OPTIONAL)}"
+def _check_keys(inputs, further):
+    optional = [*OPTIONAL, *further]
+    keys = f"the keys {list(REQUIRED)} and, if wanted, any of {optional}"
     if not isinstance(inputs, dict):
         raise ValueError(
             f"Expected `inputs` to be a dictionary with {keys}. Received: "
             f"{_describe(inputs)}."
         )
     for key in inputs:
-        if key not in REQUIRED + OPTIONAL:
+        if key not in REQUIRED and key not in optional:
             raise ValueError(
                 f"Expected `inputs` to have {keys}. Received an unknown key: "
                 f"{key!r}."

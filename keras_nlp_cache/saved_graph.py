@@ -67,6 +67,9 @@ def describe(backbone):
     sites = backbone.sites
     tensors = {id(x): TensorOf(name) for name, x in backbone.input.items()}
     tensors[id(backbone._positions)] = TensorOf("positions")
+    if backbone.takes_generated:
+        generated = backbone._inputs_struct["generated"]
+        tensors[id(generated)] = TensorOf("generated")
     for i, site in enumerate(sites):
         for j, x in enumerate(site.node.outputs):
             tensors[id(x)] = TensorOf(i, j)
@@ -99,6 +102,7 @@ def describe(backbone):
         "hidden_states": serialize(hidden_states),
         "taps": [[name, serialize(x)] for name, x in taps.items()],
         "attributes": attributes,
+        "takes_generated": backbone.takes_generated,
     }
 
 
@@ -119,6 +123,8 @@ def apply(backbone, graph):
         site.layer._outbound_nodes.clear()
     constructed = {i: x for x, i in backbone._constructed.items()}
     wiring = Wiring(floating_policy(backbone.blocks[0]))
+    if graph.get("takes_generated"):
+        _ = wiring.generated
     results = {**wiring.inputs, "positions": wiring.positions}
     results = {name: [x] for name, x in results.items()}
 

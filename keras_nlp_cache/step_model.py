@@ -67,6 +67,12 @@ class StepModel(keras.Model):
                 "`keras_nlp_cache.models`. Received an instance of "
                 f"{type(model).__module__}.{type(model).__name__}."
             )
+        if backbone.takes_generated:
+            raise ValueError(
+                "Expected a model that treats all tokens alike. Received: "
+                f"{model.name!r}, steered at generated tokens only, which a "
+                "step cannot tell. Apply the control vector to all tokens."
+            )
         backbone.check_cache_size(batch_size, max_length)
         _check_length(length, max_length)
         # Tracks the weights.

@@ -81,6 +81,19 @@ class Wiring:
             attention_mask=self.inputs["attention_mask"],
         )
 
+    @property
+    def generated(self):
+        """Symbolic int32 `(B, T)`, for layers that treat prompts otherwise.
+
+        Not 0 where the token that follows is generated. An input of the graph,
+        optional, from when it is first asked for.
+        """
+        if "generated" not in self.inputs:
+            self.inputs["generated"] = keras.Input(
+                (None,), dtype="int32", name="generated", optional=True
+            )
+        return self.inputs["generated"]
+
     def thread(self, takes_positions=()):
         """Threads caches through the graph that the inputs are of.
 

@@ -418,11 +418,31 @@ class Loop:
             token_ids, _, _, index, cache = generation
             size = (ops.shape(token_ids)[0], length or 1)
             logits, _, cache = self.lm.call_with_cache(
-                ops.slice(token_ids, start_at(0, index), size), cache, index
+                ops.slice(token_ids, start_at(0, index), size),
+                cache,
+                index,
+                **self._further_inputs(generation, size),
             )
             return logits if length else logits[:, 0], cache
 
         return call
+
+    def _further_inputs(self, generation, size):
+        """What the backbone is told of tokens besides, if it wants to know.
+
+        Args:
+            generation: A `Generation`.
+            size: `(B, T)`, the tokens from its last on.
+        """
+        if not self.lm.backbone.takes_generated:
+            return {}
+        given = generation.given
+        # At the last slot, nothing that was given follows.
+        follows = ops.concatenate(
+            [given[:, 1:], ops.zeros_like(given[:, :1])], axis=1
+        )
+        follows = ops.slice(follows, start_at(0, generation.index), size)
+        return {"generated": ops.cast(ops.logical_not(follows), "int32")}
 
 
 class CompiledLoop(Loop):

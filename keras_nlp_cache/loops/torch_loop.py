@@ -142,32 +142,35 @@ class TorchLoop(EagerTorchLoop):
             nonlocal step, bound_for
             token_ids, _, _, index, cache = generation
             choices = operator_choices(token_ids.device)
-            if choices != bound_for:
-                step = self._bind(token_ids[:, : length or 1], cache)
-                bound_for = choices
             now = token_ids[:, index : index + (length or 1)]
-            logits = step(now, index)
+            further = self._further_inputs(generation, tuple(now.shape))
+            if choices != bound_for:
+                step = self._bind(now, cache, further)
+                bound_for = choices
+            logits = step(now, index, further)
             return logits if length else logits[:, 0], cache
 
         return call
 
-    def _bind(self, tokens, cache):
+    def _bind(self, tokens, cache, further):
         """A step from tokens to logits, on the weights and cache of now."""
         weights = [x.value for x in self.variables]
         token = torch.zeros_like(tokens)
         slot = token.new_zeros((), dtype=torch.int32)
-        prepare, step = self._captured_step(weights, token, cache, slot)
+        inputs = pytree.tree_map(torch.clone, further)
+        arguments = token, cache, slot, inputs
+        prepare, step = self._captured_step(weights, *arguments)
         step = functools.partial(
-            step,
-            *prepare(*weights),
-            *pytree.tree_leaves((token, cache, slot)),
+            step, *prepare(*weights), *pytree.tree_leaves(arguments)
         )
         on_gpu = self.is_gpu(token.device)
 
-        def bound_step(new_token, index):
+        def bound_step(new_token, index, further):
             nonlocal step, on_gpu
             token.copy_(new_token)
             slot.fill_(index)
+            for name, x in further.items():
+                inputs[name].copy_(x)
             # What autocasting does was captured.
             with torch.autocast(token.device.type, enabled=False):
                 if on_gpu:
@@ -177,22 +180,27 @@ class TorchLoop(EagerTorchLoop):
 
         return bound_step
 
-    def _captured_step(self, weights, token_ids, cache, index):
+    def _captured_step(self, weights, token_ids, cache, index, further):
         choices = operator_choices(token_ids.device)
         key = *token_ids.shape, cache[0][0].shape[2], choices
         with self._capturing:
             if key not in self._captured:
-                module = capture(self._logits, weights, token_ids, cache, index)
+                module = capture(
+                    self._logits, weights, token_ids, cache, index, further
+                )
                 prepare, step = separate_views(module, len(weights))
                 if self.lm.jit_compile:
                     step = torch.compile(step, dynamic=False)
                 self._captured[key] = prepare, step
             return self._captured[key]
 
-    def _logits(self, weights, token_ids, cache, index):
+    def _logits(self, weights, token_ids, cache, index, further):
         mapping = list(zip(self.variables, weights))
         products = DenseProducts(
             opaque_dense_product if self.lm.jit_compile else dense_product
         )
         with keras.StatelessScope(state_mapping=mapping), products:
-            return self.lm.call_with_cache(token_ids, cache, index)[0]
+            logits, _, _ = self.lm.call_with_cache(
+                token_ids, cache, index, **further
+            )
+            return logits

@@ -11,7 +11,9 @@ from keras import ops
 
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.quantization import floating_policy
+from keras_nlp_cache.replaying import active_wiring
 from keras_nlp_cache.surgery import vector_files
+from keras_nlp_cache.surgery.positionwise import Positionwise
 from keras_nlp_cache.surgery.rewiring import backbone_of
 from keras_nlp_cache.surgery.rewiring import rewire_sites
 from keras_nlp_cache.surgery.vector_training import train_directions
@@ -162,7 +164,13 @@ class ControlVector:
 
     # === Applying ===
 
-    def apply(self, model, strength=1.0, name="control_vector"):
+    def apply(
+        self,
+        model,
+        strength=1.0,
+        name="control_vector",
+        generated_only=False,
+    ):
         """Steers a model. See `keras_nlp_cache.surgery.apply()`.
 
         Example:
@@ -171,7 +179,7 @@ class ControlVector:
         steered = vector.apply(lm, strength=0.5)
         ```
         """
-        return apply(model, self, strength, name)
+        return apply(model, self, strength, name, generated_only)
 
     # === Arithmetic ===
 
@@ -280,32 +288,45 @@ class ControlVector:
 
 
 @keras.saving.register_keras_serializable("keras_nlp_cache")
-class AddDirection(keras.layers.Layer):
+class AddDirection(Positionwise, keras.layers.Layer):
     """Adds one of several directions to hidden states.
 
     One such layer steers a whole model: it is called after each block that has
     a direction. Its weights, `directions` `(len(blocks), hidden_dim)` and the
-    scalar `strength`, are float32 and not trainable. Assigning either shows in
+    `strength`, are float32 and not trainable. Assigning either shows in
     the next call, with nothing compiled again.
 
     Args:
         blocks: List of ints. The blocks that have a direction.
         hidden_dim: int.
+        rows: Optional int. The rows of a batch, for `strength` to be of shape
+            `(rows,)`. Defaults to one strength for any number of rows.
+        generated_only: bool. Whether to leave the tokens of prompts alone.
         **kwargs: See `keras.layers.Layer`.
 
     Call arguments:
         x: Hidden states `(B, T, hidden_dim)`.
         block: int, one of `blocks`.
+        generated: Optional int tensor `(B, T)`, not 0 where the token that
+            follows is generated. With `generated_only` nothing is added
+            elsewhere, and nowhere without it.
 
     Returns:
         `x + strength * directions[blocks.index(block)]`, in the dtype of `x`.
+
+    Raises:
+        ValueError: If `block` has no direction, or `x` another number of rows.
     """
 
-    def __init__(self, blocks, hidden_dim, **kwargs):
+    def __init__(
+        self, blocks, hidden_dim, rows=None, generated_only=False, **kwargs
+    ):
         # The hidden states go on as they came, in whatever dtype.
         super().__init__(autocast=False, **kwargs)
         self.blocks = list(blocks)
         self.hidden_dim = hidden_dim
+        self.rows = rows
+        self.generated_only = generated_only
 
     def build(self, input_shape):
         kwargs = dict(dtype="float32", autocast=False, trainable=False)
@@ -316,37 +337,72 @@ class AddDirection(keras.layers.Layer):
             **kwargs,
         )
         self.strength = self.add_weight(
-            shape=(), initializer="ones", name="strength", **kwargs
+            shape=() if self.rows is None else (self.rows,),
+            initializer="ones",
+            name="strength",
+            **kwargs,
         )
 
-    def call(self, x, block):
+    def call(self, x, block, generated=None):
         if block not in self.blocks:
             raise ValueError(
                 f"Expected `block` to be one of {self.blocks}, the blocks that "
                 f"layer {self.name!r} has directions for. Received: {block!r}."
             )
-        direction = self.directions[self.blocks.index(block)]
-        return x + ops.cast(self.strength * direction, x.dtype)
+        if self.rows is not None and isinstance(x.shape[0], int):
+            if x.shape[0] != self.rows:
+                raise ValueError(
+                    f"Expected a batch of {self.rows} rows, for each of which "
+                    f"layer {self.name!r} has a strength. Received: "
+                    f"{x.shape[0]}. Apply the vector with as many strengths, "
+                    "or with one for all."
+                )
+        if self.generated_only and generated is None:
+            return x
+        update = self.directions[self.blocks.index(block)]
+        update = ops.reshape(self.strength, (-1, 1, 1)) * update
+        if self.generated_only:
+            is_generated = ops.cast(generated != 0, update.dtype)
+            update = update * is_generated[:, :, None]
+        return x + ops.cast(update, x.dtype)
+
+    def compute_output_spec(self, x, block, generated=None):
+        return keras.KerasTensor(x.shape, dtype=x.dtype)
 
     def get_config(self):
         return {
             **super().get_config(),
             "blocks": self.blocks,
             "hidden_dim": self.hidden_dim,
+            "rows": self.rows,
+            "generated_only": self.generated_only,
         }
 
 
-def apply(model, vector, strength=1.0, name="control_vector"):
+def apply(
+    model,
+    vector,
+    strength=1.0,
+    name="control_vector",
+    generated_only=False,
+):
     """Adds a control vector to the hidden states of a model.
 
     Args:
         model: A backbone or a `CausalLM` of this package. It is left as it is.
         vector: A `ControlVector`.
         strength: float. What to multiply the vector by. 0 gives what `model`
-            gives, a negative number steers the other way.
+            gives, a negative number steers the other way. Or a sequence of
+            floats, one for each row of the batches that the model will get.
         name: str. Name of the layer that adds it. If the model has a layer of
             that name, a number is appended: a second vector is added by
             `"control_vector_1"`.
+        generated_only: bool. Whether to steer only where the model generates:
+            at the last token of a prompt and at those that it generates
+            itself, as `generate()`, `stream()` and sessions do. In a call of
+            the backbone, the optional input `generated`, int `(B, T)`, is 1 at
+            these tokens; without it nothing is steered, so that `score()` and
+            a call of the task give what `model` gives.
 
     Returns:
         A model of the same class with one layer more, which is called after
@@ -355,7 +411,8 @@ def apply(model, vector, strength=1.0, name="control_vector"):
 
     Raises:
         ValueError: If the vector is not made for a model of this depth and
-            hidden size, or `strength` is not a finite number.
+            hidden size, or `strength` is not a finite number or a sequence of
+            these.
 
     Example:
     ```python
@@ -377,15 +434,7 @@ def apply(model, vector, strength=1.0, name="control_vector"):
             "Expected `vector` to be a `ControlVector`. Received an instance "
             f"of {type(vector).__module__}.{type(vector).__name__}."
         )
-    if (
-        isinstance(strength, bool)
-        or not isinstance(strength, numbers.Real)
-        or not math.isfinite(strength)
-    ):
-        raise ValueError(
-            "Expected `strength` to be a finite number. Received: "
-            f"{strength!r}."
-        )
+    rows = _rows(strength)
     depth, last = len(backbone.blocks), max(vector.directions)
     if last >= depth:
         raise ValueError(
@@ -404,6 +453,8 @@ def apply(model, vector, strength=1.0, name="control_vector"):
     layer = AddDirection(
         vector.directions,
         hidden_dim,
+        rows,
+        bool(generated_only),
         dtype=floating_policy(backbone.blocks[0]),
         name=_unused_name(backbone, name),
     )
@@ -414,10 +465,39 @@ def apply(model, vector, strength=1.0, name="control_vector"):
     def call(site, *args, **kwargs):
         x = site.layer(*args, **kwargs)
         if site.block in vector.directions:
-            x = layer(x, block=site.block)
+            generated = active_wiring().generated if generated_only else None
+            x = layer(x, block=site.block, generated=generated)
         return x
 
     return rewire_sites(model, call)
+
+
+def _rows(strength):
+    """How many strengths there are, `None` for a single number.
+
+    Raises:
+        ValueError: If it is neither a finite number nor a sequence of these.
+    """
+    strengths = strength
+    if isinstance(strength, numbers.Real):
+        strengths = [strength]
+    elif isinstance(strength, np.ndarray) and strength.ndim == 1:
+        strengths = strength.tolist()
+    if (
+        not isinstance(strengths, list | tuple)
+        or not strengths
+        or any(
+            isinstance(x, bool)
+            or not isinstance(x, numbers.Real)
+            or not math.isfinite(x)
+            for x in strengths
+        )
+    ):
+        raise ValueError(
+            "Expected `strength` to be a finite number, or a sequence of these "
+            f"with one for each row. Received: {strength!r}."
+        )
+    return None if isinstance(strength, numbers.Real) else len(strengths)
 
 
 def _unused_name(backbone, name):

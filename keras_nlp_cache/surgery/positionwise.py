@@ -18,6 +18,14 @@ from keras_nlp_cache.decoder_block import DecoderBlock
 _LENGTH = 4
 
 
+class Positionwise:
+    """Mixin for layers that are known to treat each position alone.
+
+    They are not run to find out, and may ask for more than what is run here
+    has, such as a certain number of rows.
+    """
+
+
 def check_positionwise(edited, original):
     """Checks what an edit inserted, by running it in both ways.
 
@@ -184,7 +192,7 @@ def _run(model, token_ids, index):
     results = []
 
     def call(site, *args, **kwargs):
-        if site.block is None:
+        if site.block is None and not isinstance(site.layer, Positionwise):
             x = site.layer(*args, **kwargs)
         else:
             x = first_argument(args, kwargs)

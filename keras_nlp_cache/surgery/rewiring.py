@@ -132,6 +132,8 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
                 taps[place.name] = inside[place.part]
         return x
 
+    if backbone.takes_generated:
+        _ = wiring.generated
     with _undone_on_error(backbone), replaying(wiring):
         inputs = {**wiring.inputs, "cache": [None] * len(backbone.blocks) * 2}
         hidden_states, kept = backbone.replay(inputs, wiring.positions, call)
