@@ -22,7 +22,6 @@ from keras import ops
 MASKED = -1e9
 
 _owned = contextvars.ContextVar("keras_nlp_cache_owned", default=False)
-_portable = contextvars.ContextVar("keras_nlp_cache_portable", default=False)
 
 
 @contextlib.contextmanager
@@ -32,8 +31,8 @@ def owned_cache():
     A backbone call never modifies the cache passed to it. A decode loop that
     made its own cache does not need the old one, so inside this scope the
     PyTorch backend writes new keys and values into the tensors it was given.
-    On JAX and TensorFlow arrays are immutable and the compiler does the same,
-    so the scope changes nothing there.
+    On JAX and TensorFlow arrays are immutable and the compiler does the same;
+    on TensorFlow in an operation of XLA's that has no gradient.
     """
     token = _owned.set(True)
     try:
@@ -45,20 +44,6 @@ def owned_cache():
 def is_owned():
     """Whether the caches of this scope belong to the caller."""
     return _owned.get()
-
-
-@contextlib.contextmanager
-def portable_writes():
-    """Writes to caches in operations that every exporter knows.
-
-    What Keras makes of `ops.slice_update` on TensorFlow is XLA's alone. On
-    the other backends the scope changes nothing.
-    """
-    token = _portable.set(True)
-    try:
-        yield
-    finally:
-        _portable.reset(token)
 
 
 def slots(index, length):
@@ -226,8 +211,8 @@ class LayerCache(typing.NamedTuple):
 
 def _write(slots_of_head, update, index):
     update = ops.cast(update, slots_of_head.dtype)
-    if _portable.get() and keras.config.backend() == "tensorflow":
-        return _write_portably(slots_of_head, update, index)
+    if keras.config.backend() == "tensorflow" and not is_owned():
+        return _write_differentiably(slots_of_head, update, index)
     if keras.config.backend() != "torch":
         return ops.slice_update(slots_of_head, start_at(0, 0, index, 0), update)
     # `ops.slice_update` reads the index back into Python on torch; an index
@@ -238,9 +223,20 @@ def _write(slots_of_head, update, index):
     return slots_of_head.index_copy(2, where, update)
 
 
-def _write_portably(slots_of_head, update, index):
-    length = update.shape[2]
-    row = slots(0, slots_of_head.shape[2]) - ops.cast(index, "int32")
+def _write_differentiably(slots_of_head, update, index):
+    """`ops.slice_update` in operations that TensorFlow can derive and export.
+
+    What Keras makes of that is XLA's alone.
+    """
+    import tensorflow as tf
+
+    index, length = ops.cast(index, "int32"), ops.shape(update)[2]
+    if tf.executing_eagerly():
+        before = slots_of_head[:, :, :index]
+        after = slots_of_head[:, :, index + length :]
+        return tf.concat([before, update, after], axis=2)
+    # Compiled, no shape may depend on the index.
+    row = slots(0, ops.shape(slots_of_head)[2]) - index
     written = ops.logical_and(row >= 0, row < length)[:, None]
     rows = ops.take(update, ops.clip(row, 0, length - 1), axis=2)
     return ops.where(written, rows, slots_of_head)

@@ -4,7 +4,6 @@ import keras
 
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.backbone import without_taps
-from keras_nlp_cache.cache import portable_writes
 from keras_nlp_cache.cached_graph import floating_dtype
 from keras_nlp_cache.cached_graph import plain_python
 from keras_nlp_cache.prompts import is_int
@@ -119,10 +118,9 @@ class StepModel(keras.Model):
             tuple(inputs[f"past_{name}"] for name in pair)
             for pair in self._names
         )
-        with portable_writes():
-            x, cache = self._run(
-                inputs["token_ids"], cache, inputs["cache_update_index"]
-            )
+        x, cache = self._run(
+            inputs["token_ids"], cache, inputs["cache_update_index"]
+        )
         outputs = {self._output_name: x}
         for names, pair in zip(self._names, cache):
             for name, tensor in zip(names, pair):

@@ -154,8 +154,10 @@ def test_with_a_preprocessor(family, mode, tmp_path):
     )
     text = generated(lm)
     assert text.startswith("the fox")
-    lm.save(tmp_path / "lm.keras")
-    assert generated(keras.saving.load_model(tmp_path / "lm.keras")) == text
+    if mode not in ("gptq", "awq"):  # Keras does not load files of these.
+        lm.save(tmp_path / "lm.keras")
+        loaded = keras.saving.load_model(tmp_path / "lm.keras")
+        assert generated(loaded) == text
 
 
 def test_filters_with_a_preprocessor():
