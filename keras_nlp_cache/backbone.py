@@ -30,6 +30,7 @@ from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.quantization import floating_policy
 from keras_nlp_cache.quantization import policies
+from keras_nlp_cache.quantization import use_own_policies
 from keras_nlp_cache.replaying import dense
 from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.sharing import attributes
@@ -416,7 +417,10 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         config = dict(config)
         graph = config.pop("outputs", None)
         backbone = super().from_config(config)
-        return backbone if graph is None else saved_graph.apply(backbone, graph)
+        if graph is not None:
+            backbone = saved_graph.apply(backbone, graph)
+        use_own_policies(backbone)
+        return backbone
 
     def export_to_transformers(self, path):
         """Exports the backbone in the format of Hugging Face Transformers.

@@ -53,6 +53,7 @@ class DecoderBlock(CachedBlock, Rematerializable):
         if wiring is not None and kwargs.get(self.cache_argument) is None:
             if isinstance(first_argument(args, kwargs), keras.KerasTensor):
                 kwargs.pop(self.cache_argument, None)
+                self._check_fits(first_argument(args, kwargs))
                 return wiring.call_block(self, args, kwargs)
         hidden_states = first_argument(args, kwargs)
         with block_call.calling(hidden_states) as call:
@@ -113,6 +114,19 @@ class DecoderBlock(CachedBlock, Rematerializable):
             for name, attribute in self.parts.items()
         }
         return dict(sorted(paths.items()))
+
+    def _check_fits(self, x):
+        """Raises a `ValueError` if the block was built for another size."""
+        shapes = self.get_build_config() or {}
+        shapes = shapes.get("shapes_dict", shapes)
+        for shape in shapes.values():
+            if shape is not None and shape[-1] != x.shape[-1]:
+                raise ValueError(
+                    f"Expected decoder block {self.name!r}, which was built "
+                    f"for hidden states of size {shape[-1]}, to get such. "
+                    f"Received: shape={tuple(x.shape)}. Only blocks of the "
+                    "same hidden size go into one model."
+                )
 
     def mask_unless_cached(self, upstream_mask, **kwargs):
         """Upstream's attention mask, where upstream's attention will use it.

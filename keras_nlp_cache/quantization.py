@@ -47,6 +47,27 @@ def _policy_of(layer):
     return policy
 
 
+def use_own_policies(model):
+    """Gives layers that were loaded quantized the policies they had before.
+
+    Keras builds them with one map of all that is quantized. But what it then
+    asks for in some places is the policy of the layer, not of its path, and it
+    cannot save them again.
+
+    Args:
+        model: A model. What else a map may be for is left as it is.
+    """
+    for layer in model._flatten_layers():
+        policy = layer.dtype_policy
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            if all(
+                isinstance(x, keras.dtype_policies.QuantizedDTypePolicy)
+                for x in policy.values()
+            ):
+                # Set in the usual way, it would be quantized once more.
+                layer._dtype_policy = _policy_of(layer)
+
+
 class _Stop(Exception):
     """Leaves a graph at its first block."""
 

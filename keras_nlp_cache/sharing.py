@@ -1,8 +1,11 @@
-"""A second layer over the same weights."""
+"""A second layer over the same weights, or over copies of them."""
 
 import functools
 
 import keras
+from keras import ops
+
+from keras_nlp_cache import weight_paths
 
 # State of its own that a layer keeps beside its attributes: where it stands in
 # graphs, what its methods close over, and what Keras tracks of it.
@@ -84,6 +87,105 @@ def share(layer, /, name=None, **changes):
     # Not for Keras to track, or the layers that were replaced would count.
     object.__setattr__(new, "_shared_from", SharedFrom(layer, changes))
     return new
+
+
+def copy(layer, name, scope=""):
+    """Makes a layer of the same class over weights of its own.
+
+    What `share()` gave the layer is copied as such, and quantized weights as
+    they are, neither of which a constructor could do.
+
+    Args:
+        layer: A built layer. It is left as it is.
+        name: str. Name of the copy.
+        scope: str. The path of what the copy is to be inside of. The paths of
+            its weights begin with it.
+
+    Returns:
+        The new layer.
+    """
+    return _Copies(layer, name, scope).of(layer)
+
+
+class _Copies:
+    """Copies of layers and variables, each made once."""
+
+    def __init__(self, layer, name, scope):
+        self._before = layer.path or layer.name
+        self._name = name
+        self._scope = scope
+        self._path = f"{scope}/{name}" if scope else name
+        self._made = {}
+
+    def of(self, x):
+        if type(x) in (tuple, list) or isinstance(x, list):
+            return type(x)(self.of(y) for y in x)
+        if isinstance(x, dict):
+            return {key: self.of(y) for key, y in x.items()}
+        for cls, make in (
+            (keras.layers.Layer, self._layer),
+            (keras.Variable, self._variable),
+            (keras.random.SeedGenerator, self._seed_generator),
+        ):
+            if isinstance(x, cls):
+                if id(x) not in self._made:
+                    # What is kept may not lend its id to another.
+                    self._made[id(x)] = x, make(x)
+                return self._made[id(x)][1]
+        return x
+
+    def _layer(self, layer):
+        new = type(layer).__new__(type(layer))
+        # Of what `share()` made, the layer that it was made from, too.
+        outermost = (layer.path or layer.name) == self._before
+        name = self._name if outermost else layer.name
+        keras.layers.Layer.__init__(new, name=name)
+        for attribute, value in attributes(layer).items():
+            if attribute not in ("name", "_path", "_parent_path"):
+                setattr(new, attribute, self.of(value))
+        new._path = self._moved(layer.path)
+        new._parent_path = weight_paths.parent(new._path)
+        new._lock_state()
+        origin = shared_from(layer)
+        if origin is not None:
+            origin = SharedFrom(self.of(origin.layer), self.of(origin.changes))
+            object.__setattr__(new, "_shared_from", origin)
+        return new
+
+    def _moved(self, path):
+        """The path in the copy of what has a path in the layer."""
+        if path is None:
+            return None
+        if path == self._before or path.startswith(f"{self._before}/"):
+            return self._path + path[len(self._before) :]
+        return f"{self._path}/{path}"
+
+    def _variable(self, variable):
+        path = self._moved(variable.path)
+        with weight_paths.scope(weight_paths.parent(path)):
+            new = keras.Variable(
+                ops.copy(variable.value),
+                dtype=variable.dtype,
+                trainable=variable.trainable,
+                autocast=variable._autocast,
+                aggregation=variable.aggregation,
+                name=variable.name,
+            )
+        new._path = path
+        for attribute in (
+            "regularizer",
+            "constraint",
+            "overwrite_with_gradient",
+        ):
+            setattr(new, attribute, getattr(variable, attribute))
+        return new
+
+    def _seed_generator(self, generator):
+        new = keras.random.SeedGenerator(
+            generator.get_config()["seed"], name=generator.name
+        )
+        new.state = self.of(generator.state)
+        return new
 
 
 def shared_from(layer):

@@ -4,6 +4,7 @@ import keras
 
 from keras_nlp_cache.quantization import floating_policy
 from keras_nlp_cache.sharing import share
+from keras_nlp_cache.surgery import newcomers
 from keras_nlp_cache.surgery.adapters import AttentionSink
 from keras_nlp_cache.surgery.adapters import LowRankAdapter
 from keras_nlp_cache.surgery.adapters import ScaledHeads
@@ -14,6 +15,7 @@ from keras_nlp_cache.surgery.parts import EditedBlocks
 from keras_nlp_cache.surgery.parts import Part
 from keras_nlp_cache.surgery.parts import WEIGHTS
 from keras_nlp_cache.surgery.positionwise import check_attention
+from keras_nlp_cache.surgery.rewiring import backbone_of
 from keras_nlp_cache.surgery.rewiring import EditError
 from keras_nlp_cache.surgery.rewiring import rewire_sites
 from keras_nlp_cache.surgery.selection import select_blocks
@@ -79,8 +81,10 @@ def replace_projections(model, where, projections, layer):
         )
     names = [PROJECTIONS[name] for name in projections]
 
+    backbone = backbone_of(model)
+
     def change(part, old):
-        new = layer(old)
+        new = newcomers.inside(layer(old), backbone, old)
         check_fits(new, part.name, *part.shapes)
         return new
 

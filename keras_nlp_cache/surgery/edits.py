@@ -9,6 +9,7 @@ from keras_nlp_cache.decoder_block import DecoderBlock
 from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.sites import Site
 from keras_nlp_cache.surgery import part_edits
+from keras_nlp_cache.surgery.newcomers import Newcomers
 from keras_nlp_cache.surgery.parts import EditedBlocks
 from keras_nlp_cache.surgery.rewiring import backbone_of
 from keras_nlp_cache.surgery.rewiring import EditError
@@ -26,10 +27,11 @@ def insert_after(model, where, layer):
             block, what the layer returns is the residual stream from there on.
         layer: A layer that takes hidden states `(B, T, hidden_dim)`, or what
             else the selected layer returns, and returns the same shape.
-            Selected several times, the same
-            layer is called each time. For a layer for each, pass a function
-            that takes the selected layer and returns the one to insert. A
-            decoder block gets a cache.
+            Selected several times, the same layer is called each time. For a
+            layer for each, pass a function that takes the selected layer and
+            returns the one to insert. A decoder block gets a cache. A layer of another model is shared with
+            it, unless its name is taken here: then it comes under another one,
+            as a copy with weights of its own, since a weight has one path.
 
     Returns:
         A model of the same class that shares layers and weights with `model`.
@@ -44,12 +46,18 @@ def insert_after(model, where, layer):
         32, kernel_initializer="identity", name=f"{block.name}_adapter"
     )
     edited = surgery.insert_after(backbone, slice(None), adapter)
+
+    # Blocks of another model, one after the other (a passthrough merge).
+    other = type(backbone).from_config(backbone.get_config())
+    for block in other.blocks:
+        edited = surgery.insert_after(edited, -1, block)
     ```
 
     Reference:
         https://github.com/keras-team/keras-hub/pull/1598
     """
-    chosen, inserted = select(model, where), _layers(layer)
+    chosen = select(model, where)
+    inserted = _layers(layer, Newcomers(backbone_of(model)))
     blocks = EditedBlocks(model, chosen, part_edits.insert_after(inserted))
 
     def call(site, *args, **kwargs):
@@ -68,7 +76,8 @@ def insert_before(model, where, layer):
     the layer made of its first input; a branch of a block, what the layer made
     of its normalized input.
     """
-    chosen, inserted = select(model, where), _layers(layer)
+    chosen = select(model, where)
+    inserted = _layers(layer, Newcomers(backbone_of(model)))
     blocks = EditedBlocks(model, chosen, part_edits.insert_before(inserted))
 
     def call(site, *args, **kwargs):
@@ -102,7 +111,8 @@ def replace(model, where, layer):
     len(edited.make_cache(1, 8))  # One less than before.
     ```
     """
-    chosen, replacement = select(model, where), _layers(layer)
+    chosen = select(model, where)
+    replacement = _layers(layer, Newcomers(backbone_of(model), chosen))
     blocks = EditedBlocks(model, chosen, part_edits.replace(replacement))
     replaced = {}  # Filled while the graph grows, read when it is complete.
 
@@ -273,12 +283,12 @@ def tap(model, where):
     return rewire_sites(model, call, tapped=chosen)
 
 
-def _layers(layer):
+def _layers(layer, newcomers):
     """A function from a site to the layer to insert there."""
     if isinstance(layer, keras.Operation):
-        return lambda site: layer
+        return lambda site: newcomers(layer)
     if callable(layer) and not isinstance(layer, type):
-        return lambda site: _checked_layer(layer(site.layer))
+        return lambda site: newcomers(_checked_layer(layer(site.layer)))
     return lambda site: _checked_layer(layer)
 
 
