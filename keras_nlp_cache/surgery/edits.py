@@ -29,9 +29,10 @@ def insert_after(model, where, layer):
             else the selected layer returns, and returns the same shape.
             Selected several times, the same layer is called each time. For a
             layer for each, pass a function that takes the selected layer and
-            returns the one to insert. A decoder block gets a cache. A layer of another model is shared with
-            it, unless its name is taken here: then it comes under another one,
-            as a copy with weights of its own, since a weight has one path.
+            returns the one to insert. A decoder block gets a cache. A layer of
+            another model is shared with it, unless its name is taken here: then
+            it comes under another one, as a copy with weights of its own, since
+            a weight has one path.
 
     Returns:
         A model of the same class that shares layers and weights with `model`.

@@ -62,7 +62,8 @@ class Part(typing.NamedTuple):
     def holders(self):
         """Names of the layers that hold the part inside of the block."""
         block = self.site.layer
-        paths = [self.path[:i] for i in range(1, len(self.path))]
+        holders = self.path if self.part == WEIGHTS else self.path[:-1]
+        paths = [holders[: i + 1] for i in range(len(holders))]
         return [_at(block, path).name for path in paths]
 
     def __repr__(self):
