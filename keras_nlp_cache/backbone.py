@@ -70,6 +70,8 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
     Attributes:
         block_cls: A `DecoderBlock`, the class to give each decoder block.
         blocks_name: Name of the attribute that lists the decoder blocks.
+        layer_classes: Dictionary from names of attributes to classes, to give
+            the layers that they hold. See `specialize()`.
         position_layers: Names of the attributes that hold layers which take
             `positions`, such as learned position embeddings.
 
@@ -129,6 +131,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
 
     block_cls = None
     blocks_name = "transformer_layers"
+    layer_classes = {}
     position_layers = ()
 
     def __init__(self, *, inputs, outputs, **kwargs):
@@ -139,6 +142,8 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             )
         for block in self.blocks:
             specialize(block, self.block_cls)
+        for name, cls in self.layer_classes.items():
+            specialize(getattr(self, name), cls)
         graph = keras.Function(inputs, outputs)
         # The numbers by which a saved edit refers to layers. Weak, for an edit
         # that removes a layer not to keep it.

@@ -114,7 +114,7 @@ def test_adapters_of_quantized_projections(family, mode, tmp_path):
     assert {keras.backend.standardize_dtype(w.dtype) for w in adapters} == {
         "float32"
     }
-    adapted.compile(optimizer=keras.optimizers.Adam(0.01), sampler="greedy")
+    adapted.compile(optimizer=keras.optimizers.Adam(1e-3), sampler="greedy")
     x = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
     losses = adapted.fit(x, np.full_like(TOKENS, 7), epochs=8, verbose=0)
     losses = losses.history["loss"]

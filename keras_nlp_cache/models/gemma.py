@@ -1,13 +1,16 @@
 """Gemma 1 and 2: rotary positions, soft caps, sliding windows."""
 
+import keras
 import keras_hub
 from keras_hub.src.models.gemma import gemma_attention
 from keras_hub.src.models.gemma import gemma_decoder_block
+from keras_hub.src.models.gemma import rms_normalization
 
 from keras_nlp_cache.attention import CachedAttention
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.causal_lm import CausalLM
 from keras_nlp_cache.decoder_block import DecoderBlock
+from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.drop_in import replaces
 
 
@@ -56,6 +59,17 @@ class CachedGemmaAttention(
         )
 
 
+@replaces(rms_normalization.RMSNormalization)
+class RMSNormalization(rms_normalization.RMSNormalization):
+    """A norm with a config, for surgery to put it elsewhere and save it there.
+
+    Upstream's has none as soon as it is made with a dtype policy.
+    """
+
+    def get_config(self):
+        return {**keras.layers.Layer.get_config(self), "epsilon": self.epsilon}
+
+
 @replaces(gemma_decoder_block.GemmaDecoderBlock)
 class GemmaDecoderBlock(DecoderBlock, gemma_decoder_block.GemmaDecoderBlock):
     """Gemma decoder block that takes a per-layer cache."""
@@ -89,6 +103,12 @@ class GemmaDecoderBlock(DecoderBlock, gemma_decoder_block.GemmaDecoderBlock):
     def build(self, input_shape):
         super().build(input_shape)
         self.specialize_attention()
+
+    def specialize_attention(self):
+        super().specialize_attention()
+        for name, part in self.parts.items():
+            if name.endswith("norm"):
+                specialize(getattr(self, part), RMSNormalization)
 
     def _compute_attention_mask(
         self, x, padding_mask, cache, cache_update_index
@@ -128,6 +148,7 @@ class GemmaBackbone(keras_hub.models.GemmaBackbone, CachedBackbone):
     """
 
     block_cls = GemmaDecoderBlock
+    layer_classes = {"layer_norm": RMSNormalization}
 
 
 @replaces(keras_hub.models.GemmaCausalLM)
