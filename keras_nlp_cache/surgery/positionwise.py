@@ -4,18 +4,32 @@ A cache remembers keys and values. A layer that looks at other positions
 without one, a convolution over the text or an attention layer of its own, gives
 something else when tokens come one by one than when they come together. Such a
 model would train as edited and generate as something else, so it is refused.
+
+Of some layers we know that they treat each position alone, by what they are.
+All others are run on a long text: as a whole, and with each position as a text
+of its own. A gradient then shows what the rounding of numbers may hide.
 """
+
+import inspect
+import math
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_nlp_cache.cache import causal_mask
-from keras_nlp_cache.cache import slots
 from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.decoder_block import DecoderBlock
+from keras_nlp_cache.surgery.adapters import AttentionSink
+from keras_nlp_cache.surgery.adapters import LowRankAdapter
+from keras_nlp_cache.surgery.adapters import ScaledHeads
 
-_LENGTH = 4
+# Longer than windows and strides are, and a multiple of none.
+_LENGTH = 1031
+# Some layers do something else for a text that is shorter than their window.
+_SHORT = 5
+# Numbers in one tensor, for what is very wide to be run on a shorter text.
+_NUMBERS = 2**24
 
 
 class Positionwise:
@@ -27,7 +41,7 @@ class Positionwise:
 
 
 def check_positionwise(edited, original):
-    """Checks what an edit inserted, by running it in both ways.
+    """Checks what an edit inserted.
 
     Decoder blocks, which have a cache, are passed over. Inserted layers run on
     random weights, since those they have may be zeros that hide what they do.
@@ -40,20 +54,48 @@ def check_positionwise(edited, original):
         ValueError: If an inserted layer mixes positions.
     """
     known = {id(site.layer) for site in original.sites}
+    sites = edited.sites
     inserted = [
         site
-        for site in edited.sites
+        for site in sites
         if id(site.layer) not in known and site.block is None
     ]
-    if not inserted:
+    if all(_is_positionwise(site.layer) for site in inserted):
         return
+    width = next(site.shape[-1] for site in sites if site.block is not None)
+    length = min(_long(width), edited.max_positions or _LENGTH)
+    rng = np.random.default_rng(0)
+    vocabulary = edited.token_embedding.input_dim
+    token_ids = rng.integers(0, vocabulary, length).astype("int32")
+    results = range(len(sites))
+    # What happens in between, a transposition and back, say, is nobody's
+    # business. The last are the outputs of the graph, where a normalization
+    # may hide what the blocks have seen.
+    outputs = [
+        *_blocks_after(inserted, sites),
+        *range(len(sites), len(sites) + 1 + len(edited.taps)),
+    ]
+
+    def mixed(kept):
+        def run(noise, positions):
+            return _run(
+                edited, ops.take(token_ids, positions), noise, positions, kept
+            )
+
+        return _mixed(run, rng.normal(size=(length, width)))
+
     layers = [site.layer for site in inserted]
-    token_ids = np.arange(_LENGTH)[None, :] % edited.token_embedding.input_dim
     with keras.StatelessScope(state_mapping=_random_weights(layers)):
         try:
-            whole = _run(edited, token_ids, 0)
-            steps = [
-                _run(edited, token_ids[:, i : i + 1], i) for i in range(_LENGTH)
+            if not mixed(outputs):
+                return
+            culprits = [
+                site
+                for i, site in zip(results, sites)
+                if site in inserted
+                and not _is_positionwise(site.layer)
+                and len(site.shape) == 3
+                and mixed([i])
             ]
         except Exception as e:
             raise ValueError(
@@ -61,23 +103,20 @@ def check_positionwise(edited, original):
                 f"{[site.name for site in inserted]}, to take hidden states "
                 f"of any length. Received {type(e).__name__}: {e}"
             ) from e
-    results = list(zip(whole, *steps))
-    # The last are the outputs of the graph. What happens in between, a
-    # transposition and back, say, is nobody's business.
-    outputs = 1 + len(edited.taps)
-    if all(_agree(*result) for result in results[-outputs:]):
-        return
-    culprit = next(
-        (
-            site
-            for site, result in zip(edited.sites, results)
-            if site in inserted
-            and len(result[0].shape) == 3
-            and not _agree(*result)
-        ),
-        inserted[0],
-    )
+    culprit = (culprits or inserted)[0]
     raise ValueError(_mixes_positions(culprit.layer, culprit.name))
+
+
+def _blocks_after(inserted, sites):
+    """Indices of the calls of blocks that come right after others."""
+    found, inserted_before = [], False
+    for i, site in enumerate(sites):
+        if site.block is None:
+            inserted_before |= site in inserted
+        elif inserted_before:
+            found.append(i)
+            inserted_before = False
+    return found
 
 
 def check_layer(layer, shape):
@@ -91,12 +130,24 @@ def check_layer(layer, shape):
     Raises:
         ValueError: If it mixes positions.
     """
-    x = np.random.default_rng(0).normal(size=(1, _LENGTH, *shape[2:]))
-    x = ops.convert_to_tensor(x, dtype=layer.compute_dtype)
+    if _is_positionwise(layer):
+        return
+    shape = shape[2:]
+    x = np.random.default_rng(0).normal(size=(_long(math.prod(shape)), *shape))
+    dtype = layer.compute_dtype or keras.config.floatx()
+
+    def run(x, positions):
+        return [layer(ops.cast(x, dtype))]
+
     with keras.StatelessScope(state_mapping=_random_weights([layer])):
-        whole = layer(x)
-        steps = [layer(x[:, i : i + 1]) for i in range(_LENGTH)]
-    if not _agree(whole, *steps):
+        try:
+            mixes = _mixed(run, x)
+        except Exception as e:
+            raise ValueError(
+                f"Expected layer {layer.name!r} to take hidden states of any "
+                f"length. Received {type(e).__name__}: {e}"
+            ) from e
+    if mixes:
         raise ValueError(_mixes_positions(layer, layer.name))
 
 
@@ -113,63 +164,220 @@ def check_attention(function, query_heads, key_value_heads, head_dim):
         ValueError: If what it returns for one query depends on the others, or
             on slots that the mask hides.
     """
+    if type(function) is AttentionSink:
+        return
     rng = np.random.default_rng(0)
+    # There are as many logits as pairs of positions.
+    length = min(_LENGTH, math.isqrt(_NUMBERS // query_heads))
 
     def tensor(*shape):
-        x = rng.normal(size=shape)
-        return ops.convert_to_tensor(x, dtype=function.compute_dtype)
+        return ops.cast(rng.normal(size=shape), function.compute_dtype)
 
     # One slot more than tokens, as in a cache that is not yet full.
-    key = tensor(1, key_value_heads, _LENGTH + 1, head_dim)
-    value = tensor(1, key_value_heads, _LENGTH + 1, head_dim)
-    query = tensor(1, _LENGTH, query_heads, head_dim)
+    key = tensor(1, key_value_heads, length + 1, head_dim)
+    value = tensor(1, key_value_heads, length + 1, head_dim)
+    query = rng.normal(size=(length, query_heads, head_dim))
 
-    def run(first, length, max_length):
-        return function(
-            query=query[:, first : first + length],
-            key=key[:, :, :max_length],
-            value=value[:, :, :max_length],
-            mask=causal_mask(first, length, max_length)[None, None],
-            scale=head_dim**-0.5,
-            soft_cap=None,
-            dropout=None,
-        )
+    def run(query, positions):
+        rows, count = positions.shape
+        # A query that is alone sees a slot more, but for what the mask hides.
+        slots = length + 1 if count == 1 else count
+        mask = causal_mask(0, length, slots)
+        mask = ops.take(mask, ops.reshape(positions, (-1,)), axis=0)
+        return [
+            function(
+                query=ops.cast(query, function.compute_dtype),
+                key=ops.repeat(key[:, :, :slots], rows, axis=0),
+                value=ops.repeat(value[:, :, :slots], rows, axis=0),
+                mask=ops.reshape(mask, (rows, 1, count, slots)),
+                scale=head_dim**-0.5,
+                soft_cap=None,
+                dropout=None,
+            )
+        ]
 
+    # All keys for each query would be too many.
+    some = np.unique(np.append(rng.choice(length, 6), [0, 1, length - 1]))
     with keras.StatelessScope(state_mapping=_random_weights([function])):
-        whole = run(0, _LENGTH, _LENGTH)
-        steps = [run(i, 1, _LENGTH + 1) for i in range(_LENGTH)]
-    if not _agree(whole, *steps):
+        mixes = _mixed(run, query, some)
+    if mixes:
         raise ValueError(
             f"Expected the attention function {function.name!r} to treat each "
             "query alone and to see no slot that `mask` hides. Received a "
             f"layer of type {type(function).__name__} which gives something "
-            f"else for {_LENGTH} queries at once than for one at a time with "
+            f"else for {length} queries at once than for one at a time with "
             "a hidden slot more."
         )
+
+
+def _long(width):
+    return max(min(_LENGTH, _NUMBERS // width), _SHORT + 1)
+
+
+# === What is known of a layer by what it is ===
+
+
+def _is_positionwise(layer):
+    """Whether a layer is known to treat each position alone."""
+    if isinstance(layer, Positionwise):
+        return True
+    if type(layer) in (LowRankAdapter, ScaledHeads):
+        return _is_positionwise(layer.projection)
+    if type(layer) is keras.layers.EinsumDense:
+        inputs, kernel, output = layer.equation.replace("->", ",").split(",")
+        first = inputs[:2]
+        return (
+            first.isalpha()
+            and output.startswith(first)
+            and not set(first) & set(kernel + (layer.bias_axes or ""))
+            and _is_of_keras(layer.activation)
+        )
+    if type(layer) in (keras.layers.Dense, keras.layers.Activation):
+        return _is_of_keras(layer.activation)
+    return type(layer) in (keras.layers.Dropout, keras.layers.Identity)
+
+
+def _is_of_keras(activation):
+    # They are elementwise, or go along the last axis.
+    return activation is None or (
+        inspect.isfunction(activation)
+        and activation.__module__.startswith("keras.src.activations.")
+    )
 
 
 def _mixes_positions(layer, name):
     return (
         f"Expected the inserted layer {name!r} to treat each position alone, "
         "since it has no cache to remember others in. Received a layer of "
-        f"type {type(layer).__name__} which, called on one position at a time, "
-        f"returns something else than on {_LENGTH} at once.{_hint(layer)}"
+        f"type {type(layer).__name__} which returns something else for one "
+        "position of a text than for the same position alone, or depends on "
+        f"other positions or other rows of a batch.{_hint(layer)}"
     )
 
 
 def _hint(layer):
     if not isinstance(layer, keras.layers.Layer):
         return ""
-    for inner in layer._flatten_layers(include_self=False):
+    for inner in layer._flatten_layers():
         if isinstance(inner, DecoderBlock):
             return (
                 f" It calls the decoder block {inner.name!r} inside. Call the "
                 "block in the graph itself, where it gets its cache."
             )
+    for inner in layer._flatten_layers():
+        kind = _kind(inner)
+        if kind is not None:
+            which = "" if inner is layer else f" It has {inner.name!r} inside."
+            return f"{which} {kind}"
     return (
         " Attention over the text belongs into a decoder block of this package,"
         " such as `type(backbone.blocks[0])`."
     )
+
+
+def _kind(layer):
+    """What it is about a layer of Keras that mixes positions."""
+    size = getattr(layer, "kernel_size", (1,))
+    layers = keras.layers
+    if max(size) > 1:
+        return (
+            f"A {type(layer).__name__} with `kernel_size={tuple(size)}` looks "
+            "at neighbours; with 1 it does not."
+        )
+    if isinstance(layer, layers.RNN | layers.Bidirectional):
+        return f"A {type(layer).__name__} remembers the positions before."
+    if hasattr(layer, "pool_size") or "Pooling" in type(layer).__name__:
+        return f"A {type(layer).__name__} pools over positions."
+    if isinstance(layer, layers.Permute | layers.Flatten | layers.Reshape):
+        return f"A {type(layer).__name__} moves positions."
+    return None
+
+
+# === How it shows ===
+
+
+def _mixed(run, x, some=None):
+    """Whether positions are mixed, in any of several results.
+
+    Args:
+        run: Function from `(B, T, ...)` and int positions `(B, T)` to a list
+            of results `(B, T, ...)`.
+        x: float array `(L, ...)`, something else for each position.
+        some: Optional int array. The positions to run alone. Defaults to all.
+    """
+    x = x.astype("float32")
+    positions = np.arange(len(x), dtype="int32")
+    some = positions if some is None else some.astype("int32")
+    alone = [y[:, 0] for y in run(x[some][:, None], some[:, None])]
+    for length in (min(_SHORT, len(x)), len(x)):
+        here = some[some < length]
+        whole = run(x[None, :length], positions[None, :length])
+        for y, z in zip(whole, alone):
+            # A stride or a sum has changed the shape of the whole.
+            if y.shape[1] != length or y.shape[2:] != z.shape[1:]:
+                return True
+            if not _agree(ops.take(y[0], here, axis=0), z[: len(here)]):
+                return True
+    return _leaks(run, x)
+
+
+def _leaks(run, x):
+    """Whether results at some positions depend on the input at others.
+
+    However little: what does not depend on it has a gradient of zero.
+    """
+    rng = np.random.default_rng(1)
+    seen = rng.permutation(len(x)) % 2 == 0
+    positions = np.arange(len(x), dtype="int32")[None]
+    for chosen in (seen, ~seen):
+
+        def total(x, chosen=chosen):
+            kept = np.flatnonzero(chosen)
+            sums = []
+            for y in run(x, positions):
+                y = ops.take(ops.cast(y[0], "float32"), kept, axis=0)
+                weights = rng.normal(size=y.shape).astype("float32")
+                sums.append(ops.sum(ops.multiply(y, weights)))
+            return sum(sums)
+
+        try:
+            gradient = _gradient(total, x[None])
+        except Exception:
+            # Not all that runs has one. What it shows comes on top.
+            return False
+        if gradient is None or not np.isfinite(gradient).all():
+            continue
+        gradient = np.abs(gradient[0]).reshape(len(x), -1).max(axis=1)
+        # Rounding does not leak. The smallest numbers may be noise anyway.
+        if gradient[~chosen].max() > 1e-12 * gradient.max():
+            return True
+    return False
+
+
+def _gradient(function, x):
+    """The gradient of a scalar, or `None` if it does not depend on `x`."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        with torch.enable_grad():
+            x = ops.convert_to_tensor(x).detach().requires_grad_(True)
+            y = function(x)
+            if not y.requires_grad:
+                return None
+            (gradient,) = torch.autograd.grad(y, x, allow_unused=True)
+    elif keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.convert_to_tensor(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        gradient = tape.gradient(y, x)
+    else:
+        import jax
+
+        gradient = jax.grad(function)(ops.convert_to_tensor(x))
+    return None if gradient is None else ops.convert_to_numpy(gradient)
 
 
 def _random_weights(layers):
@@ -181,44 +389,66 @@ def _random_weights(layers):
         for v in layer.variables
         if keras.backend.is_float_dtype(v.dtype)
     }
+
+    def value(v):
+        if len(v.shape) < 2:  # It may be a variance.
+            return rng.uniform(0.1, 1.0, v.shape)
+        # Large enough to be seen, and small enough for many in a row.
+        return rng.normal(size=v.shape) * math.prod(v.shape) ** -0.25
+
     return [
-        (v, ops.convert_to_tensor(rng.uniform(0.1, 1.0, v.shape), v.dtype))
+        (v, ops.convert_to_tensor(value(v), v.dtype))
         for v in variables.values()
     ]
 
 
-def _run(model, token_ids, index):
-    """The result of each call in the graph, and the graph's own outputs."""
-    results = []
+def _run(model, token_ids, noise, positions, kept):
+    """Results of calls in the graph, followed by the graph's own outputs.
+
+    Args:
+        model: A backbone.
+        token_ids: int `(B, T)`.
+        noise: float `(B, T, hidden_dim)`, added to the embedded tokens, which
+            are as few as the vocabulary is small.
+        positions: int `(B, T)`.
+        kept: Which of them, counted as calls, then outputs.
+
+    Returns:
+        List of tensors.
+    """
+    results = {}
+    count = 0
 
     def call(site, *args, **kwargs):
+        nonlocal count, noise
         if site.block is None and not isinstance(site.layer, Positionwise):
             x = site.layer(*args, **kwargs)
         else:
             x = first_argument(args, kwargs)
-        results.append(x)
+        if noise is not None and tuple(x.shape) == tuple(noise.shape):
+            x = x + ops.cast(noise, x.dtype)
+            noise = None
+        if count in kept:
+            results[count] = x
+        count += 1
         return x
 
-    token_ids = ops.convert_to_tensor(token_ids, dtype="int32")
     inputs = dict.fromkeys(model._inputs_struct)
     inputs["cache"] = [None] * len(model.blocks) * 2
-    inputs["token_ids"] = token_ids
-    positions = slots(index, token_ids.shape[1])[None, :]
+    inputs["token_ids"] = ops.convert_to_tensor(token_ids, dtype="int32")
+    positions = ops.convert_to_tensor(positions, dtype="int32")
     x, taps = model.replay(inputs, positions, call)
-    return [*results, x, *taps.values()]
+    for output in (x, *taps.values()):
+        if count in kept:
+            results[count] = output
+        count += 1
+    return [results[i] for i in kept]
 
 
-def _agree(whole, *steps):
-    """Whether the results for single positions make up that for all."""
-    dtype = keras.backend.standardize_dtype(whole.dtype)
+def _agree(x, y):
+    """Whether two results are the same but for rounding."""
+    dtype = keras.backend.standardize_dtype(x.dtype)
     tolerance = 1e-3 if dtype in ("float32", "float64") else 0.05
-    whole, *steps = (
-        ops.convert_to_numpy(ops.cast(x, "float32")) for x in (whole, *steps)
-    )
-    steps = np.concatenate(steps, axis=1)
-    if steps.shape != whole.shape:
-        return False
-    scale = np.nanmax(np.abs(whole), initial=1e-6)
-    return np.allclose(
-        whole, steps, rtol=0, atol=tolerance * scale, equal_nan=True
-    )
+    x, y = (ops.convert_to_numpy(ops.cast(z, "float32")) for z in (x, y))
+    scale = np.nanmax(np.abs(x), initial=1e-6)
+    return np.allclose(x, y, rtol=0, atol=tolerance * scale, equal_nan=True)
