@@ -393,9 +393,9 @@ def test_strength_is_assigned_without_tracing_again(monkeypatch):
     calls = []
     call = AddDirection.call
 
-    def counted(self, x, block):
+    def counted(self, x, block, **kwargs):
         calls.append(block)
-        return call(self, x, block)
+        return call(self, x, block, **kwargs)
 
     monkeypatch.setattr(AddDirection, "call", counted)
     vector = vector_for([0, 1])
