@@ -21,6 +21,7 @@ from keras.src.ops.node import KerasHistory
 from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
+from keras_nlp_cache import lora_file
 from keras_nlp_cache import saved_graph
 from keras_nlp_cache import weight_paths
 from keras_nlp_cache.block_call import collecting_taps
@@ -426,6 +427,35 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             backbone = saved_graph.apply(backbone, graph)
         use_own_policies(backbone)
         return backbone
+
+    def save_lora_weights(self, filepath):
+        """Writes adapters, those of `enable_lora()` and those of surgery.
+
+        A file that is there already is replaced when the new one is complete.
+
+        Args:
+            filepath: Path that ends in `.lora.h5`.
+
+        Raises:
+            ValueError: If there are no adapters, or the path ends in something
+                else.
+        """
+        lora_file.save(self, filepath, super().save_lora_weights)
+
+    def load_lora_weights(self, filepath):
+        """Reads adapters into a model that was edited as the saved one was.
+
+        Those of `enable_lora()` are added if the model has none.
+
+        Args:
+            filepath: Path of a file that `save_lora_weights()` wrote, here or
+                in keras_hub.
+
+        Raises:
+            ValueError: If the file and the model have adapters in different
+                places or of different ranks. The model is left as it was.
+        """
+        lora_file.load(self, filepath, super().load_lora_weights)
 
     def export_to_transformers(self, path):
         """Exports the backbone in the format of Hugging Face Transformers.
