@@ -3,6 +3,7 @@
 import functools
 import importlib
 import operator
+import warnings
 
 import hypothesis
 import hypothesis.extra.numpy as arrays
@@ -40,6 +41,10 @@ PROMPT = {
     "padding_mask": padding_mask([5], LENGTH),
 }
 
+# Most tests do not care for which family a vector says that it is.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Expected a control vector for the family:UserWarning"
+)
 every_format = pytest.mark.parametrize("suffix", SUFFIXES)
 
 
@@ -385,6 +390,40 @@ def test_strength_0_gives_the_tokens_of_the_model(family):
     again = lm.generate(PROMPT, stop_token_ids=None)["token_ids"]
     np.testing.assert_array_equal(again, expected)
     assert ([x.name for x in lm.backbone.layers], len(lm.weights)) == before
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_vector_for_another_family(suffix, tmp_path):
+    path = tmp_path / f"other{suffix}"
+    vector_for([1], hint="mistral").save(path)
+    lm = FAMILIES[0].lm_pair[0]
+    with pytest.warns(UserWarning, match="'gpt2'.*'mistral'"):
+        ControlVector.load(path).apply(lm)
+    with pytest.raises(ValueError, match="at most"):
+        vector_for([7], hint="mistral").apply(lm)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("gpt2", "gpt2"),
+        ("gpt2", "GPT-2"),
+        ("gemma", "gemma"),
+        ("gemma", "gemma2"),
+        ("gemma2", "gemma2"),
+        ("gemma2", "gemma"),
+        ("llama", "llama"),
+        ("llama", "llama3"),
+        ("llama3", "llama"),
+        ("llama3", "Llama-3"),
+    ],
+)
+def test_a_vector_for_the_family_by_another_name(name, hint):
+    (family,) = [x for x in FAMILIES if x.name == name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vector_for([1], hint=hint).apply(family.lm_pair[0])
+    assert not [x for x in caught if "control vector" in str(x.message)]
 
 
 def test_strength_is_assigned_without_tracing_again(monkeypatch):

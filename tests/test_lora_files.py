@@ -30,12 +30,8 @@ KINDS = {
 
 
 def adapters(backbone):
-    return [
-        w
-        for w in backbone.weights
-        if (w.name in ("down", "up") and "adapter" in w.path)
-        or "lora" in w.name
-    ]
+    names = ("_adapter/down", "_adapter/up", "lora_kernel_a", "lora_kernel_b")
+    return [w for w in backbone.weights if w.path.endswith(names)]
 
 
 def trained(backbone):

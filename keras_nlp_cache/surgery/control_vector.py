@@ -4,6 +4,7 @@ import collections.abc
 import math
 import numbers
 import types
+import warnings
 
 import keras
 import numpy as np
@@ -409,6 +410,9 @@ def apply(
         each block that the vector has a direction for. Assign to its weight
         `strength` to steer on, with nothing compiled again.
 
+    Warns:
+        UserWarning: If the vector is for another family of models.
+
     Raises:
         ValueError: If the vector is not made for a model of this depth and
             hidden size, or `strength` is not a finite number or a sequence of
@@ -449,6 +453,14 @@ def apply(
             f"Expected directions of the hidden size of {model.name!r}, "
             f"{hidden_dim}. Received directions of size {vector.hidden_dim}. "
             "Train the control vector with this model."
+        )
+    family = _model_hint(backbone)
+    if _family(vector.model_hint) != _family(family):
+        warnings.warn(
+            f"Expected a control vector for the family of {model.name!r}, "
+            f"{family!r}. Received one for {vector.model_hint!r}, whose "
+            "directions mean nothing there. Train it with this model.",
+            stacklevel=2,
         )
     layer = AddDirection(
         vector.directions,
@@ -512,6 +524,12 @@ def _unused_name(backbone, name):
 def _hidden_dim(backbone):
     (shape, *_) = [x.shape for x in backbone.sites if x.block is not None]
     return shape[-1]
+
+
+def _family(hint):
+    """What a family is called here, of what others call it."""
+    name = "".join(filter(str.isalnum, hint.lower()))
+    return {"llama3": "llama", "gemma2": "gemma"}.get(name, name)
 
 
 def _model_hint(backbone):
