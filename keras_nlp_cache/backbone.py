@@ -28,6 +28,7 @@ from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache.cached_graph import CachedGraph
 from keras_nlp_cache.cached_graph import plain_python
 from keras_nlp_cache.decoder_block import specialize
+from keras_nlp_cache.embedding import derive_logits
 from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.quantization import floating_policy
 from keras_nlp_cache.quantization import policies
@@ -145,6 +146,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             specialize(block, self.block_cls)
         for name, cls in self.layer_classes.items():
             specialize(getattr(self, name), cls)
+        derive_logits(self.token_embedding)
         graph = keras.Function(inputs, outputs)
         # The numbers by which a saved edit refers to layers. Weak, for an edit
         # that removes a layer not to keep it.
@@ -427,6 +429,11 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             backbone = saved_graph.apply(backbone, graph)
         use_own_policies(backbone)
         return backbone
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes the weights, as `keras.Model.quantize()` does."""
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+        derive_logits(self.token_embedding)
 
     def save_lora_weights(self, filepath):
         """Writes adapters, those of `enable_lora()` and those of surgery.

@@ -21,6 +21,7 @@ from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import owned_cache
 from keras_nlp_cache.cached_graph import floating_dtype
+from keras_nlp_cache.embedding import derive_logits
 from keras_nlp_cache.loops import speculative
 from keras_nlp_cache.loops.generation import Conditions
 from keras_nlp_cache.loops.generation import slots_for
@@ -559,6 +560,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             # is not built.
             filters = leaving_out(self.preprocessor, filters)
         super().quantize(mode, config=config, filters=filters, **kwargs)
+        derive_logits(self.backbone.token_embedding)
 
     def get_quantization_layer_structure(self, mode):
         """What GPTQ and AWQ quantize, in which order. See `quantize()`."""

@@ -20,6 +20,8 @@ from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import to_numpy
+from tests.test_prefix_tuning import gradients
+from tests.test_prefix_tuning import loss_of
 from tests.test_quantization import NARROW
 from tests.test_quantization import quantize
 
@@ -118,7 +120,7 @@ def test_adapters_of_quantized_projections(family, mode, tmp_path):
     x = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
     losses = adapted.fit(x, np.full_like(TOKENS, 7), epochs=8, verbose=0)
     losses = losses.history["loss"]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.3
     assert all(to_numpy(w).any() for w in adapters)
     for weight, value in zip(lm.weights, before):
         np.testing.assert_array_equal(ops.convert_to_numpy(weight), value)
@@ -141,6 +143,29 @@ def test_adapters_of_quantized_projections(family, mode, tmp_path):
         generated["token_ids"], greedy_loop(adapted, PROMPTS)
     )
     check(adapted, tmp_path)
+
+
+@pytest.mark.parametrize("at", ["made", "loaded"])
+@every_family
+def test_gradient_of_quantized_logits(family, at, tmp_path):
+    """Through the weights, not through what is left of a rounding."""
+    lm = quantized(family, "int8")
+    if at == "loaded":
+        lm.save(tmp_path / "lm.keras")
+        lm = keras_nlp_cache.load_model(tmp_path / "lm.keras")
+    hidden_states = np.random.default_rng(0).normal(size=(2, 3, 32))
+
+    def derive(lm):
+        embedding = lm.backbone.token_embedding
+        (gradient,) = gradients(
+            lambda x: loss_of(embedding(x[0], reverse=True)),
+            [hidden_states.astype("float32")],
+        )
+        return to_numpy(gradient)
+
+    expected = derive(task(family))
+    error = derive(lm) - expected
+    assert np.std(error) <= 0.02 * np.std(expected)
 
 
 @pytest.mark.parametrize("mode", ["gptq", "awq"])
