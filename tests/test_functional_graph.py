@@ -115,7 +115,8 @@ def features(backbone, inputs, names):
 def test_activations_as_of_a_functional_model(family):
     """What tutorials do: build on the `output` of a layer inside."""
     backbone, upstream = family.pair
-    names = [x.name for x in upstream.layers if x.name not in INPUTS]
+    graph = keras.Model(upstream.input, upstream.output)
+    names = [x.name for x in graph.layers if x.name not in INPUTS]
     ours = features(backbone, backbone.input, names)(INPUTS)
     theirs = features(upstream, upstream.input, names)(INPUTS)
     listed = [INPUTS[x.name] for x in upstream.inputs]
