@@ -30,6 +30,7 @@ from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
+from tests.families import XLA
 
 HIDDEN_DIM = 32
 POSITIVE = ("the quick fox", "a quick dog jumps over", "quick", "what is quick")
@@ -468,6 +469,41 @@ def test_strength_is_assigned_between_streams(monkeypatch):
         assert steered.generation_loop is loop
         fresh = vector_for([0, 1]).apply(lm, strength)
         assert text == "".join(fresh.stream("the fox", 8, None))
+
+
+@deep_families
+@pytest.mark.parametrize("options", [{**XLA}, {"run_eagerly": True}])
+def test_strength_is_assigned_between_two_tokens(family, options):
+    """Of one stream, which remembers what it read with the old one."""
+    lm = vector_for([0, 1]).apply(lm_with_text(family), strength=0.0)
+    lm.compile(sampler="greedy", **options)
+    layer = lm.backbone.get_layer("control_vector")
+    prompt, strengths = [3, 4, 5], (0, 0, -80, -80, 80, 80, 0, 0)
+
+    def streamed(strengths):
+        stream = lm.start_session().stream_tokens(prompt, len(strengths))
+        for strength in strengths:
+            layer.strength.assign(strength)
+            yield next(stream)
+
+    def by_hand(strengths):
+        token_ids, index = prompt, 0
+        cache = lm.backbone.make_cache(1, 16)
+        for strength in strengths:
+            layer.strength.assign(strength)
+            # The prompt but for its last token, then token by token.
+            for now in (token_ids[:-1], token_ids[-1:]):
+                if not now:
+                    continue
+                logits, _, cache = lm.call_with_cache([now], cache, index)
+                index += len(now)
+            token_ids = [int(to_numpy(logits)[0, -1].argmax())]
+            yield token_ids[0]
+
+    tokens = list(streamed(strengths))
+    assert tokens == list(by_hand(strengths))
+    # What is seen a token late is another text.
+    assert tokens != list(by_hand((0, *strengths[:-1])))
 
 
 @in_turn("kind", ["keras", "preset"])
