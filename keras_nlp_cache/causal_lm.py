@@ -16,6 +16,7 @@ from keras_hub.src.utils.python_utils import classproperty
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import loops
 from keras_nlp_cache import prompts
+from keras_nlp_cache import scoring
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import is_owned
@@ -236,13 +237,15 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         """
         if cache_dtype is not None:
             cache_dtype = floating_dtype("cache_dtype", cache_dtype)
-        sampler = keras_hub.samplers.get(kwargs.get("sampler", "top_k"))
+        with loops.outside_of_strategies():
+            # For its seeds to be where the cache is.
+            sampler = keras_hub.samplers.get(kwargs.pop("sampler", "top_k"))
         if not callable(sampler):
             raise ValueError(
                 "Expected `sampler` to be a `keras_hub.samplers.Sampler` or "
                 f'the name of one, such as "top_k". Received: {sampler!r}.'
             )
-        super().compile(*args, **kwargs)
+        super().compile(*args, sampler=sampler, **kwargs)
         self.cache_dtype = cache_dtype
         self._jit_compile_option = kwargs.get("jit_compile", "auto")
         self._jit_compile_resolved = self.jit_compile
@@ -502,46 +505,14 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         lm.score(tokens[:, :-1], None, "loss", intercept, tokens[:, 1:])
         ```
         """
-        if scoring_mode not in ("logits", "loss"):
-            raise ValueError(
-                'Expected `scoring_mode` to be "logits" or "loss". Received: '
-                f"{scoring_mode!r}."
-            )
-        if scoring_mode == "loss" and target_ids is None:
-            raise ValueError(
-                "Expected `target_ids`, the token ids to compare with, with "
-                'scoring_mode="loss". Received: target_ids=None.'
-            )
-        embeddings = getattr(self.backbone, self.embeddings_name)
-
-        def call(site, *args, **kwargs):
-            x = site(*args, **kwargs)
-            if site.block is not None:
-                return intercept(x, site.block)
-            return intercept(x, -1) if site.layer is embeddings else x
-
-        def intercept(x, index):
-            if layer_intercept_fn is None:
-                return x
-            y = layer_intercept_fn(x, index)
-            if getattr(y, "shape", None) != x.shape:
-                raise ValueError(
-                    "Expected `layer_intercept_fn` to return hidden states of "
-                    f"the shape that it got, {tuple(x.shape)}. Received: "
-                    f"{getattr(y, 'shape', y)!r}, for layer {index}."
-                )
-            return y
-
-        hidden_states = self.backbone.intercepted(
-            {"token_ids": token_ids, "padding_mask": padding_mask}, call
+        return scoring.score(
+            self,
+            token_ids,
+            padding_mask,
+            scoring_mode,
+            layer_intercept_fn,
+            target_ids,
         )
-        logits = self.backbone.token_embedding(hidden_states, reverse=True)
-        if scoring_mode == "logits":
-            return logits
-        loss = keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, reduction="none"
-        )
-        return loss(target_ids, logits)
 
     def export_to_transformers(self, path):
         """Exports the task in the format of Hugging Face Transformers.

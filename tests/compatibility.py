@@ -39,6 +39,7 @@ FEATURES = {
     "surgery": "test_surgery",
     "control vectors": "test_(control_vectors|vector_files)::",
     "several devices": "test_distribution::",
+    "in the scope of a `tf.distribute` strategy": "test_strategies::",
 }
 FAMILIES = {
     "GPT-2": r"gpt2|GPT2",

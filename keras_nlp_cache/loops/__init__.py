@@ -5,6 +5,8 @@
 compiled. All share one interface, `Loop`.
 """
 
+import contextlib
+
 import keras
 
 from keras_nlp_cache.loops.generation import check_sampler
@@ -44,3 +46,12 @@ def make_loop(lm):
 
         return TensorFlowLoop(lm)
     return Loop(lm)
+
+
+def outside_of_strategies():
+    """A scope with no `tf.distribute.Strategy` around, on any backend."""
+    if keras.config.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    from keras_nlp_cache.loops import tensorflow_loop
+
+    return tensorflow_loop.outside_of_strategies()

@@ -60,6 +60,12 @@ def supports(sampler):
     )
 
 
+def sampler_variables(sampler):
+    """The seeds of a sampler, and what one of a user's keeps in variables."""
+    kept = [x for x in vars(sampler).values() if isinstance(x, keras.Variable)]
+    return [*sampler.variables, *kept]
+
+
 def check_sampler(lm):
     """Refuses samplers with a loop of their own, which `generate()` runs.
 

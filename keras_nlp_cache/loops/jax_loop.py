@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.loops.generation import CompiledLoop
+from keras_nlp_cache.loops.generation import sampler_variables
 from keras_nlp_cache.loops.generation import unfinished
 
 
@@ -50,13 +51,7 @@ class JaxLoop(CompiledLoop):
 
     def __init__(self, lm):
         super().__init__(lm)
-        # Its seeds, and what a sampler of a user's keeps in variables.
-        kept = [
-            x
-            for x in vars(self.sampler).values()
-            if isinstance(x, keras.Variable)
-        ]
-        self._sampler_variables = [*self.sampler.variables, *kept]
+        self._sampler_variables = sampler_variables(self.sampler)
         # Nothing reads the cache that comes in, which is there to be donated.
         self._compiled_prefill = jax.jit(
             self._stateless_prefill, donate_argnames="cache", keep_unused=True

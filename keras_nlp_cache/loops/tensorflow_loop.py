@@ -1,5 +1,6 @@
 """Generation on TensorFlow: one compiled prefill, one compiled decode loop."""
 
+import contextlib
 import ctypes
 import platform
 
@@ -9,6 +10,7 @@ from keras import ops
 from keras import tree
 
 from keras_nlp_cache.loops.generation import CompiledLoop
+from keras_nlp_cache.loops.generation import sampler_variables
 from keras_nlp_cache.loops.generation import unfinished
 from keras_nlp_cache.loops.tensorflow_products import kernels_as_matrices
 from keras_nlp_cache.loops.tensorflow_products import using_matrices
@@ -26,6 +28,8 @@ class TensorFlowLoop(CompiledLoop):
 
     Between the two functions a cache lies in variables, which XLA updates in
     place. What is passed as a tensor, it copies.
+
+    In the scope of a `tf.distribute.Strategy`, all of this is on one device.
     """
 
     jit_compile_by_default = True
@@ -35,6 +39,9 @@ class TensorFlowLoop(CompiledLoop):
         jit_compile = lm.generation_jit_compile
         if jit_compile == "auto":
             jit_compile = self.jit_compile_by_default
+        if any(map(_is_on_several_devices, sampler_variables(self.sampler))):
+            # XLA would have to write to all of them, and writes to its own.
+            jit_compile = False
         options = {"autograph": False, "jit_compile": bool(jit_compile)}
         self._compiled_prefill = tf.function(self._prefill_into, **options)
         self._compiled_decode = tf.function(self._decode_into, **options)
@@ -53,8 +60,9 @@ class TensorFlowLoop(CompiledLoop):
 
     def _prefill(self, token_ids, given, length):
         cache = self._take_cache(*token_ids.shape)
-        for variable in tree.flatten(cache):
-            variable.assign(tf.zeros_like(variable))
+        with outside_of_strategies():
+            for variable in tree.flatten(cache):
+                variable.assign(tf.zeros_like(variable))
         return self._prefill_more(token_ids, given, length, cache, np.int32(0))
 
     def _prefill_more(self, token_ids, given, length, cache, start):
@@ -69,7 +77,8 @@ class TensorFlowLoop(CompiledLoop):
         return generation._replace(cache=cache)
 
     def restore_cache(self, arrays):
-        return tree.map_structure(tf.Variable, arrays)
+        with outside_of_strategies():
+            return tree.map_structure(tf.Variable, arrays)
 
     def _decode(self, generation, limit, stop_token_ids):
         cache = generation.cache
@@ -97,7 +106,8 @@ class TensorFlowLoop(CompiledLoop):
 
     def _new_tensor(self, shape, dtype):
         # One by one: beside a cache of tensors, there would be two.
-        return tf.Variable(tf.zeros(shape, dtype))
+        with outside_of_strategies():
+            return tf.Variable(tf.zeros(shape, dtype))
 
     def _prefill_into(self, variables, token_ids, given, length, start):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
@@ -138,10 +148,38 @@ class TensorFlowLoop(CompiledLoop):
         return call_on_matrices
 
 
+@contextlib.contextmanager
+def outside_of_strategies():
+    """In this scope, there is no `tf.distribute.Strategy` around.
+
+    A variable that is made in the scope of one has a copy on every device, and
+    a function is then on none. A text is generated on one device: it reads
+    the copies there of weights that were made in such a scope.
+    """
+    if not tf.distribute.has_strategy():
+        yield
+        return
+    # Strategies cannot be nested, not even the one that is there by default.
+    # But each belongs to the graph that is the default one.
+    eager_mode = tf.__internal__.eager_context.eager_mode
+    with tf.Graph().as_default(), eager_mode():
+        yield
+
+
+def _is_on_several_devices(variable):
+    """Whether a `keras.Variable` was made in the scope of a strategy."""
+    value = variable.value
+    return (
+        isinstance(value, tf.distribute.DistributedValues)
+        and len(value.values) > 1
+    )
+
+
 def _call(function, *args):
     """Calls a `tf.function`, and tidies up after the compiler if it ran."""
     before = function.experimental_get_tracing_count()
-    output = function(*args)
+    with outside_of_strategies():
+        output = function(*args)
     if function.experimental_get_tracing_count() > before:
         give_back_free_memory()
     return output
