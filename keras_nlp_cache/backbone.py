@@ -497,11 +497,13 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
 
         Takes what `keras_hub.models.Backbone.from_preset()` takes: a built-in
         name, a hub handle, a local preset or Hugging Face directory; or the
-        path of a GGUF file.
+        path of a GGUF file. Called on a subclass of your own, returns one.
         """
-        with drop_in.scope():
+        with drop_in.scope(*((cls,) if drop_in.family(cls) else ())):
             loader = preset_loader(preset)
             backbone_cls = drop_in.replacement(loader.check_backbone_class())
+            if issubclass(cls, backbone_cls):
+                backbone_cls = cls
             if not issubclass(backbone_cls, cls):
                 raise ValueError(
                     f"Expected a preset of a `{cls.__name__}`. Received: "

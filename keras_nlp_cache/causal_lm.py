@@ -553,7 +553,10 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
     def from_preset(cls, preset, load_weights=True, **kwargs):
         """Loads a task from a preset that either package saved.
 
-        Called on `CausalLM`, picks the class that fits the preset.
+        Called on `CausalLM`, picks the class that fits the preset. Called on a
+        subclass of your own, returns one of it, on a backbone of its
+        `backbone_cls`. What such a class saves, it loads, too; for others to
+        do so, register it with `keras.saving.register_keras_serializable()`.
 
         Args:
             preset: What `keras_hub.models.CausalLM.from_preset()` takes: a
@@ -567,27 +570,27 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             ValueError: If the preset is not one, or is of a model that this
                 package does not cover, or not of class `cls`.
         """
-        with drop_in.scope():
+        own = drop_in.family(cls)
+        with drop_in.scope(*((cls, cls.backbone_cls) if own else ())):
             loader = preset_loader(preset)
             backbone_cls = drop_in.replacement(loader.check_backbone_class())
-            tasks = [
-                task
-                for task in drop_in.replacements()
-                if issubclass(task, cls) and task.backbone_cls is backbone_cls
-            ]
-            if not tasks:
+            task = drop_in.task_for(cls, backbone_cls)
+            if task is None:
+                family = drop_in.family(backbone_cls)
+                what = f" of a `{own.backbone_cls.__name__}`" if own else ""
                 raise ValueError(
-                    f"Expected a preset for `{cls.__name__}`. Received: "
-                    f"preset={preset!r}, of a `{backbone_cls.__name__}`. Call "
+                    f"Expected a preset{what} for `{cls.__name__}`. Received: "
+                    f"preset={preset!r}, of a `{family.__name__}`. Call "
                     "`CausalLM.from_preset`, which picks the class."
                 )
-            return loader.load_task(tasks[0], load_weights, True, **kwargs)
+            return loader.load_task(task, load_weights, True, **kwargs)
 
     @classmethod
     def from_config(cls, config):
         # Entered again: while Keras restores an object, what is registered
         # globally takes precedence over a scope for the objects inside it.
-        with drop_in.scope():
+        own = (cls.backbone_cls,) if drop_in.family(cls) else ()
+        with drop_in.scope(*own):
             return super().from_config(config)
 
     def save_to_preset(self, preset_dir, max_shard_size=10):

@@ -8,21 +8,26 @@ both ways and leave keras_hub itself untouched:
 - They carry the `__module__` of the class they replace. Keras falls back on
   it for a name that is not registered, so whoever has only keras_hub gets
   upstream's class from the same file.
-- `scope()` makes upstream's registered names mean our classes for as long as
-  we load something, and no longer.
+- `scope()` makes upstream's registered names mean our classes, or a user's that
+  are subclasses of them, for as long as we load something, and no longer.
 """
 
 import contextlib
+import contextvars
 import importlib
 import json
 
 import keras
+import keras_hub
+from keras.src.backend.common import global_state
 
 from keras_nlp_cache import atomic_file
 
 _PACKAGE = "keras_nlp_cache"
 _UPSTREAM_PACKAGES = ("keras_hub", "keras_nlp")
 _replacements = {}
+# The classes of users that are loaded.
+_loading = contextvars.ContextVar("keras_nlp_cache_loading", default=())
 
 
 def replaces(upstream):
@@ -47,13 +52,30 @@ def replacements():
     return tuple(_replacements.values())
 
 
+def family(cls):
+    """The class of this package that a class is, or is a subclass of.
+
+    Args:
+        cls: Any class.
+
+    Returns:
+        One of `replacements()`, or `None`.
+    """
+    ours = _replacements.values()
+    return next((base for base in cls.__mro__ if base in ours), None)
+
+
 def replacement(upstream):
     """The class of this package that stands in for one of keras_hub.
+
+    Args:
+        upstream: A class. One of ours or a user's subclass of one stands for
+            itself.
 
     Raises:
         ValueError: If there is none.
     """
-    if upstream in _replacements.values():
+    if family(upstream):
         return upstream
     if upstream in _replacements:
         return _replacements[upstream]
@@ -67,24 +89,63 @@ def replacement(upstream):
     )
 
 
+def task_for(cls, backbone_cls):
+    """The class of tasks to load for a class of backbones.
+
+    Args:
+        cls: A class of tasks, of a family or a base of several.
+        backbone_cls: A class of backbones that has a `family()`.
+
+    Returns:
+        `cls` if it is of a family, and else the subclass of it in this package.
+        `None` if that is for another family.
+    """
+    candidates = (cls,) if family(cls) else replacements()
+    for task in candidates:
+        if issubclass(task, cls) and issubclass(task, keras_hub.models.Task):
+            if family(task.backbone_cls) is family(backbone_cls):
+                return task
+    return None
+
+
 def presets(cls):
     """The built-in presets of the upstream classes that `cls` replaces."""
     found = {}
     for upstream, ours in _replacements.items():
-        if issubclass(ours, cls):
+        if issubclass(ours, cls) or ours is family(cls):
             found.update(upstream.presets)
     return found
 
 
-def scope():
-    """Context manager in which files of keras_hub load as our classes."""
-    return keras.saving.custom_object_scope(
+@contextlib.contextmanager
+def scope(*classes):
+    """Context manager in which files of keras_hub load as our classes.
+
+    Args:
+        *classes: Subclasses of ours that are to be loaded in place of them.
+            They are found by their own names, too, registered or not.
+    """
+    loading = (*_loading.get(), *classes)
+    chosen = {family(cls): cls for cls in loading}
+    # Keras' scopes replace the one around them, for what is in an object, too.
+    objects = dict(
+        global_state.get_global_attribute("custom_objects_scope_dict", {})
+    )
+    objects.update(
         {
-            f"{package}>{upstream.__name__}": cls
+            f"{package}>{upstream.__name__}": chosen.get(cls, cls)
             for upstream, cls in _replacements.items()
             for package in _UPSTREAM_PACKAGES
         }
     )
+    for cls in loading:
+        objects[keras.saving.get_registered_name(cls)] = cls
+    token = _loading.set(loading)
+    try:
+        with keras.saving.custom_object_scope(objects):
+            yield
+    finally:
+        _loading.reset(token)
 
 
 def load_model(filepath, **kwargs):

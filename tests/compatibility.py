@@ -32,7 +32,7 @@ FEATURES = {
     },
     "bfloat16, float16, mixed": "test_cached_decoding::test_reduced_precision",
     "a dtype for each layer": "test_quantization::test_a_policy",
-    "files and presets, both ways": "test_weights_and_files::",
+    "files and presets, both ways": "test_(weights_and_files|subclasses)::",
     "pickling": "test_pickling::",
     "`export()` of a backbone": "test_export::",
     "`StepModel.export()`": "test_step_model::test_same_tokens",
