@@ -6,7 +6,6 @@ import threading
 
 import keras
 import keras_hub
-import numpy as np
 from keras import ops
 from keras import tree
 from keras.src.models.functional import Functional
@@ -16,6 +15,7 @@ from keras_hub.src.utils.python_utils import classproperty
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import loops
 from keras_nlp_cache import prompts
+from keras_nlp_cache import reading
 from keras_nlp_cache import scoring
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.backbone import without_taps
@@ -23,17 +23,13 @@ from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import owned_cache
 from keras_nlp_cache.cached_graph import floating_dtype
 from keras_nlp_cache.embedding import derive_logits
-from keras_nlp_cache.loops import speculative
+from keras_nlp_cache.loops.batch import generate_batch
 from keras_nlp_cache.loops.generation import Conditions
-from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.loops.generation import supports
 from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.quantization import layer_structure
 from keras_nlp_cache.quantization import leaving_out
 from keras_nlp_cache.session import Session
-
-# How many tokens a draft model guesses at a time.
-_GUESSES = 5
 
 # Upstream's `generate()` hands prompts on to a function of its own.
 _assistant_model = contextvars.ContextVar(
@@ -290,7 +286,9 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         if not own_step:  # What that takes is its business.
             prompts.check_tokens(inputs, self.backbone)
             if supports(self.sampler) and not self.overridden("_build_cache"):
-                return self._generate_in_loop(inputs, stops)
+                return generate_batch(
+                    self, inputs, stops, _assistant_model.get()
+                )
         if not (own_step or callable(self.sampler)):
             raise ValueError(
                 "Expected `sampler` to be a `keras_hub.samplers.Sampler`. "
@@ -317,41 +315,6 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 self.generate_function = self._generate
             return self._compiled_step[1]
 
-    def _generate_in_loop(self, inputs, stop_token_ids):
-        token_ids = ops.convert_to_numpy(inputs["token_ids"])
-        given = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
-        length = token_ids.shape[1]
-        assistant = _assistant_model.get()
-        models = [self] if assistant is None else [self, assistant]
-        limits = [model.backbone.max_positions for model in models]
-        limits = [limit for limit in limits if limit is not None]
-        slots = slots_for(length, min(limits, default=None))
-        stops = () if stop_token_ids is None else stop_token_ids
-        loop = self.generation_loop
-        if assistant is None:
-            generation = loop.prefill(token_ids, given, slots)
-            generation = loop.decode(generation, length, stops)
-        else:
-            generation = speculative.decode(
-                loop,
-                assistant.generation_loop,
-                token_ids,
-                given,
-                slots,
-                getattr(self.sampler, "num_speculative_tokens", _GUESSES),
-                length,
-                stops,
-            )
-        token_ids = ops.convert_to_numpy(generation.token_ids)[:, :length]
-        loop.release(generation)
-        if stop_token_ids is None:
-            padding_mask = np.ones_like(given)
-        else:
-            ends = np.isin(token_ids, stop_token_ids) & ~given
-            # True up to the first end, and there.
-            padding_mask = np.cumsum(ends, axis=1) - ends == 0
-        return {"token_ids": token_ids, "padding_mask": padding_mask}
-
     def _normalize_generate_outputs(self, outputs, input_is_scalar):
         # Upstream concatenates, which JAX compiles for every new length, even
         # if there is one batch.
@@ -367,6 +330,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         stop_token_ids="auto",
         strip_prompt=False,
         assistant_model=None,
+        truncation="error",
     ):
         """Generates text after a prompt.
 
@@ -374,9 +338,13 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         refuses prompts that upstream would cut or continue from nothing.
 
         Args:
-            inputs: As for `keras_hub.models.CausalLM.generate()`.
-            max_length: As for `keras_hub.models.CausalLM.generate()`.
-            stop_token_ids: As for `keras_hub.models.CausalLM.generate()`.
+            inputs: As for `keras_hub.models.CausalLM.generate()`. An empty
+                string is continued from the start token that the preprocessor
+                adds.
+            max_length: As for `keras_hub.models.CausalLM.generate()`. Without a
+                preprocessor, what token ids are padded to.
+            stop_token_ids: As for `keras_hub.models.CausalLM.generate()`, or
+                any collection of ints.
             strip_prompt: As for `keras_hub.models.CausalLM.generate()`.
             assistant_model: Optional smaller `CausalLM` of this package with
                 the same vocabulary, for speculative decoding: it guesses, and
@@ -385,13 +353,16 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 sampler it is the same. Five tokens are guessed at a time,
                 unless the model was compiled with a
                 `keras_hub.samplers.SpeculativeSampler` that says otherwise.
+            truncation: What becomes of a prompt of more than `max_length`
+                tokens: `"error"`, or what of it fills them, `"left"` for its
+                last tokens after the start token or `"right"` for its first.
 
         Raises:
-            ValueError: If a prompt has no tokens, has more than `max_length`
-                tokens, needs more positions than the model learned, or holds
-                ids that are not in its vocabulary; if an argument is not what
-                it should be; or if the assistant does not fit the model or its
-                sampler.
+            ValueError: If prompts have no tokens, or more than `max_length`,
+                and are not to be cut; if one needs more positions than the
+                model learned, or holds ids that are not in its vocabulary; if
+                an argument is not what it should be; or if the assistant does
+                not fit the model or its sampler.
 
         Example:
         ```python
@@ -404,12 +375,13 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         """
         prompts.check_max_length(max_length)
         stop_token_ids = prompts.stop_tokens(stop_token_ids)
-        if self.preprocessor is not None:
-            prompts.check_text(inputs, max_length, self.preprocessor)
+        reading.check_truncation(truncation)
         prompts.check_assistant(self, assistant_model)
         token = _assistant_model.set(assistant_model)
         try:
-            return super().generate(
+            # Upstream's, with a say in how prompts are read.
+            return super().generate.__func__(
+                reading.Call(self, max_length, truncation),
                 inputs,
                 max_length=max_length,
                 stop_token_ids=stop_token_ids,
@@ -418,13 +390,20 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         finally:
             _assistant_model.reset(token)
 
-    def stream(self, prompt, max_new_tokens=256, stop_token_ids="auto"):
+    def stream(
+        self,
+        prompt,
+        max_new_tokens=256,
+        stop_token_ids="auto",
+        truncation="error",
+    ):
         """Generates text after a prompt, and yields it as it is produced.
 
         Args:
-            prompt: str.
+            prompt: str, as for `generate()`.
             max_new_tokens: int. Stop after that many tokens.
             stop_token_ids: As for `generate()`.
+            truncation: As for `Session.send()`.
 
         Returns:
             An iterator with one string for each token, which may be left
@@ -441,7 +420,9 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             print(piece, end="", flush=True)
         ```
         """
-        return Session(self).stream(prompt, max_new_tokens, stop_token_ids)
+        return Session(self).stream(
+            prompt, max_new_tokens, stop_token_ids, truncation
+        )
 
     def start_session(self, path=None):
         """Starts a text that can be continued turn by turn.

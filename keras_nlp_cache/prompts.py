@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.loops.generation import check_loop
+from keras_nlp_cache.reading import check_empty
 
 
 def is_int(x):
@@ -115,11 +116,9 @@ def check_tokens(inputs, backbone):
     if not np.issubdtype(token_ids.dtype, np.integer):
         raise ValueError(f"{expected}Received {token_ids.dtype} token ids.")
     lengths = mask.sum(axis=1)
-    if lengths.size == 0 or lengths.min() == 0:
-        raise ValueError(
-            "Expected every prompt to have at least one token. Received "
-            f"prompts of lengths {lengths.tolist()}."
-        )
+    if not lengths.size:
+        raise ValueError(f"{expected}Received no prompts.")
+    check_empty(lengths)
     holes = (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any(axis=1)
     if holes.any():
         row = int(holes.argmax())
@@ -128,46 +127,46 @@ def check_tokens(inputs, backbone):
             f"{row} with the padding mask {mask[row].astype(int).tolist()}. "
             "Move its tokens to the left."
         )
+    check_vocabulary(token_ids[mask], backbone)
+
+
+def check_vocabulary(token_ids, backbone):
+    """Checks an array of token ids, of which there are some."""
     size = backbone.token_embedding.input_dim
-    given = token_ids[mask]
-    if given.min() < 0 or given.max() >= size:
+    if token_ids.min() < 0 or token_ids.max() >= size:
         raise ValueError(
             f"Expected token ids from 0 to {size - 1}, the vocabulary of the "
-            f"model. Received ids from {given.min()} to {given.max()}."
+            f"model. Received ids from {token_ids.min()} to {token_ids.max()}."
         )
 
 
-def check_text(prompts, max_length, preprocessor):
-    """Checks that prompts say something, all of which will be read."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if not isinstance(prompts, (list, tuple)):
-        return
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        return
-    if not prompts or not all(prompts):
+def check_continuation(token_ids, backbone, begun):
+    """Checks token ids that a session is to go on with, and returns them.
+
+    Args:
+        token_ids: What a user passed.
+        backbone: The backbone that reads them.
+        begun: bool. Whether there are tokens before them.
+
+    Returns:
+        int32 array `(T,)`.
+    """
+    if ops.is_tensor(token_ids):
+        token_ids = ops.convert_to_numpy(token_ids)
+    array = np.asarray(token_ids)
+    is_empty = array.shape == (0,)
+    if array.ndim != 1 or not (
+        is_empty or np.issubdtype(array.dtype, np.integer)
+    ):
         raise ValueError(
-            "Expected `inputs` to hold at least one prompt, and no empty one. "
-            f"Received: {prompts!r}. To generate from the start token alone, "
-            "set `preprocessor` to `None` and pass its id."
+            "Expected `token_ids` to be integers in one dimension. Received: "
+            f"{token_ids!r}."
         )
-    max_length = max_length or preprocessor.sequence_length
-    # A token is a byte or more, and a preprocessor adds two at most.
-    longest = max(len(prompt.encode()) for prompt in prompts) + 2
-    if max_length is None or longest <= max_length:
-        return
-    padding_mask = preprocessor.generate_preprocess(
-        list(prompts), sequence_length=max_length + 1
-    )["padding_mask"]
-    lengths = _lengths(padding_mask)
-    if lengths.max() > max_length:
+    if is_empty and not begun:
         raise ValueError(
-            f"Expected prompts of at most `max_length`={max_length} tokens. "
-            f"Received: prompt {int(lengths.argmax())}, which has more. "
-            "Raise `max_length` or shorten the prompt."
+            "Expected `token_ids` to hold at least one token, to begin a "
+            f"session with. Received: {token_ids!r}."
         )
-
-
-def _lengths(padding_mask):
-    """The number of tokens in each row, as a NumPy array."""
-    return ops.convert_to_numpy(padding_mask).astype("int32").sum(axis=-1)
+    if not is_empty:
+        check_vocabulary(array, backbone)
+    return array.astype("int32")

@@ -8,8 +8,13 @@ from keras_nlp_cache import session_file
 from keras_nlp_cache.loops.generation import check_loop
 from keras_nlp_cache.loops.generation import slots_for
 from keras_nlp_cache.pieces import TextPieces
+from keras_nlp_cache.prompts import check_continuation
 from keras_nlp_cache.prompts import is_int
 from keras_nlp_cache.prompts import stop_tokens
+from keras_nlp_cache.reading import check_truncation
+from keras_nlp_cache.reading import cut
+from keras_nlp_cache.reading import encode
+from keras_nlp_cache.reading import starts
 
 
 class Session:
@@ -70,27 +75,47 @@ class Session:
             return ""
         return self.lm.preprocessor.tokenizer.detokenize(self.token_ids)
 
-    def send(self, text, max_new_tokens=256, stop_token_ids="auto"):
+    def send(
+        self,
+        text,
+        max_new_tokens=256,
+        stop_token_ids="auto",
+        truncation="error",
+    ):
         """Adds to the text and has the model go on with it.
 
         Args:
-            text: str. What to add.
+            text: str. What to add. May be empty at first, where the
+                preprocessor adds a start token to go on from.
             max_new_tokens: int. Stop after that many tokens.
-            stop_token_ids: `None`, `"auto"` or a sequence of token ids to stop
-                at, as in `CausalLM.generate()`. The stop token becomes part of
-                the session, and not of the answer.
+            stop_token_ids: `None`, `"auto"` or a collection of token ids to
+                stop at, as in `CausalLM.generate()`. The stop token becomes
+                part of the session, and not of the answer.
+            truncation: What becomes of a text that, with what was said before
+                and the new tokens, needs more positions than the model learned:
+                `"error"`, or what of it fills them, `"left"` for its last
+                tokens after the start token or `"right"` for its first.
 
         Returns:
             str, the answer.
 
         Raises:
-            ValueError: If `text` is not a string or empty, `max_new_tokens` not
-                a positive integer, or the text gets longer than the positions
-                that the model learned.
+            ValueError: If `text` is not a string or adds no token,
+                `max_new_tokens` not a positive integer, or the text gets longer
+                than the positions that the model learned, and is not to be cut
+                or there is no room at all.
         """
-        return "".join(self.stream(text, max_new_tokens, stop_token_ids))
+        return "".join(
+            self.stream(text, max_new_tokens, stop_token_ids, truncation)
+        )
 
-    def stream(self, text, max_new_tokens=256, stop_token_ids="auto"):
+    def stream(
+        self,
+        text,
+        max_new_tokens=256,
+        stop_token_ids="auto",
+        truncation="error",
+    ):
         """Does what `send()` does, and yields the answer as it is produced.
 
         May be left early. What was yielded until then stays in the session.
@@ -107,18 +132,24 @@ class Session:
         """
         check_loop(self.lm)
         _check_postprocess(self.lm.preprocessor)
-        token_ids = self._tokenize(text)
+        check_truncation(truncation)
+        token_ids, start = self._tokenize(text)
         _check_count(max_new_tokens)
         stop = _stop_token_ids(self.lm.preprocessor.tokenizer, stop_token_ids)
-        length = len(self.token_ids) + len(token_ids)
         limit = self.lm.backbone.max_positions
-        if limit is not None and length + max_new_tokens > limit:
-            raise ValueError(
-                "Expected text and new tokens to fit the "
-                f"{limit} positions that the model learned. Received: {length} "
-                f"tokens of text, max_new_tokens={max_new_tokens}. Shorten the "
-                "text, rewind, or lower `max_new_tokens`."
-            )
+        if limit is not None:
+            before = len(self.token_ids)
+            room = limit - before - max_new_tokens
+            if len(token_ids) > room and (truncation == "error" or room < 1):
+                raise ValueError(
+                    f"Expected text and new tokens to fit the {limit} "
+                    "positions that the model learned. Received: "
+                    f"{before + len(token_ids)} tokens of text, "
+                    f"max_new_tokens={max_new_tokens}. Shorten the text or "
+                    "have it cut by `truncation`, rewind, or lower "
+                    "`max_new_tokens`."
+                )
+            token_ids = cut(token_ids, room, truncation, kept=start)
         self._turn += 1
         return self._stream(token_ids, max_new_tokens, stop, self._turn)
 
@@ -126,15 +157,23 @@ class Session:
         """Does what `stream()` does, with token ids for text.
 
         Args:
-            token_ids: 1D integer array. What to add.
+            token_ids: 1D integer array. What to add, if only to go on.
             max_new_tokens: int, as for `send()`.
-            stop_token_ids: Sequence of ints.
+            stop_token_ids: As for `send()`.
 
         Yields:
             Token ids, as ints.
+
+        Raises:
+            ValueError: If `token_ids` are not that, or not of the vocabulary,
+                or there is not one to begin with; or as `send()`.
         """
-        stops = stop_tokens(stop_token_ids) or ()
-        token_ids = np.append(self.token_ids, token_ids).astype("int32")
+        _check_count(max_new_tokens)
+        stops = _stop_token_ids(self.lm.preprocessor.tokenizer, stop_token_ids)
+        token_ids = check_continuation(
+            token_ids, self.lm.backbone, begun=len(self.token_ids) > 0
+        )
+        token_ids = np.append(self.token_ids, token_ids)
         end = len(token_ids) + max_new_tokens
         loop = steps = None
         while True:
@@ -197,7 +236,7 @@ class Session:
             cache=cache,
             start=start,
         )
-        self.prefilled_tokens += len(token_ids) - 1 - start
+        self.prefilled_tokens += max(0, len(token_ids) - 1 - start)
         self.token_ids, self._filled = token_ids, len(token_ids) - 1
         self._cache, self._loop = generation.cache, loop
         return generation
@@ -271,27 +310,25 @@ class Session:
             self._filled, self._loop = filled, loop
 
     def _tokenize(self, text):
-        if not isinstance(text, str) or not text:
+        """Token ids to add, and how many of them every text begins with."""
+        begun = len(self.token_ids) > 0
+        if not isinstance(text, str) or (begun and not text):
             raise ValueError(
-                "Expected `text` to be a string that is not empty. Received: "
-                f"{text!r}."
+                "Expected `text` to be a string, and in a session that has "
+                f"begun one that is not empty. Received: {text!r}."
             )
         preprocessor = self.lm.preprocessor
-        # A token is a byte or more, and a preprocessor adds two at most.
-        x = preprocessor.generate_preprocess(
-            [text], sequence_length=len(text.encode()) + 2
-        )
-        x = {name: ops.convert_to_numpy(value) for name, value in x.items()}
-        token_ids = x["token_ids"][x["padding_mask"].astype(bool)]
-        starts = getattr(preprocessor, "add_start_token", False)
-        if len(self.token_ids) and starts:
-            token_ids = token_ids[1:]  # A text starts once.
+        token_ids, start = encode(preprocessor, text), starts(preprocessor)
+        if begun:
+            # A text starts once.
+            token_ids, start = token_ids[len(start) :], ()
         if not len(token_ids):
             raise ValueError(
-                f"Expected `text` to hold at least one token. Received: "
-                f"{text!r}, which the tokenizer makes none of."
+                "Expected `text` to hold at least one token. Received: "
+                f"{text!r}, of which the tokenizer makes none, and a "
+                "preprocessor that adds no start token."
             )
-        return token_ids
+        return token_ids, len(start)
 
 
 def _stop_token_ids(tokenizer, stop_token_ids):

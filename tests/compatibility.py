@@ -18,6 +18,7 @@ FEATURES = {
     "a cache in the graph": "test_cached_decoding::",
     "`generate()` as upstream: greedy, top-k, top-p, random, beam, "
     "contrastive": "test_generate::test_tokens",
+    "empty prompts, `truncation`, `max_length`": "test_prompts::",
     "samplers of users": "test_generate::test_samplers_of_users",
     "a draft model": "test_speculative::",
     "`stream()`, sessions": "test_(streaming|sessions)::",

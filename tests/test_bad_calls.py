@@ -33,6 +33,14 @@ def text_model():
 
 
 @functools.cache
+def model_without_start():
+    """A text model whose tokenizer has no start token."""
+    lm = GPT2.text_lm()
+    lm.preprocessor.tokenizer.start_token_id = None
+    return lm
+
+
+@functools.cache
 def token_model():
     lm = GPT2.ours("CausalLM")(GPT2.backbone(), None)
     lm.compile(sampler="greedy")
@@ -47,11 +55,11 @@ def text(inputs="the fox", **kwargs):
     return lambda folder: text_model().generate(inputs, **kwargs)
 
 
-def tokens(stop_token_ids=None, **changes):
+def tokens(stop_token_ids=None, max_length=None, **changes):
     inputs = {"token_ids": TOKENS, "padding_mask": MASK, **changes}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     return lambda folder: token_model().generate(
-        inputs, stop_token_ids=stop_token_ids
+        inputs, stop_token_ids=stop_token_ids, max_length=max_length
     )
 
 
@@ -70,9 +78,16 @@ def session(name, *args, **kwargs):
         args_ = [
             x.format(folder=folder) if isinstance(x, str) else x for x in args
         ]
-        getattr(session, name)(*args_, **kwargs)
+        result = getattr(session, name)(*args_, **kwargs)
+        if name == "stream_tokens":
+            next(result)
 
     return call
+
+
+def of_another_family(folder):
+    cls = type("Mine", (models.GPT2CausalLM,), {})
+    return cls.from_preset(str(folder / "llama"))
 
 
 def start(path):
@@ -143,9 +158,9 @@ CALLS = {
     "to generate from a mixture": (text(["a", 3]), r"strings.*\['a', 3\]"),
     "to generate from lists": (text([["the"]]), r"strings.*\[\['the'\]\]"),
     "to generate from no prompts": (text([]), r"at least one prompt.*\[\]"),
-    "to generate from an empty prompt": (
-        text(["a", ""]),
-        "at least one prompt, and no empty one",
+    "to generate from nothing, without a start token": (
+        lambda folder: model_without_start().generate(["", "a", ""]),
+        "at least one token.*none in prompts 0, 2.*no start token",
     ),
     "no length": (text(max_length=0), MAX_LENGTH + "0"),
     "a negative length": (text(max_length=-1), MAX_LENGTH + "-1"),
@@ -156,10 +171,24 @@ CALLS = {
         text(max_length=65),
         "`max_length`.*64 positions.*65",
     ),
-    "a prompt that is too long": (
-        text("the quick brown fox", max_length=3),
-        "at most `max_length`=3 tokens",
+    "prompts that are too long": (
+        text(["the quick brown fox", "a", "lazy dog"], max_length=3),
+        "at most `max_length`=3 tokens.*prompts 0, 2 of [0-9]+, [0-9]+ tokens"
+        ".*truncation=",
     ),
+    "token ids that are too long": (
+        tokens(max_length=3),
+        "at most `max_length`=3 tokens.*prompt 0 of 4 tokens.*truncation=",
+    ),
+    "more token ids than positions": (
+        tokens(max_length=65),
+        "`max_length`.*64 positions.*65",
+    ),
+    "to cut in the middle": (
+        text(truncation="middle"),
+        "`truncation`.*'error', 'left', 'right'.*'middle'",
+    ),
+    "to cut or not": (text(truncation=True), "`truncation`.*True"),
     "to stop at a word": (text(stop_token_ids="never"), STOPS + "'never'"),
     "to stop at a number": (text(stop_token_ids=5), STOPS + "5"),
     "to stop at half a token": (text(stop_token_ids=[1.5]), STOPS + "1.5"),
@@ -200,7 +229,7 @@ CALLS = {
     ),
     "a prompt of padding": (
         tokens(padding_mask=MASK * 0),
-        r"at least one token.*\[0\]",
+        "at least one token.*none in prompt 0.*Leave it out",
     ),
     "padding in the middle": (
         tokens(padding_mask=np.array([[1, 0, 1, 1, 0, 0, 0, 0]])),
@@ -210,7 +239,14 @@ CALLS = {
         tokens(padding_mask=MASK[:, ::-1]),
         r"padded at their end.*\[0, 0, 0, 0, 1",
     ),
-    "a stream of nothing": (stream(""), "`text`.*not empty"),
+    "a stream of nothing, without a start token": (
+        lambda folder: model_without_start().stream(""),
+        "`text`.*at least one token.*no start token",
+    ),
+    "a stream that is cut in the middle": (
+        stream("the", truncation="middle"),
+        "`truncation`.*'middle'",
+    ),
     "a stream of bytes": (stream(b"the"), "`text`.*b'the'"),
     "a stream of several prompts": (stream(["a", "b"]), "`text`.*'a'"),
     "a stream of no tokens": (stream("the", 0), NEW + "0"),
@@ -222,6 +258,22 @@ CALLS = {
     ),
     "a session of nothing": (session("send", ""), "`text`.*not empty"),
     "a session of no tokens": (session("send", "the", 0), NEW + "0"),
+    "a session of fractional tokens": (
+        session("stream_tokens", [1.5]),
+        r"`token_ids`.*integers in one dimension.*\[1\.5\]",
+    ),
+    "a session of rows": (
+        session("stream_tokens", [[1, 2]]),
+        r"`token_ids`.*one dimension.*\[\[1, 2\]\]",
+    ),
+    "a session of another vocabulary": (
+        session("stream_tokens", [1000]),
+        "ids from 0 to 36.*from 1000",
+    ),
+    "a session that begins with no tokens": (
+        lambda folder: next(text_model().start_session().stream_tokens([])),
+        "`token_ids`.*at least one token",
+    ),
     "a session that is too long": (session("send", "a", 99), "64 positions"),
     "to rewind backwards": (session("rewind", -1), "`count`.*from 0.*-1"),
     "to rewind too far": (session("rewind", 99), "`count`.*from 0.*99"),
@@ -286,6 +338,10 @@ CALLS = {
         lambda folder: models.CausalLM.from_preset(3),
         "preset=3",
     ),
+    "a preset of another family": (
+        of_another_family,
+        "a `GPT2Backbone` for `Mine`.*of a `LlamaBackbone`",
+    ),
     "GPTQ without data": (
         lambda folder: token_model().quantize("gptq"),
         "GPTQConfig|config",
@@ -297,6 +353,10 @@ CALLS = {
         "not edited.*Transformers",
     ),
 }
+
+
+def contents(folder):
+    return {x: x.read_bytes() for x in folder.rglob("*") if x.is_file()}
 
 
 def state():
@@ -332,12 +392,14 @@ def test_mistakes(name, folder):
         with pytest.raises(ValueError, match=words):
             call(folder)
     before = state()
-    files = {x: x.read_bytes() for x in folder.rglob("*")}
+    if call is of_another_family:
+        LLAMA.pair[0].save_to_preset(folder / "llama")
+    files = contents(folder)
     with pytest.raises(ValueError, match=f"(?s){words}"):
         call(folder)
     for old, new in zip(before, state(), strict=True):
         np.testing.assert_array_equal(old, new)
-    assert {x: x.read_bytes() for x in folder.rglob("*")} == files
+    assert contents(folder) == files
 
 
 MISSING = {

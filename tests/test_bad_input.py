@@ -296,7 +296,7 @@ def test_generate(family):
         "token_ids": TOKENS,
         "padding_mask": np.array([[1, 1, 0, 0], [0, 0, 0, 0]]),
     }
-    with pytest.raises(ValueError, match=r"at least one token.*\[2, 0\]"):
+    with pytest.raises(ValueError, match="one token.*none in prompt 1"):
         lm.generate(empty, stop_token_ids=None)
     with pytest.raises(ValueError, match="stop_token_ids"):
         lm.generate(empty)
@@ -314,9 +314,9 @@ def test_generate_from_text(family):
     long = "the quick brown fox jumps over the lazy dog"
     with pytest.raises(ValueError, match="`max_length`=8.*prompt 1"):
         lm.generate(["a", long], max_length=8)
-    for nothing in ([], "", ["a", ""]):
-        with pytest.raises(ValueError, match="at least one prompt"):
-            lm.generate(nothing)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        lm.generate([])
+    for nothing in ([], ["a", ""]):
         with pytest.raises(ValueError, match="`text`"):
             lm.stream(nothing)
 

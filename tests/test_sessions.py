@@ -291,7 +291,6 @@ def test_a_model_that_changes_goes_on():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"text": ""}, "`text`.*not empty"),
         ({"text": None}, "`text`.*None"),
         ({"text": b"the"}, "`text`.*b'the'"),
         ({"text": ["the"]}, "`text`"),
@@ -301,6 +300,8 @@ def test_a_model_that_changes_goes_on():
         ({"text": "the", "max_new_tokens": True}, "`max_new_tokens`.*True"),
         ({"text": "the", "max_new_tokens": None}, "`max_new_tokens`.*None"),
         ({"text": "the", "max_new_tokens": 64}, "64 positions"),
+        ({"text": "the", "truncation": "middle"}, "`truncation`.*'middle'"),
+        ({"text": "the", "truncation": None}, "`truncation`.*None"),
         ({"text": "the", "stop_token_ids": "never"}, "`stop_token_ids`"),
         ({"text": "the", "stop_token_ids": [1.5]}, "`stop_token_ids`.*1.5"),
         ({"text": "the", "stop_token_ids": {"a": 1}}, "`stop_token_ids`.*a"),
