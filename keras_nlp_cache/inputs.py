@@ -186,12 +186,23 @@ def _is_pair(x):
     return isinstance(x, (tuple, list)) and len(x) == 2
 
 
+def _is_stacked(cache):
+    """Whether a cache is one array, as tasks of keras_hub stack them."""
+    shape = getattr(cache, "shape", ())
+    return len(shape) == 6 and shape[2] == 2
+
+
 def _check_cache(cache, cache_spec, batch):
     if not isinstance(cache, (tuple, list)) or len(cache) != len(cache_spec):
+        stacked = (
+            "That is one array for all blocks, `(batch, layers, 2, max_length, "
+            "heads, head_dim)`, as tasks of keras_hub stack their caches. "
+        )
         raise ValueError(
             "Expected `cache` to be a tuple with one (key, value) pair per "
             f"decoder block, {len(cache_spec)} for this model. Received: "
-            f"{_describe(cache)}. {_HOW_TO_MAKE_A_CACHE}"
+            f"{_describe(cache)}. {stacked if _is_stacked(cache) else ''}"
+            f"{_HOW_TO_MAKE_A_CACHE}"
         )
     checked, first = [], None
     for i, (pair, (heads, head_dim)) in enumerate(zip(cache, cache_spec)):

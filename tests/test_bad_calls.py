@@ -318,6 +318,12 @@ CALLS = {
         ),
         "`cache_update_index`.*None",
     ),
+    "a stacked cache, as upstream's": (
+        lambda folder: token_model().call_with_cache(
+            TOKENS, np.zeros((1, 2, 2, 8, 4, 8), "float32"), 0
+        ),
+        r"one \(key, value\) pair.*\(1, 2, 2, 8, 4, 8\).*stack.*make_cache",
+    ),
     "an index without a cache": (
         lambda folder: token_model().call_with_cache(TOKENS, None, 0),
         "`cache_update_index`.*without a `cache`",
