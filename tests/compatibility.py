@@ -37,8 +37,14 @@ FEATURES = {
     "pickling": "test_pickling::",
     "`export()` of a backbone": "test_export::",
     "`StepModel.export()`": "test_step_model::test_same_tokens",
+    "GGUF files": "test_gguf_preset::",
     "surgery": "test_surgery",
-    "control vectors": "test_(control_vectors|vector_files)::",
+    "surgery inside of blocks": "test_surgery_parts::",
+    "surgery of quantized models": "test_surgery_quantized::",
+    "layers of another model": "test_merging::",
+    "control vectors": (
+        "test_(control_vectors|partial_steering|vector_files)::"
+    ),
     "several devices": "test_distribution::",
     "in the scope of a `tf.distribute` strategy": "test_strategies::",
 }
