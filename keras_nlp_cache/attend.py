@@ -108,7 +108,9 @@ def attend_filled(query, key, value, mask, filled, **kwargs):
 
     On PyTorch it reads a prefix of the cache. Elsewhere, where a compiled shape
     cannot depend on a value, it reads one block of slots after the other; as
-    their number depends on a value, there is no gradient.
+    their number depends on a value, there is no gradient. On an accelerator
+    each block would wait for the host to say whether there is another, and all
+    slots are read.
 
     Args:
         query: Tensor `(B, T, query_heads, head_dim)`.
@@ -130,10 +132,22 @@ def attend_filled(query, key, value, mask, filled, **kwargs):
     batch, heads, slots, head_dim = ops.shape(key)
     if not isinstance(batch, int) or not isinstance(slots, int):
         return attend(query, key, value, mask, **kwargs)
+    if _on_an_accelerator():
+        return attend(query, key, value, mask, **kwargs)
     size = block_size(slots, batch * heads * head_dim)
     if slots <= size or slots % size:
         return attend(query, key, value, mask, **kwargs)
     return _attend_in_blocks(query, key, value, mask, filled, size, **kwargs)
+
+
+def _on_an_accelerator():
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.default_backend() != "cpu"
+    import tensorflow as tf
+
+    return bool(tf.config.list_logical_devices("GPU"))
 
 
 def _attend_in_blocks(

@@ -69,3 +69,44 @@ def test_a_query_that_sees_nothing(dtype):
     output = ops.convert_to_numpy(ops.cast(output, "float32"))
     np.testing.assert_allclose(output[:, 0], 1.0, rtol=1e-2)
     np.testing.assert_array_equal(output[:, 1], 0.0)
+
+
+def test_an_accelerator_does_not_wait_for_the_host(monkeypatch):
+    """Before each block it would. It reads all slots, in one go."""
+    backend = keras.config.backend()
+    if backend == "torch":
+        pytest.skip("PyTorch reads a prefix, and waits for nobody")
+    loops = []
+    while_loop = ops.while_loop
+    monkeypatch.setattr(
+        ops, "while_loop", lambda *args: loops.append(1) or while_loop(*args)
+    )
+    rng = np.random.default_rng(0)
+    x = ops.convert_to_tensor(
+        rng.normal(size=(1, 2, 2 * BLOCK, 4)).astype("float32")
+    )
+    index = BLOCK - 2
+
+    def attended():
+        mask = causal_mask(index, 2, 2 * BLOCK)[None, None]
+        return ops.convert_to_numpy(
+            attend_filled(
+                query=ops.ones((1, 2, 4, 4)),
+                key=x,
+                value=x,
+                mask=mask,
+                scale=1.0,
+                filled=ops.convert_to_tensor(BLOCK, "int32"),
+            )
+        )
+
+    expected = attended()
+    assert loops == [1]
+    if backend == "jax":
+        monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    else:
+        monkeypatch.setattr(
+            "tensorflow.config.list_logical_devices", lambda kind: [kind]
+        )
+    np.testing.assert_allclose(attended(), expected, atol=1e-5)
+    assert loops == [1]
