@@ -29,6 +29,7 @@ from keras_nlp_cache.loops.generation import supports
 from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.quantization import layer_structure
 from keras_nlp_cache.quantization import leaving_out
+from keras_nlp_cache.quantization import light_garbage_collection
 from keras_nlp_cache.session import Session
 
 # Upstream's `generate()` hands prompts on to a function of its own.
@@ -511,7 +512,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             # Keras would go through these, too, and refuse a tokenizer, which
             # is not built.
             filters = leaving_out(self.preprocessor, filters)
-        super().quantize(mode, config=config, filters=filters, **kwargs)
+        with light_garbage_collection():
+            super().quantize(mode, config=config, filters=filters, **kwargs)
         derive_logits(self.backbone.token_embedding)
 
     def get_quantization_layer_structure(self, mode):

@@ -1,5 +1,7 @@
 """Quantized models generate, and as upstream's do."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -323,3 +325,19 @@ def test_a_quantized_draft():
     expected = greedy(lm)
     result = lm.generate(PROMPTS, stop_token_ids=None, assistant_model=draft)
     np.testing.assert_array_equal(result["token_ids"], expected)
+
+
+def test_garbage_is_collected_lightly(monkeypatch):
+    """Over what is made while quantizing, not over all that is imported."""
+    frozen, collect = [], gc.collect
+    monkeypatch.setattr(
+        gc, "collect", lambda: (frozen.append(gc.get_freeze_count()), collect())
+    )
+    kept = gc.get_freeze_count()  # The suite's own.
+    gc.unfreeze()
+    lm = FAMILIES[0].ours("CausalLM")(FAMILIES[0].backbone(), None)
+    lm.quantize("int8")
+    assert len(frozen) > 2 and all(frozen[1:])
+    assert gc.get_freeze_count() == 0
+    if kept:
+        gc.freeze()
