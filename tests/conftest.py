@@ -1,12 +1,17 @@
 """Fixtures shared by the suite, and the backend in its header."""
 
 import gc
+import importlib
 import os
+import random
 
 import keras
 import pytest
 
 from tests.families import PATCHED
+
+# Bytes of a process, from which on JAX is to compile again for the next file.
+MOST_MEMORY = 4 * 2**30
 
 
 def pytest_configure(config):
@@ -38,7 +43,20 @@ def pytest_report_header():
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    keras.utils.set_random_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tensorflow.random.set_seed", _seed_tensorflow)
+        keras.utils.set_random_seed(0)
+
+
+def _seed_tensorflow(seed):
+    """As `tf.random.set_seed()` does, but what was compiled stays so.
+
+    That forgets every kernel, and whatever the next test calls, which may be
+    a function that many tests share, has to be prepared again.
+    """
+    context = importlib.import_module("tensorflow.python.eager.context")
+    context.context()._seed = seed
+    context.context()._rng = random.Random(seed)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +66,8 @@ def _light_garbage_collection():
     Over all that three frameworks import, that is half a second a layer, and
     more with each graph that TensorFlow never gives back.
     """
+    if keras.config.backend() == "jax":
+        _forget_lowered_programs()
     gc.collect()
     gc.freeze()
 
@@ -56,14 +76,30 @@ def _light_garbage_collection():
 def _bounded_memory():
     """What is kept for as long as the process lives, is kept for one file."""
     yield
-    if keras.config.backend() == "jax":
+    if keras.config.backend() == "jax" and not PATCHED:
         import jax
+        import psutil
 
-        jax.clear_caches()
+        if psutil.Process().memory_info().rss > MOST_MEMORY:
+            jax.clear_caches()
     if keras.config.backend() == "tensorflow":
         _forget_custom_gradients()
+        keras.utils.set_random_seed(0)
     gc.unfreeze()
     gc.collect()
+
+
+def _forget_lowered_programs():
+    """JAX keeps what it compiled from, a megabyte for each operation and shape.
+
+    What it compiled takes a quarter of that, and serves all tests that follow.
+    To clear that for each file and to compile it again takes many minutes.
+    """
+    from jax._src import pjit
+    from jax._src.interpreters import pxla
+
+    pjit._pjit_lower.cache_clear()
+    pxla._cached_lowering_to_hlo.cache_clear()
 
 
 def _forget_custom_gradients():
