@@ -2,7 +2,8 @@
 
     python -m tests.summary jax.xml torch.xml
 
-Each file is what `pytest --junitxml` wrote; its name says what was run. The
+Each file is what `pytest --junitxml` wrote; its name says what was run. Below
+the table stand why tests were skipped, and in which files the seconds went. The
 exit status is 1 if a test failed, or if a file is missing that is not
 `--optional`.
 """
@@ -48,6 +49,29 @@ def summarize(path):
     return (path.stem, passed, failed, skipped, minutes), reasons
 
 
+def slowest(path, count=5):
+    """Files of tests that took longest.
+
+    Args:
+        path: Path of a file that pytest wrote.
+        count: int. How many at most.
+
+    Returns:
+        List of pairs of a file's name and seconds, the longest first. None for
+        a run that wrote no file.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    seconds = collections.Counter()
+    for case in ElementTree.parse(path).iter("testcase"):
+        # A test in a class has the name of the class after the file's.
+        names = case.get("classname", "").split(".")
+        files = [name for name in names if name.startswith("test_")]
+        seconds[files[0] if files else names[-1]] += float(case.get("time", 0))
+    return seconds.most_common(count)
+
+
 def _reason(skip):
     if skip.get("message") == "collection skipped":
         # A whole file: the text is a tuple `(path, line, reason)`.
@@ -75,6 +99,12 @@ def main(argv=None):
             f"{row[0]} skipped {count}: {reason}"
             for reason, count in reasons.items()
         ]
+    for path in paths:
+        files = [f"{name} {time:.0f} s" for name, time in slowest(path)]
+        if files:
+            notes.append(
+                f"{pathlib.Path(path).stem} longest: {', '.join(files)}"
+            )
     print(tabulate(rows, HEADERS, floatfmt=".1f", missingval="did not run"))
     print("", *notes, sep="\n")
     return int(any(row[2] != 0 for row in rows))

@@ -37,6 +37,25 @@ def test_counts(cases, counts, status, tmp_path, capsys):
         assert (f"skipped 1: {reason}" in printed) == (counts[2] == 2)
 
 
+def test_the_longest_files(tmp_path, capsys):
+    path = tmp_path / "jax.xml"
+    cases = [
+        f'<testcase classname="tests.{name}" name="x" time="{time}"/>'
+        for name, time in (
+            ("test_a", 1.25),
+            ("test_b.TestCase", 2),
+            ("test_a", 2.25),
+            ("test_c", 0.5),
+        )
+    ]
+    path.write_text(f'<testsuite time="6">{"".join(cases)}</testsuite>')
+    assert summary.slowest(path, 2) == [("test_a", 3.5), ("test_b", 2.0)]
+    assert summary.slowest(tmp_path / "torch.xml") == []
+    assert summary.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "jax longest: test_a 4 s, test_b 2 s, test_c 0 s" in printed
+
+
 def test_a_run_that_wrote_nothing(tmp_path, capsys):
     assert summary.main([str(tmp_path / "jax.xml")]) == 1
     assert "did not run" in capsys.readouterr().out
