@@ -16,6 +16,8 @@ from tests.families import to_numpy
 BLOCKS = 3
 LENGTH = 8
 TOKENS = random_tokens(2, LENGTH)
+# Called eagerly, JAX compiles each operation for each length: few are used.
+SPLIT = (5, 1, 2)
 
 
 @functools.cache
@@ -101,17 +103,31 @@ def hidden_states(outputs):
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def full_forward(backbone, token_ids=TOKENS, **inputs):
-    """What a backbone makes of all tokens at once, without a cache."""
-    return to_numpy(hidden_states(backbone({"token_ids": token_ids, **inputs})))
+def full_forward(backbone, token_ids=TOKENS, call=None, **inputs):
+    """What a backbone makes of all tokens at once, without a cache.
+
+    Args:
+        backbone: A backbone.
+        token_ids: int `(B, T)`.
+        call: What is called instead of it. `compiled(backbone)` is quicker for
+            dtypes that no other test has.
+        **inputs: Further inputs.
+
+    Returns:
+        float32 `(B, T, hidden_dim)`.
+    """
+    outputs = (call or backbone)({"token_ids": token_ids, **inputs})
+    return to_numpy(hidden_states(outputs))
 
 
-def cached_forward(backbone, sizes, token_ids=TOKENS, **inputs):
-    """What it makes of a few tokens at a time, through its cache."""
+def cached_forward(
+    backbone, sizes=SPLIT, token_ids=TOKENS, call=None, **inputs
+):
+    """What it makes of `sizes` tokens at a time, through its cache."""
     cache = backbone.make_cache(*token_ids.shape)
     outputs, index = [], 0
     for size in sizes:
-        output, cache, *_ = backbone(
+        output, cache, *_ = (call or backbone)(
             {
                 "token_ids": token_ids[:, index : index + size],
                 "cache": cache,
@@ -124,15 +140,19 @@ def cached_forward(backbone, sizes, token_ids=TOKENS, **inputs):
     return np.concatenate(outputs, axis=1)
 
 
-def greedy_loop(lm, inputs):
-    """Generates by full forward passes, with no cache anywhere."""
-    token_ids, mask = inputs["token_ids"].copy(), inputs["padding_mask"].copy()
-    for i in range(1, token_ids.shape[1]):
-        logits = to_numpy(lm({"token_ids": token_ids, "padding_mask": mask}))
-        free = mask[:, i] == 0
-        token_ids[free, i] = logits[free, i - 1].argmax(axis=-1)
-        mask[free, i] = 1
-    return token_ids
+def assert_greedy_after(prompts, token_ids, lm):
+    """Tokens after prompts are the likeliest ones, with no cache anywhere.
+
+    One call on all of them says what a loop would: if each is the likeliest
+    after those before it, all are those of the loop.
+    """
+    given = prompts["padding_mask"] == 1
+    np.testing.assert_array_equal(token_ids[given], prompts["token_ids"][given])
+    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    likeliest = to_numpy(lm(inputs)).argmax(axis=-1)
+    np.testing.assert_array_equal(
+        token_ids[:, 1:][~given[:, 1:]], likeliest[:, :-1][~given[:, 1:]]
+    )
 
 
 def snapshot(lm):

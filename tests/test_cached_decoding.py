@@ -107,19 +107,18 @@ def test_padding(family, sizes, lengths):
 @short_property_test
 @given(
     sizes=st.none() | splits(),
-    place=st.integers(0, LENGTH - 5),
-    pad=st.sampled_from([1, 4]),
+    place=st.integers(0, LENGTH - 4),
     start=st.sampled_from([0, 7]),
     seed=st.integers(0, 99),
 )
-def test_padding_by_positions(family, sizes, place, pad, start, seed):
+def test_padding_by_positions(family, sizes, place, start, seed):
     """Padded on the left or inside, rows are as if there were no padding.
 
     With a cache and without one (`sizes=None`), wherever the text starts.
     """
     token_ids = random_tokens(2, LENGTH, seed)
     mask = np.ones_like(token_ids)
-    mask[1, place : place + pad] = 0
+    mask[1, place : place + 3] = 0
     inputs = {
         "padding_mask": mask,
         "token_positions": start + np.cumsum(mask, axis=1) - mask,
@@ -193,7 +192,8 @@ def test_attention_mask_hides(family):
     padding = np.ones((2, LENGTH), "int32")
     padding[:, 4] = 0
     mask = np.broadcast_to(padding[:, None], (2, LENGTH, LENGTH))
-    output = family.pair[0]({"token_ids": token_ids, "attention_mask": mask})
+    call = compiled(family.pair[0])
+    output = call({"token_ids": token_ids, "attention_mask": mask})
     np.testing.assert_allclose(
         to_numpy(output),
         upstream_full(family, token_ids, padding),
@@ -212,9 +212,8 @@ def test_a_token_that_sees_nothing(family, kind):
     mask[:, :, 4] = False
     if kind == "float32":
         mask = np.where(mask, 0, -np.inf).astype(kind)
-    output = to_numpy(
-        family.pair[0]({"token_ids": token_ids, "attention_mask": mask})
-    )
+    call = compiled(family.pair[0])
+    output = to_numpy(call({"token_ids": token_ids, "attention_mask": mask}))
     assert np.isfinite(output).all()
     padding = np.ones((2, LENGTH), "int32")
     padding[:, 4] = 0
@@ -227,8 +226,7 @@ def test_a_token_that_sees_nothing(family, kind):
     )
 
 
-@deep_families
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16"])
+@in_turn("dtype", 3 * ["bfloat16"] + ["mixed_bfloat16", "float16"])
 def test_reduced_precision(family, dtype):
     """Our error against float32 is upstream's, not more."""
     token_ids = random_tokens(4, LENGTH)
@@ -266,7 +264,7 @@ def test_cache_of_another_dtype(family):
     token_ids = random_tokens(2, LENGTH)
     cache = backbone.make_cache(2, LENGTH, dtype="bfloat16")
     inputs = {"token_ids": token_ids, "cache": cache, "cache_update_index": 0}
-    hidden_states, cache = backbone(inputs)
+    hidden_states, cache = compiled(backbone)(inputs)
     assert keras.backend.standardize_dtype(hidden_states.dtype) == "float32"
     for tensor in (x for pair in cache for x in pair):
         assert keras.backend.standardize_dtype(tensor.dtype) == "bfloat16"
@@ -278,12 +276,12 @@ def test_cache_of_another_dtype(family):
 def test_blocks_called_by_hand(family):
     """Without a cache a tensor as upstream, with one a pair beside it."""
     block = family.pair[0].transformer_layers[0]
-    x = np.random.default_rng(0).normal(size=(2, 6, 32)).astype("float32")
+    x = np.random.default_rng(0).normal(size=(2, 8, 32)).astype("float32")
     full = block(ops.convert_to_tensor(x))
     assert ops.is_tensor(full)
-    cache = family.pair[0].make_cache(2, 6)[0]
+    cache = family.pair[0].make_cache(2, 8)[0]
     outputs = []
-    for i in range(6):
+    for i in range(8):
         name = block.cache_argument
         output, cache = block(
             ops.convert_to_tensor(x[:, i : i + 1]),

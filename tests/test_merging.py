@@ -6,18 +6,19 @@ import pytest
 
 import keras_nlp_cache
 from keras_nlp_cache import surgery
+from tests.edits import assert_greedy_after
 from tests.edits import assert_unchanged
 from tests.edits import BLOCKS
 from tests.edits import cached_forward
 from tests.edits import EDITS
 from tests.edits import full_forward
-from tests.edits import greedy_loop
 from tests.edits import hidden_states
 from tests.edits import LENGTH
 from tests.edits import original
 from tests.edits import snapshot
 from tests.edits import TOKENS
-from tests.families import every_family
+from tests.families import DEEP
+from tests.families import deep_families
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import randomize
@@ -79,19 +80,17 @@ def assert_loads(model, tmp_path):
 
 def assert_generates(model):
     np.testing.assert_allclose(
-        cached_forward(model.backbone, (5, 1, 2)),
+        cached_forward(model.backbone),
         full_forward(model.backbone),
         atol=2e-5,
         rtol=2e-4,
     )
     model.compile(sampler="greedy")
     generated = model.generate(PROMPTS, stop_token_ids=None)
-    np.testing.assert_array_equal(
-        generated["token_ids"], greedy_loop(model, PROMPTS)
-    )
+    assert_greedy_after(PROMPTS, generated["token_ids"], model)
 
 
-@every_family
+@deep_families
 def test_blocks(family, tmp_path):
     a, b = original(family), donor(family)
     before, before_b = snapshot(a), snapshot(b)
@@ -131,7 +130,7 @@ EDITED = {
 # What is inside of a block is not a family's doing, but what it is called is.
 @pytest.mark.parametrize(
     "edit, family",
-    [("adapters", family) for family in FAMILIES]
+    [("adapters", family) for family in DEEP]
     + [(edit, LLAMA) for edit in EDITED if edit != "adapters"],
     ids=lambda x: getattr(x, "name", x),
 )
@@ -148,13 +147,11 @@ def test_edited_donors(family, edit, tmp_path):
     expected = by_hand(a.backbone, blocks)
     full = full_forward(model.backbone)
     np.testing.assert_allclose(full, expected, atol=1e-4)
-    cached = cached_forward(model.backbone, (5, 1, 2))
+    cached = cached_forward(model.backbone)
     assert np.std(cached - full) < 0.02 * np.std(full)
     model.compile(sampler="greedy")
     generated = model.generate(PROMPTS, stop_token_ids=None)
-    np.testing.assert_array_equal(
-        generated["token_ids"], greedy_loop(model, PROMPTS)
-    )
+    assert_greedy_after(PROMPTS, generated["token_ids"], model)
     model.save(tmp_path / "model.keras")
     loaded = keras_nlp_cache.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(full_forward(loaded.backbone), full, atol=1e-4)
@@ -166,7 +163,7 @@ def test_edited_donors(family, edit, tmp_path):
     assert_unchanged(before_b, snapshot(b))
 
 
-@every_family
+@deep_families
 def test_blocks_of_another_family(family, tmp_path):
     """Each has a cache of its own shape."""
     a = original(family)
@@ -183,7 +180,7 @@ def test_blocks_of_another_family(family, tmp_path):
     assert_loads(model, tmp_path)
 
 
-@every_family
+@deep_families
 def test_replaced(family, tmp_path):
     """A block that takes the place of its namesake is shared."""
     a, b = original(family), donor(family)
@@ -208,7 +205,7 @@ def test_replaced(family, tmp_path):
     assert_unchanged(before_b, snapshot(b))
 
 
-@every_family
+@deep_families
 def test_layers_that_are_no_blocks(family, tmp_path):
     a, b = original(family), donor(family)
     before, before_b = snapshot(a), snapshot(b)
@@ -240,7 +237,7 @@ def test_layers_that_are_no_blocks(family, tmp_path):
     assert own.backbone.get_layer("probe") is probe
 
 
-@every_family
+@deep_families
 def test_parts_of_blocks(family, tmp_path):
     """A projection of another model, in place of one and beside it."""
     a, b = original(family), donor(family)
@@ -258,7 +255,7 @@ def test_parts_of_blocks(family, tmp_path):
     assert_unchanged(before_b, snapshot(b))
 
 
-@every_family
+@deep_families
 def test_a_model_with_itself(family, tmp_path):
     """What the model has already stays shared, whatever it is called."""
     a = original(family)

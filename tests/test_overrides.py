@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -97,7 +97,7 @@ def subclassed(family, *mixins, preprocessor=None, **kwargs):
     return lm
 
 
-@every_family
+@deep_families
 def test_a_generate_step(family):
     plain = subclassed(family)
     assert not answers(tokens(plain))
@@ -111,7 +111,7 @@ def test_a_generate_step(family):
         assert answers(tokens(cls(lm.backbone, None)))
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("mixin", [OwnCache, OwnPrefill])
 def test_what_is_read_of_a_prompt(family, mixin):
     """Upstream's classes say what comes of it."""
@@ -146,7 +146,7 @@ def test_a_cache_that_is_kept():
         np.testing.assert_array_equal(to_numpy(after), before)
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("sampler", ["greedy", "beam"])
 def test_a_call(family, sampler):
     lm = subclassed(family, OwnCall)

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 from keras import tree
 
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import random_tokens
 from tests.families import to_numpy
 
@@ -51,7 +51,7 @@ def loss_of(hidden_states):
     return ops.mean(hidden_states * ops.cast(weights, hidden_states.dtype))
 
 
-@every_family
+@deep_families
 @pytest.mark.parametrize("compiled", [None, "graph", "xla"])
 def test_gradient_of_a_cache(family, compiled):
     """Of keys and values of a prefix, as by differences."""
@@ -96,7 +96,7 @@ def test_gradient_of_a_cache(family, compiled):
         assert (x[:, :, PREFIX:] == 0).all()
 
 
-@every_family
+@deep_families
 def test_gradient_through_a_cache(family):
     """Of all weights, in two calls as in one."""
     backbone = family.pair[0]

@@ -6,15 +6,17 @@ import pytest
 from keras import ops
 
 from keras_nlp_cache import surgery
+from tests.edits import assert_greedy_after
 from tests.edits import cached_forward
 from tests.edits import full_forward
-from tests.edits import greedy_loop
 from tests.edits import LENGTH
 from tests.edits import original
 from tests.edits import TOKENS
+from tests.families import compiled
 from tests.families import deep_families
 from tests.families import every_family
 from tests.families import FAMILIES
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import to_numpy
 
@@ -140,7 +142,7 @@ def test_weights_with_a_sink(family):
     )
 
 
-@every_family
+@deep_families
 def test_inserted_after(family):
     """A factor on each part shows where it should, and nowhere else."""
     backbone = original(family).backbone
@@ -174,7 +176,7 @@ def test_inserted_before(family):
     assert_close(full_forward(edited), full_forward(same))
 
 
-@every_family
+@deep_families
 def test_removed(family):
     backbone = original(family).backbone
     taps = taps_of(surgery.remove(backbone, "block.1.attention"), *PARTS)
@@ -245,20 +247,17 @@ COMBINED = {
 }
 
 
-@pytest.mark.parametrize("name", COMBINED)
-@deep_families
+@in_turn("name", COMBINED)
 def test_edited_inside(family, name, tmp_path):
     """Cached and uncached agree, it generates, and it is saved."""
     lm = original(family)
     edited = COMBINED[name](lm)
     full = full_forward(edited.backbone)
     assert np.abs(full - full_forward(lm.backbone)).max() > 1e-2
-    assert_close(cached_forward(edited.backbone, (5, 1, 2)), full)
+    assert_close(cached_forward(edited.backbone), full)
     edited.compile(sampler="greedy")
     generated = edited.generate(PROMPTS, stop_token_ids=None)
-    np.testing.assert_array_equal(
-        generated["token_ids"], greedy_loop(edited, PROMPTS)
-    )
+    assert_greedy_after(PROMPTS, generated["token_ids"], edited)
     edited.backbone.save(tmp_path / "edited.keras")
     loaded = keras.saving.load_model(tmp_path / "edited.keras")
     assert_close(full_forward(loaded), full)
@@ -313,6 +312,7 @@ def test_reduced_precision():
     backbone = FAMILIES[3].backbone(num_layers=3, dtype="bfloat16")
     layer = keras.layers.Rescaling(0.9, dtype="bfloat16")
     edited = surgery.insert_after(backbone, "block.*.residual", layer)
-    full = full_forward(edited)
-    error = np.std(cached_forward(edited, (5, 3)) - full)
+    full = full_forward(edited, call=compiled(edited))
+    cached = cached_forward(edited, call=compiled(edited))
+    error = np.std(cached - full)
     assert error < 0.05 * np.std(full)

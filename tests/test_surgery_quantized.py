@@ -1,6 +1,7 @@
 """Quantized models are edited, and edited models quantized (QLoRA)."""
 
 import gc
+import itertools
 
 import keras
 import numpy as np
@@ -9,14 +10,14 @@ from keras import ops
 
 import keras_nlp_cache
 from keras_nlp_cache import surgery
+from tests.edits import assert_greedy_after
 from tests.edits import BLOCKS
 from tests.edits import cached_forward
 from tests.edits import EDITS
 from tests.edits import full_forward
-from tests.edits import greedy_loop
 from tests.edits import LENGTH
 from tests.edits import TOKENS
-from tests.families import every_family
+from tests.families import deep_families
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import to_numpy
@@ -30,7 +31,8 @@ PROMPTS = {
     "padding_mask": padding_mask([3, 5], LENGTH),
 }
 LLAMA = FAMILIES[3]
-both_modes = pytest.mark.parametrize("mode", ["int8", "int4"])
+MODES = ("int8", "int4")
+both_modes = pytest.mark.parametrize("mode", MODES)
 
 
 def task(family, **kwargs):
@@ -54,7 +56,7 @@ def check(edited, tmp_path):
     full = full_forward(edited.backbone)
     assert np.isfinite(full).all()
     # What a rounding tips over in one, it may not in the other.
-    cached = cached_forward(edited.backbone, (5, 1, 2))
+    cached = cached_forward(edited.backbone)
     assert np.std(cached - full) <= 0.02 * np.std(full)
     edited.save(tmp_path / "lm.keras")
     loaded = keras_nlp_cache.load_model(tmp_path / "lm.keras")
@@ -72,8 +74,7 @@ def modes(model):
     }
 
 
-@both_modes
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("mode, edit", zip(itertools.cycle(MODES), EDITS))
 def test_edit_of_a_quantized_model(mode, edit, tmp_path):
     lm = quantized(LLAMA, mode)
     before = full_forward(lm.backbone)
@@ -85,8 +86,7 @@ def test_edit_of_a_quantized_model(mode, edit, tmp_path):
     np.testing.assert_array_equal(full_forward(lm.backbone), before)
 
 
-@both_modes
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("mode, edit", zip(itertools.cycle(MODES[::-1]), EDITS))
 def test_an_edited_model_quantized(mode, edit, tmp_path):
     edited = EDITS[edit].apply(task(LLAMA))
     expected = full_forward(edited.backbone)
@@ -97,7 +97,7 @@ def test_an_edited_model_quantized(mode, edit, tmp_path):
     check(edited, tmp_path)
 
 
-@every_family
+@deep_families
 @both_modes
 def test_adapters_of_quantized_projections(family, mode, tmp_path):
     """They start as nothing, add their product, and alone are trained."""
@@ -139,9 +139,7 @@ def test_adapters_of_quantized_projections(family, mode, tmp_path):
         rtol=1e-4,
     )
     generated = adapted.generate(PROMPTS, stop_token_ids=None)
-    np.testing.assert_array_equal(
-        generated["token_ids"], greedy_loop(adapted, PROMPTS)
-    )
+    assert_greedy_after(PROMPTS, generated["token_ids"], adapted)
     check(adapted, tmp_path)
 
 

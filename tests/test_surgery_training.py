@@ -4,12 +4,12 @@ import keras
 import numpy as np
 
 from keras_nlp_cache import surgery
+from tests.edits import assert_greedy_after
 from tests.edits import BLOCKS
 from tests.edits import cached_forward
 from tests.edits import dense
 from tests.edits import EDITS
 from tests.edits import full_forward
-from tests.edits import greedy_loop
 from tests.edits import LENGTH
 from tests.edits import TOKENS
 from tests.families import deep_families
@@ -48,7 +48,7 @@ def test_inserted_layers_train(family, edit):
     assert losses[-1] < 0.5 * losses[0]
     trained = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
     assert (trained != untrained).any()
-    np.testing.assert_array_equal(trained, greedy_loop(edited, PROMPTS))
+    assert_greedy_after(PROMPTS, trained, edited)
     free = PROMPTS["padding_mask"] == 0
     assert (trained[free] == LEARNED).mean() > (
         (untrained[free] == LEARNED).mean() + 0.2
@@ -71,7 +71,7 @@ def test_assigning_shows_in_a_compiled_function(family):
     second = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
     assert edited.generate_function is function
     assert (first != second).any()
-    np.testing.assert_array_equal(second, greedy_loop(edited, PROMPTS))
+    assert_greedy_after(PROMPTS, second, edited)
 
 
 @deep_families
@@ -112,7 +112,7 @@ def test_upstreams_lora(family, tmp_path):
         weight.assign(0.3 * rng.normal(size=weight.shape))
     expected = full_forward(edited)
     np.testing.assert_allclose(
-        cached_forward(edited, (3, 5)), expected, atol=2e-5, rtol=2e-4
+        cached_forward(edited), expected, atol=2e-5, rtol=2e-4
     )
     edited.save_lora_weights(str(tmp_path / "x.lora.h5"))
     for weight in adapters:

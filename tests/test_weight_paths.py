@@ -19,8 +19,11 @@ from tests.edits import EDITS
 from tests.edits import full_forward
 from tests.edits import original
 from tests.edits import snapshot
+from tests.families import deep_families
 from tests.families import every_family
+from tests.families import examples
 from tests.families import FAMILIES
+from tests.families import in_turn
 
 
 class Gated(keras.layers.Layer):
@@ -65,8 +68,7 @@ def paths(model):
     return found
 
 
-@every_family
-@pytest.mark.parametrize("edit", EDITS)
+@in_turn("edit", EDITS)
 def test_every_edit(family, edit):
     lm = original(family)
     edited = EDITS[edit].apply(lm)
@@ -87,9 +89,9 @@ def test_where_adapters_stand(family):
         assert path.startswith(f"{edited.blocks[block].name}/{attention.name}/")
 
 
-@every_family
+@deep_families
 @settings(
-    max_examples=5,
+    max_examples=examples(8),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -146,8 +148,7 @@ COLLIDING = {
 }
 
 
-@every_family
-@pytest.mark.parametrize("edit", COLLIDING)
+@in_turn("edit", COLLIDING)
 def test_colliding_layers(family, edit):
     lm = original(family)
     before = snapshot(lm)
