@@ -41,32 +41,6 @@ def test_answers_a_question_with_a_real_model(smollm2):
     assert "7 tokens" in result.stderr and "tokens/s" in result.stderr
 
 
-def test_options_in_process(smollm2, capsys):
-    status = main(
-        [
-            "generate",
-            "The capital of France is",
-            "--preset",
-            smollm2,
-            "--raw",
-            "--max-new-tokens",
-            "3",
-            "--sampler",
-            "top_k",
-            "--temperature",
-            "0.01",
-            "--seed",
-            "1",
-            "--dtype",
-            "bfloat16",
-        ]
-    )
-    captured = capsys.readouterr()
-    assert status == 0
-    assert "Paris" in captured.out
-    assert "[3 tokens" in captured.err
-
-
 def test_info(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -96,6 +70,25 @@ def test_a_keras_preset(preset, capsys):
     assert "64 positions" in capsys.readouterr().err
     command = ["generate", "the fox", "--preset", str(preset)]
     assert main([*command, "--max-new-tokens", "5"]) == 0
+
+
+def test_options_in_process(preset, capsys):
+    command = ["generate", "the fox", "--preset", str(preset), "--raw"]
+    command += ["--max-new-tokens", "3", "--dtype", "bfloat16"]
+    assert main(command) == 0
+    expected = capsys.readouterr().out
+    cold = ["--sampler", "top_k", "--temperature", "0.001", "--seed", "1"]
+    assert main([*command, *cold]) == 0
+    captured = capsys.readouterr()
+    # At a temperature near zero, the likeliest token is sampled.
+    assert captured.out == expected
+    assert "[3 tokens" in captured.err
+    hot = ["--sampler", "random", "--temperature", "100", "--seed"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main([*command, *hot, seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
 
 
 def damage(preset, tmp_path, name, change):
@@ -135,15 +128,12 @@ def test_damaged_presets(kind, preset, tmp_path, capsys):
     assert "Traceback" not in err
 
 
-def test_a_truncated_safetensors_file(smollm2, tmp_path, capsys):
-    path = tmp_path / "damaged"
-    path.mkdir()
-    for file in pathlib.Path(smollm2).iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, path)
-    with open(pathlib.Path(smollm2) / "model.safetensors", "rb") as file:
-        (path / "model.safetensors").write_bytes(file.read(100_000))
-    assert main(["generate", QUESTION, "--preset", str(path)]) == 2
+def test_a_truncated_safetensors_file(tmp_path, capsys):
+    gguf_files.write(tmp_path / "x.gguf", "llama3")
+    path = conversion.converted(tmp_path / "x.gguf", tmp_path)
+    weights = pathlib.Path(path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["generate", QUESTION, "--preset", path]) == 2
     assert "cannot load the preset" in capsys.readouterr().err
 
 

@@ -1,5 +1,7 @@
 """`keras-nlp-cache steer` shows one answer in three moods."""
 
+import contextlib
+import io
 import re
 
 import keras
@@ -29,10 +31,8 @@ def columns(out):
     return [[cell for cell in column if cell] for column in zip(*rows)]
 
 
-@pytest.fixture(scope="module")
-def happy(smollm2, tmp_path_factory):
-    """A default run with the real model, and the vector that it kept."""
-    path = tmp_path_factory.mktemp("vectors") / "happy.gguf"
+def test_three_moods_of_a_real_model(smollm2, tmp_path):
+    path = tmp_path / "happy.gguf"
     result = run(
         "steer",
         QUESTION,
@@ -45,33 +45,15 @@ def happy(smollm2, tmp_path_factory):
         COLUMNS="120",
     )
     assert result.returncode == 0, result.stderr
-    return path, result
-
-
-def test_three_moods_of_a_real_model(happy, capsys):
-    path, result = happy
     cells = columns(result.stdout)
     assert [cell[0] for cell in cells] == HEADINGS
     sad, plain, glad = (" ".join(cell[1:]) for cell in cells)
-    assert main(["generate", QUESTION, "--max-new-tokens", "24"]) == 0
-    assert plain.split() == capsys.readouterr().out.split()
     assert len({sad, plain, glad}) == 3
     assert "grateful" in glad and "grateful" not in sad + plain
     for heading in HEADINGS:
         assert f"{heading}: [24 tokens" in result.stderr
     vector = ControlVector.load(path)
     assert list(vector.directions) == list(range(1, 30))
-
-
-def test_a_kept_vector_in_a_narrow_terminal(happy, capsys, monkeypatch):
-    path, result = happy
-    monkeypatch.setenv("COLUMNS", "30")
-    command = ["steer", QUESTION, "--vector", str(path)]
-    assert main([*command, "--max-new-tokens", "24"]) == 0
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 30
-    words = [word for cell in columns(result.stdout) for word in cell]
-    assert out.split() == " ".join(words).split()
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +69,39 @@ def preset(tmp_path_factory):
     return str(path)
 
 
-def test_personas_of_ones_own(preset, tmp_path, capsys):
-    path = tmp_path / "quick.safetensors"
+@pytest.fixture(scope="module")
+def quick(preset, tmp_path_factory):
+    """A command, the path of the vector that it kept, and what it showed."""
+    path = tmp_path_factory.mktemp("vectors") / "quick.safetensors"
     command = ["steer", "the fox", "--preset", preset, "--max-new-tokens", "5"]
+    command += ["--strength", "0.5", "--raw"]
     personas = ["--positive", "quick", "brown", "--negative", "lazy", "the"]
-    options = ["--save", str(path), "--strength", "0.5", "--raw"]
-    assert main([*command, *personas, *options]) == 0
-    cells = columns(capsys.readouterr().out)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([*command, *personas, "--save", str(path)]) == 0
+    return command, path, out.getvalue()
+
+
+def test_personas_of_ones_own(quick, preset, capsys):
+    _, path, out = quick
+    cells = columns(out)
     headings = [cell[0] for cell in cells]
     assert headings == ["strength -0.5", "strength 0", "strength +0.5"]
     assert ControlVector.load(path).hidden_dim == 32
+    plain = ["generate", "the fox", "--preset", preset, "--raw"]
+    assert main([*plain, "--max-new-tokens", "5"]) == 0
+    shown = " ".join(cells[1][1:]).split()
+    assert shown == capsys.readouterr().out.split()
+
+
+def test_a_kept_vector_in_a_narrow_terminal(quick, capsys, monkeypatch):
+    command, path, out = quick
+    monkeypatch.setenv("COLUMNS", "30")
+    assert main([*command, "--vector", str(path)]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 30
+    words = [word for cell in columns(out) for word in cell]
+    assert narrow.split() == " ".join(words).split()
 
 
 def test_prompts_of_a_contrast():
