@@ -18,6 +18,7 @@ from tests.edits import full_forward
 from tests.edits import LENGTH
 from tests.edits import TOKENS
 from tests.families import deep_families
+from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import to_numpy
