@@ -235,12 +235,8 @@ def test_reduced_precision(family, dtype):
     ours.set_weights(family.pair[0].get_weights())
     upstream = family.upstream_backbone(ours, dtype=dtype)
     lm = family.upstream("CausalLM")(upstream, None)
-    # As upstream compiles attention of float16, JAX has no product of it on a
-    # CPU.
-    build_cache, call_with_cache = lm._build_cache, lm.call_with_cache
-    if dtype != "float16":
-        build_cache = compiled(build_cache)
-        call_with_cache = compiled(call_with_cache)
+    build_cache = compiled(lm._build_cache)
+    call_with_cache = compiled(lm.call_with_cache)
     hidden_states, cache = build_cache(
         ops.convert_to_tensor(np.pad(token_ids[:, :5], ((0, 0), (0, 5))))
     )
