@@ -367,6 +367,7 @@ def _info(args):
     import keras_hub
 
     import keras_nlp_cache
+    from keras_nlp_cache import coverage
     from keras_nlp_cache import drop_in
     from keras_nlp_cache import models  # noqa: F401 (fills the list below)
 
@@ -391,6 +392,10 @@ def _info(args):
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+    width = max(map(len, coverage.NOT_COVERED))
+    print("\nof keras-hub, not covered:")
+    for name, reason in coverage.NOT_COVERED.items():
+        print(f"{name:<{width}}  {reason}")
     return 0
 
 

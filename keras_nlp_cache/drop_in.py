@@ -22,6 +22,7 @@ import keras_hub
 from keras.src.backend.common import global_state
 
 from keras_nlp_cache import atomic_file
+from keras_nlp_cache import coverage
 
 _PACKAGE = "keras_nlp_cache"
 _UPSTREAM_PACKAGES = ("keras_hub", "keras_nlp")
@@ -82,10 +83,12 @@ def replacement(upstream):
     covered = sorted(
         cls.__name__ for cls in _replacements if issubclass(cls, keras.Model)
     )
+    reason = coverage.reason(upstream)
     raise ValueError(
         f"Expected one of the classes that this package covers, {covered}. "
-        f"Received: {upstream.__name__}. Load it with `keras_hub.models`, or "
-        "add the family as CONTRIBUTING.md describes."
+        f"Received: {upstream.__name__}{f' ({reason})' if reason else ''}. "
+        "Load it with `keras_hub.models`, or add the family as "
+        "CONTRIBUTING.md describes."
     )
 
 

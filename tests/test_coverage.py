@@ -1,0 +1,65 @@
+"""Whatever makes text in keras_hub is covered, or said not to be, and why."""
+
+import pathlib
+import re
+
+import keras_hub
+import pytest
+
+from keras_nlp_cache import coverage
+from keras_nlp_cache import drop_in
+from keras_nlp_cache import models
+from keras_nlp_cache.cli import main
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COVERED = {
+    task.__name__.removesuffix("CausalLM")
+    for task in drop_in.replacements()
+    if issubclass(task, keras_hub.models.CausalLM)
+}
+
+
+def test_each_class_stands_in_one_place():
+    tasks = coverage.upstream_tasks()
+    assert keras_hub.models.Qwen2CausalLM in tasks
+    assert keras_hub.models.MoonshineAudioToText in tasks
+    # Two classes of one family share a reason.
+    families = {coverage.family(task) for task in tasks}
+    assert len(families) > 25
+    assert families == COVERED | set(coverage.NOT_COVERED)
+    assert not COVERED & set(coverage.NOT_COVERED)
+
+
+def test_covered_classes_are_exported():
+    for name in COVERED:
+        assert issubclass(
+            getattr(models, f"{name}CausalLM"),
+            getattr(keras_hub.models, f"{name}CausalLM"),
+        )
+
+
+def test_the_readme_lists_them():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(
+        re.findall(r"^\| not covered \| (.*) \| (.*) \|$", readme, re.M)
+    )
+    listed = {
+        name.strip("` "): reason
+        for names, reason in rows.items()
+        for name in names.split(", ")
+    }
+    assert listed == coverage.NOT_COVERED
+
+
+def test_info_lists_them(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for name, reason in coverage.NOT_COVERED.items():
+        assert re.search(rf"^{name} +{re.escape(reason)}$", printed, re.M)
+
+
+def test_a_class_that_is_not_covered_is_refused():
+    with pytest.raises(ValueError, match=r"Qwen3_5Backbone \(.*a state.*CONTR"):
+        drop_in.replacement(keras_hub.models.Qwen3_5Backbone)
+    with pytest.raises(ValueError, match="Received: ViTBackbone. Load"):
+        drop_in.replacement(keras_hub.models.ViTBackbone)
