@@ -26,15 +26,19 @@ class TextPieces:
     def add(self, token_id):
         """Takes a token, and returns the text that is certain by now."""
         self._window.append(token_id)
-        text = self._detokenize(self._window)
-        if text.endswith(_INCOMPLETE):
-            return ""
+        text = self._certain(self._window)
         piece = text[len(self._shown) :]
         self._shown = text
         if len(self._window) > self.longest:
-            self._window = self._window[-self.context :]
-            self._shown = self._detokenize(self._window)
+            window = self._window[-self.context :]
+            # Bytes without a whole character among them say nothing.
+            if shown := self._certain(window):
+                self._window, self._shown = window, shown
         return piece
+
+    def _certain(self, window):
+        """The text of some tokens, without what the next may complete."""
+        return self._detokenize(window).rstrip(_INCOMPLETE)
 
     def rest(self):
         """What is left when no more tokens come, complete or not."""

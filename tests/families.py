@@ -196,6 +196,13 @@ def in_turn(names, values):
     return pytest.mark.parametrize(f"family, {names}", parameters)
 
 
+# The real model takes long to load, and says the same on all backends.
+says_what_others_say = pytest.mark.skipif(
+    keras.config.backend() != "torch",
+    reason="the words of the real model are looked at on PyTorch",
+)
+
+
 def examples(count):
     """How many examples of a property to try, of `count` on PyTorch.
 

@@ -19,6 +19,7 @@ from keras_nlp_cache.gguf_preset import conversion
 from tests import gguf_files
 from tests import test_gguf_preset
 from tests.families import FAMILIES
+from tests.families import says_what_others_say
 
 QUESTION = "What is the capital of France?"
 
@@ -33,6 +34,7 @@ def run(*arguments, **environment):
     )
 
 
+@says_what_others_say
 def test_answers_a_question_with_a_real_model(smollm2):
     backend = keras.config.backend()
     result = run("generate", QUESTION, "--backend", backend)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from tests.families import deep_families
 from tests.families import FAMILIES
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -97,8 +97,8 @@ def subclassed(family, *mixins, preprocessor=None, **kwargs):
     return lm
 
 
-@deep_families
-def test_a_generate_step(family):
+def test_a_generate_step():
+    family = LLAMA
     plain = subclassed(family)
     assert not answers(tokens(plain))
     for lm in (
@@ -111,8 +111,7 @@ def test_a_generate_step(family):
         assert answers(tokens(cls(lm.backbone, None)))
 
 
-@deep_families
-@pytest.mark.parametrize("mixin", [OwnCache, OwnPrefill])
+@in_turn("mixin", [OwnCache, OwnPrefill, OwnCache])
 def test_what_is_read_of_a_prompt(family, mixin):
     """Upstream's classes say what comes of it."""
     lm = subclassed(family, mixin)
@@ -146,8 +145,7 @@ def test_a_cache_that_is_kept():
         np.testing.assert_array_equal(to_numpy(after), before)
 
 
-@deep_families
-@pytest.mark.parametrize("sampler", ["greedy", "beam"])
+@in_turn("sampler", ["greedy", "beam", "greedy"])
 def test_a_call(family, sampler):
     lm = subclassed(family, OwnCall)
     lm.compile(sampler=sampler)

@@ -4,6 +4,7 @@ import itertools
 
 import keras_hub
 import numpy as np
+from hypothesis import example
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from tests.families import deep_families
 from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
+from tests.families import says_what_others_say
 
 LENGTH = 16
 # Of the few tokens that the tests' tokenizers know.
@@ -87,6 +89,7 @@ def test_a_seeded_sampler_repeats_itself(family):
 CHARACTERS = "aé€🙂 "
 
 
+@example("a" + 30 * "🙂", 2)  # No token ends where a character does.
 @given(st.text(CHARACTERS, max_size=60), st.integers(1, 5))
 def test_pieces(text, size):
     """Whatever bytes a token has, pieces are whole and make up the text."""
@@ -105,6 +108,7 @@ def test_pieces(text, size):
     assert max(read, default=0) <= TextPieces.longest + 4
 
 
+@says_what_others_say
 def test_whole_characters_and_the_text_of_a_real_model(smollm2):
     """SmolLM2 spells an emoji with several tokens."""
     lm = models.CausalLM.from_preset(smollm2)

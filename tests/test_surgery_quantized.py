@@ -17,9 +17,9 @@ from tests.edits import EDITS
 from tests.edits import full_forward
 from tests.edits import LENGTH
 from tests.edits import TOKENS
-from tests.families import deep_families
 from tests.families import every_family
 from tests.families import FAMILIES
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import to_numpy
 from tests.test_prefix_tuning import gradients
@@ -98,8 +98,7 @@ def test_an_edited_model_quantized(mode, edit, tmp_path):
     check(edited, tmp_path)
 
 
-@deep_families
-@both_modes
+@in_turn("mode", ["int8", "int4", "int8"])
 def test_adapters_of_quantized_projections(family, mode, tmp_path):
     """They start as nothing, add their product, and alone are trained."""
     lm = quantized(family, mode)
