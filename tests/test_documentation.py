@@ -17,9 +17,11 @@ import pytest
 import setuptools
 
 import keras_nlp_cache
+from keras_nlp_cache import default_model
 from keras_nlp_cache import models
 from keras_nlp_cache import surgery
 from tests.families import FAMILIES
+from tests.families import says_what_others_say
 from tests.families import to_numpy
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -96,18 +98,36 @@ def test_there_are_examples():
     assert {family.prefix + "Backbone" for family in FAMILIES} <= names
 
 
-def run_blocks(name, namespace):
-    """Runs the Python code in a file, one section after the other."""
+def run_blocks(name, namespace, edit=lambda block: block):
+    """Runs the Python code in a file, one section after the other.
+
+    Args:
+        name: Name of the file.
+        namespace: What the code takes for granted.
+        edit: Function from a block of code to what is run of it.
+
+    Returns:
+        The blocks, as they stand there.
+    """
     blocks = FENCE.findall((ROOT / name).read_text(encoding="utf-8"))
     assert blocks
     shared = dict(namespace)
     for block in blocks:
         # Each section takes a model with a preprocessor for granted.
         shared["lm"] = namespace["lm"]
-        exec(block, shared)
+        exec(edit(block), shared)
     return blocks
 
 
+@pytest.fixture
+def small_model(tmp_path):
+    """One whose tokenizer has something for every character."""
+    family = next(x for x in FAMILIES if x.name == "llama")
+    family.text_lm().save_to_preset(tmp_path / "small")
+    return str(tmp_path / "small")
+
+
+@says_what_others_say
 def test_readme(namespace, smollm2, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = run_blocks("README.md", namespace)
@@ -119,6 +139,19 @@ def test_readme(namespace, smollm2, capsys, tmp_path, monkeypatch):
     assert len(set(shown.splitlines())) == 3
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
     assert printed[:3] == shown.splitlines()
+
+
+def test_readme_with_a_small_model(
+    namespace, small_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(default_model, "preset", lambda: small_model)
+    # In its words, a question is longer.
+    run_blocks(
+        "README.md",
+        namespace,
+        edit=lambda x: x.replace("max_length=12", "max_length=40"),
+    )
 
 
 def test_contributing(namespace):

@@ -3,9 +3,8 @@
 import concurrent.futures
 
 import numpy as np
-import pytest
 
-from tests.families import deep_families
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
 
@@ -20,8 +19,7 @@ def prompt(seed):
     return {"token_ids": tokens * mask, "padding_mask": mask}
 
 
-@deep_families
-@pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
+@in_turn("cold", [True, False, True])
 def test_each_thread_gets_its_own_answer(family, cold):
     lm = family.lm_pair[0]
     prompts = [prompt(seed) for seed in range(8)]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.families import deep_families
+from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
 
@@ -49,8 +50,7 @@ def losses(lm, epochs=3):
     ).history["loss"]
 
 
-@deep_families
-@pytest.mark.parametrize("mode", ["full", "list_of_layers"])
+@in_turn("mode", ["list_of_layers", "full", "list_of_layers", "full"])
 def test_gradient_checkpointing(family, mode):
     """The same losses, step by step, as upstream's and as without."""
     plain = family.backbone()
