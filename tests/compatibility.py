@@ -73,11 +73,12 @@ def cell(results, feature, family):
     """The letters of the backends on which all tests of a feature passed.
 
     In lower case where some were skipped. Tests that are not repeated for each
-    family count for all.
+    family count for all, as do those that families take turns in, for a family
+    that had none.
     """
     letters = ""
     for backend, tests in results.items():
-        found = set()
+        found, of_others = set(), set()
         for name, outcome in tests:
             if not re.match(FEATURES[feature], name):
                 continue
@@ -89,6 +90,9 @@ def cell(results, feature, family):
             ]
             if not named or family in named:
                 found.add(outcome)
+            else:
+                of_others.add(outcome)
+        found = found or of_others
         letter = BACKENDS[backend]
         if "passed" in found and "failed" not in found:
             letters += letter.lower() if "skipped" in found else letter

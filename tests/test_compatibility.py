@@ -41,7 +41,8 @@ def test_cells(tmp_path):
         compatibility.cell(found, feature, family)
         for family in compatibility.FAMILIES
     ]
-    assert cells == ["Jt-", "--P", "---"]
+    # Where a family had no turn, what the others had counts.
+    assert cells == ["Jt-", "JtP", "Jt-"]
     # Tests that are not repeated for each family count for all.
     assert compatibility.cell(found, "pickling", "Gemma 1, 2") == "--P"
 
