@@ -31,8 +31,8 @@ from keras_nlp_cache.decoder_block import specialize
 from keras_nlp_cache.embedding import derive_logits
 from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.quantization import floating_policy
-from keras_nlp_cache.quantization import light_garbage_collection
 from keras_nlp_cache.quantization import policies
+from keras_nlp_cache.quantization import quantizing
 from keras_nlp_cache.quantization import use_own_policies
 from keras_nlp_cache.replaying import dense
 from keras_nlp_cache.replaying import replaying
@@ -433,9 +433,8 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
         """Quantizes the weights, as `keras.Model.quantize()` does."""
-        with light_garbage_collection():
+        with quantizing(self):
             super().quantize(mode, config=config, filters=filters, **kwargs)
-        derive_logits(self.token_embedding)
 
     def save_lora_weights(self, filepath):
         """Writes adapters, those of `enable_lora()` and those of surgery.

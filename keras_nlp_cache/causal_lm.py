@@ -22,14 +22,13 @@ from keras_nlp_cache.backbone import without_taps
 from keras_nlp_cache.cache import is_owned
 from keras_nlp_cache.cache import owned_cache
 from keras_nlp_cache.cached_graph import floating_dtype
-from keras_nlp_cache.embedding import derive_logits
 from keras_nlp_cache.loops.batch import generate_batch
 from keras_nlp_cache.loops.generation import Conditions
 from keras_nlp_cache.loops.generation import supports
 from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.quantization import layer_structure
 from keras_nlp_cache.quantization import leaving_out
-from keras_nlp_cache.quantization import light_garbage_collection
+from keras_nlp_cache.quantization import quantizing
 from keras_nlp_cache.session import Session
 
 # Upstream's `generate()` hands prompts on to a function of its own.
@@ -512,9 +511,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             # Keras would go through these, too, and refuse a tokenizer, which
             # is not built.
             filters = leaving_out(self.preprocessor, filters)
-        with light_garbage_collection():
+        with quantizing(self.backbone):
             super().quantize(mode, config=config, filters=filters, **kwargs)
-        derive_logits(self.backbone.token_embedding)
 
     def get_quantization_layer_structure(self, mode):
         """What GPTQ and AWQ quantize, in which order. See `quantize()`."""

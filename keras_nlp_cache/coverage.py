@@ -68,7 +68,7 @@ def upstream_tasks():
     return sorted(tasks, key=lambda cls: cls.__name__)
 
 
-def family(task):
+def family_name(task):
     """What the name of a task begins with, which is its family."""
     for kind in ("CausalLM", "Seq2SeqLM", "AudioToText"):
         if task.__name__.endswith(kind):
@@ -86,7 +86,7 @@ def reason(backbone_cls):
         A string, or `None` if it is not one that makes text.
     """
     reasons = {
-        task.backbone_cls: NOT_COVERED.get(family(task))
+        task.backbone_cls: NOT_COVERED.get(family_name(task))
         for task in reversed(upstream_tasks())
     }
     return reasons.get(backbone_cls)

@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from keras.src.quantizers.utils import should_quantize_layer
 
+from keras_nlp_cache.embedding import derive_logits
+
 
 def floating_policy(layer):
     """The dtype policy of a layer, as it was before it was quantized.
@@ -72,7 +74,19 @@ def use_own_policies(model):
 
 
 @contextlib.contextmanager
-def light_garbage_collection():
+def quantizing(backbone):
+    """In this scope, Keras quantizes a backbone, quickly and to be trained on.
+
+    Args:
+        backbone: A `CachedBackbone`.
+    """
+    with _light_garbage_collection():
+        yield
+    derive_logits(backbone.token_embedding)
+
+
+@contextlib.contextmanager
+def _light_garbage_collection():
     """In this scope, collecting garbage passes over what is there already.
 
     Keras collects it once for each weight that a quantized layer no longer has,

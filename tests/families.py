@@ -196,11 +196,15 @@ def in_turn(names, values):
     return pytest.mark.parametrize(f"family, {names}", parameters)
 
 
-# The real model takes long to load, and says the same on all backends.
-says_what_others_say = pytest.mark.skipif(
-    keras.config.backend() != "torch",
-    reason="the words of the real model are looked at on PyTorch",
-)
+def on_one_backend(reason):
+    """Marks a test that says the same on all backends, for PyTorch alone."""
+    return pytest.mark.skipif(
+        keras.config.backend() != "torch", reason=f"{reason} on PyTorch"
+    )
+
+
+# The real model takes long to load.
+in_words = on_one_backend("the words of the real model are looked at")
 
 
 def examples(count):

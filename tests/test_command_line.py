@@ -19,7 +19,7 @@ from keras_nlp_cache.gguf_preset import conversion
 from tests import gguf_files
 from tests import test_gguf_preset
 from tests.families import FAMILIES
-from tests.families import says_what_others_say
+from tests.families import in_words
 
 QUESTION = "What is the capital of France?"
 
@@ -34,7 +34,7 @@ def run(*arguments, **environment):
     )
 
 
-@says_what_others_say
+@in_words
 def test_answers_a_question_with_a_real_model(smollm2):
     backend = keras.config.backend()
     result = run("generate", QUESTION, "--backend", backend)

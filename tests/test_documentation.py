@@ -21,7 +21,7 @@ from keras_nlp_cache import default_model
 from keras_nlp_cache import models
 from keras_nlp_cache import surgery
 from tests.families import FAMILIES
-from tests.families import says_what_others_say
+from tests.families import in_words
 from tests.families import to_numpy
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -127,7 +127,7 @@ def small_model(tmp_path):
     return str(tmp_path / "small")
 
 
-@says_what_others_say
+@in_words
 def test_readme(namespace, smollm2, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = run_blocks("README.md", namespace)

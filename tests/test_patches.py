@@ -12,6 +12,7 @@ import keras_hub
 import numpy as np
 import pytest
 
+from tests.families import on_one_backend
 from tests.reference import reference
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -24,11 +25,7 @@ MENDING = 4
 TESTS = ["test_functional_graph.py"]
 if keras.config.backend() == "torch":
     TESTS += ["test_cached_decoding.py", "test_generate.py", "test_inputs.py"]
-# What fails without a change fails so on all backends.
-on_one_backend = pytest.mark.skipif(
-    keras.config.backend() != "torch",
-    reason="what was wrong upstream is shown on PyTorch",
-)
+without_a_change = on_one_backend("what was wrong upstream is shown")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +98,7 @@ def test_tests_of_keras_hub(patched):
     assert re.search(r" \d+ passed(, \d+ skipped)?, ", output), output[-5000:]
 
 
-@on_one_backend
+@without_a_change
 def test_tests_of_keras_hub_without_what_mends_it(patched, tmp_path):
     """Those of what was wrong fail."""
     changes = "\n".join(patch.read_text() for patch in HUB.patches[:MENDING])
@@ -119,7 +116,7 @@ def test_tests_of_keras_hub_without_what_mends_it(patched, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "outcome", ["passed", pytest.param("failed", marks=on_one_backend)]
+    "outcome", ["passed", pytest.param("failed", marks=without_a_change)]
 )
 def test_regression_tests_of_keras(outcome, tmp_path):
     """They pass with the changes that they come with, and fail without."""

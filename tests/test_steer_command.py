@@ -12,7 +12,7 @@ from keras_nlp_cache import steer_command
 from keras_nlp_cache.cli import main
 from keras_nlp_cache.surgery.control_vector import ControlVector
 from tests.families import FAMILIES
-from tests.families import says_what_others_say
+from tests.families import in_words
 from tests.test_command_line import run
 
 QUESTION = "How do you feel today?"
@@ -32,7 +32,7 @@ def columns(out):
     return [[cell for cell in column if cell] for column in zip(*rows)]
 
 
-@says_what_others_say
+@in_words
 def test_three_moods_of_a_real_model(smollm2, tmp_path):
     path = tmp_path / "happy.gguf"
     result = run(

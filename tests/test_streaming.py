@@ -12,9 +12,9 @@ from keras_nlp_cache import models
 from keras_nlp_cache.pieces import TextPieces
 from tests.families import deep_families
 from tests.families import in_turn
+from tests.families import in_words
 from tests.families import padding_mask
 from tests.families import random_tokens
-from tests.families import says_what_others_say
 
 LENGTH = 16
 # Of the few tokens that the tests' tokenizers know.
@@ -108,7 +108,7 @@ def test_pieces(text, size):
     assert max(read, default=0) <= TextPieces.longest + 4
 
 
-@says_what_others_say
+@in_words
 def test_whole_characters_and_the_text_of_a_real_model(smollm2):
     """SmolLM2 spells an emoji with several tokens."""
     lm = models.CausalLM.from_preset(smollm2)
