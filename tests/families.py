@@ -171,6 +171,12 @@ every_family = pytest.mark.parametrize(
 )
 # For what code does that does not ask which family it serves.
 deep_families = pytest.mark.parametrize("family", [_with_name(x) for x in DEEP])
+# For the suites that go deepest: compositions of edits, files, quantization,
+# sessions. With Llama, whose logits have a matrix of their own.
+deep_suites = pytest.mark.parametrize(
+    "family",
+    [_with_name(x) for x in FAMILIES if x in DEEP or x.name == "llama"],
+)
 
 
 def in_turn(names, values):

@@ -180,7 +180,7 @@ def test_blocks_of_another_family(family, tmp_path):
     assert_loads(model, tmp_path)
 
 
-@deep_families
+@pytest.mark.parametrize("family", DEEP[0:1])
 def test_replaced(family, tmp_path):
     """A block that takes the place of its namesake is shared."""
     a, b = original(family), donor(family)
@@ -205,7 +205,7 @@ def test_replaced(family, tmp_path):
     assert_unchanged(before_b, snapshot(b))
 
 
-@deep_families
+@pytest.mark.parametrize("family", DEEP[1:2])
 def test_layers_that_are_no_blocks(family, tmp_path):
     a, b = original(family), donor(family)
     before, before_b = snapshot(a), snapshot(b)
@@ -255,7 +255,7 @@ def test_parts_of_blocks(family, tmp_path):
     assert_unchanged(before_b, snapshot(b))
 
 
-@deep_families
+@pytest.mark.parametrize("family", DEEP[2:3])
 def test_a_model_with_itself(family, tmp_path):
     """What the model has already stays shared, whatever it is called."""
     a = original(family)

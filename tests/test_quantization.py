@@ -10,7 +10,7 @@ from keras import ops
 import keras_nlp_cache
 from keras_nlp_cache import surgery
 from tests.families import decode
-from tests.families import deep_families
+from tests.families import deep_suites
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import in_turn
@@ -97,7 +97,7 @@ def greedy(lm):
     return lm.generate(PROMPTS, stop_token_ids=None)["token_ids"]
 
 
-@deep_families
+@deep_suites
 @pytest.mark.parametrize("mode", MODES[:2])
 def test_as_upstream(family, mode):
     assert_as_upstream(family, mode)
@@ -232,7 +232,7 @@ def test_a_graph_that_is_no_chain():
     assert greedy(edited).shape == (2, 16)
 
 
-@deep_families
+@deep_suites
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_files(family, mode, tmp_path):
     """A quantized backbone saved by us or by upstream, loaded by either.
@@ -258,7 +258,7 @@ def test_files(family, mode, tmp_path):
             )
 
 
-@deep_families
+@deep_suites
 def test_adapters(family, tmp_path):
     """LoRA: generated with, saved, merged into the kernels by quantizing."""
     ours, upstream = lms(family)
@@ -294,7 +294,7 @@ def test_adapters(family, tmp_path):
     np.testing.assert_array_equal(greedy(merged), generated)
 
 
-@deep_families
+@deep_suites
 @pytest.mark.parametrize("layers", ["token_embedding", ".*(layer|block)_1.*"])
 def test_a_policy_for_each_layer(family, layers):
     """Some layers in bfloat16, the rest in float32."""

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tests.families import assert_greedy
-from tests.families import deep_families
+from tests.families import deep_suites
 from tests.families import FAMILIES
 from tests.test_streaming import lm_with_text
 
@@ -29,7 +29,7 @@ def assert_session_is_greedy(session, start):
     assert_greedy(session.lm, padded, start, len(token_ids))
 
 
-@deep_families
+@deep_suites
 def test_each_turn_reads_what_is_new(family):
     lm = new_lm(family)
     session = lm.start_session()
@@ -60,7 +60,7 @@ def test_a_session_outgrows_its_cache():
     assert_session_is_greedy(session, before + sent)
 
 
-@deep_families
+@deep_suites
 def test_forks_go_their_own_way(family):
     lm = new_lm(family)
     session = lm.start_session()
@@ -76,7 +76,7 @@ def test_forks_go_their_own_way(family):
     assert fork.prefilled_tokens < len(fork.token_ids) - 5
 
 
-@deep_families
+@deep_suites
 def test_rewind(family):
     lm = new_lm(family)
     session = lm.start_session()

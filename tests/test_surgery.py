@@ -26,6 +26,7 @@ from tests.edits import SPLIT
 from tests.edits import TOKENS
 from tests.families import compiled
 from tests.families import deep_families
+from tests.families import deep_suites
 from tests.families import every_family
 from tests.families import examples
 from tests.families import in_turn
@@ -277,7 +278,7 @@ def as_made(family):
 COMPOSABLE = [name for name in EDITS if "tap" not in name]
 
 
-@deep_families
+@deep_suites
 @settings(
     max_examples=examples(20),
     deadline=None,

@@ -16,7 +16,7 @@ from tests.edits import dense
 from tests.edits import EDITS
 from tests.edits import full_forward
 from tests.edits import original
-from tests.families import deep_families
+from tests.families import deep_suites
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import in_turn
@@ -65,7 +65,7 @@ def test_config(family, edit):
     assert json.loads(json.dumps(loaded.get_config())) == config
 
 
-@deep_families
+@deep_suites
 def test_keras_files(family, tmp_path):
     lm = several_edits(original(family))
     lm.save(tmp_path / "lm.keras")
@@ -77,7 +77,7 @@ def test_keras_files(family, tmp_path):
     assert_same(load(tmp_path / "backbone.keras"), lm.backbone)
 
 
-@deep_families
+@deep_suites
 def test_presets(family, tmp_path):
     preprocessor = family.preprocessor()
     backbone = family.backbone(
@@ -111,7 +111,7 @@ def test_presets(family, tmp_path):
         assert "Edited with keras_nlp_cache.surgery" in str(error.value)
 
 
-@deep_families
+@deep_suites
 def test_where_only_upstream_is_installed(family, tmp_path, monkeypatch):
     lm = EDITS["insert_after"].apply(original(family))
     lm.save(tmp_path / "lm.keras")
@@ -136,7 +136,7 @@ def test_weights_files(family, tmp_path):
     assert_same(loaded, edited)
 
 
-@deep_families
+@deep_suites
 def test_layers_are_shared_again(family):
     """A layer that is called twice, and one inside another, are one each."""
     backbone = surgery.repeat_blocks(original(family).backbone, 0)
@@ -151,7 +151,7 @@ def test_layers_are_shared_again(family):
     assert len(loaded.weights) == len(edited.weights)
 
 
-@deep_families
+@deep_suites
 def test_edited_again_after_loading(family):
     edited = several_edits(original(family).backbone)
     loaded = type(edited).from_config(edited.get_config())
@@ -165,7 +165,7 @@ def test_edited_again_after_loading(family):
     assert_same(*again)
 
 
-@deep_families
+@deep_suites
 def test_another_dtype(family, tmp_path):
     """Inserted layers follow when a preset is loaded in another dtype."""
     edited = several_edits(original(family).backbone)
@@ -185,7 +185,7 @@ def test_not_edited(family):
     assert "outputs" not in original(family).backbone.get_config()
 
 
-@deep_families
+@deep_suites
 def test_cloned(family):
     edited = several_edits(original(family).backbone)
     clone = keras.models.clone_model(edited)

@@ -12,7 +12,7 @@ from keras_nlp_cache import models
 from keras_nlp_cache.backbone import CachedBackbone
 from tests import text
 from tests.families import decode
-from tests.families import deep_families
+from tests.families import deep_suites
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import padding_mask
@@ -60,7 +60,7 @@ def test_weights_files(family, tmp_path):
     assert_weights_go_both_ways(family, None, tmp_path)
 
 
-@deep_families
+@deep_suites
 def test_weights_in_several_files(family, tmp_path):
     assert_weights_go_both_ways(family, 2e-5, tmp_path)
 
@@ -78,7 +78,7 @@ def assert_weights_go_both_ways(family, max_shard_size, folder):
         np.testing.assert_array_equal(outputs(target), outputs(source))
 
 
-@deep_families
+@deep_suites
 def test_keras_files(family, tmp_path):
     ours, upstream = family.pair
     ours.save(tmp_path / "ours.keras")
@@ -101,7 +101,7 @@ def test_keras_files(family, tmp_path):
         assert type(plain) is type(upstream)
 
 
-@deep_families
+@deep_suites
 def test_keras_file_without_this_package(family, tmp_path, monkeypatch):
     """Where only keras_hub is installed our names are not registered."""
     ours, upstream = family.pair
@@ -141,7 +141,7 @@ def test_backbone_presets(family, tmp_path):
             np.testing.assert_array_equal(outputs(loaded), outputs(ours))
 
 
-@deep_families
+@deep_suites
 def test_task_presets(family, tmp_path):
     preprocessor = family.preprocessor()
     tokenizer_size = preprocessor.tokenizer.vocabulary_size()
@@ -216,7 +216,7 @@ def test_special_tokens_of_another_model(tmp_path):
         assert tokenizer.special_token_000 == "<|im_eot_id|>"
 
 
-@deep_families
+@deep_suites
 def test_task_keras_files(family, tmp_path):
     ours, upstream = family.lm_pair
     ours.save(tmp_path / "ours.keras")
@@ -233,7 +233,7 @@ def test_task_keras_files(family, tmp_path):
         )
 
 
-@deep_families
+@deep_suites
 def test_building_leaves_upstreams_tasks_functional(family, monkeypatch):
     ours, upstream = family.lm_pair
     functional = type(keras.Model(ours.input, ours.output))
@@ -261,7 +261,7 @@ def test_loading_leaves_keras_hub_alone(tmp_path):
     assert type(upstream.transformer_layers[0]) is type(block)
 
 
-@deep_families
+@deep_suites
 def test_built_from_config(family):
     ours, _ = family.pair
     copy = type(ours).from_config(ours.get_config())
@@ -276,7 +276,7 @@ def test_built_from_config(family):
     )
 
 
-@deep_families
+@deep_suites
 def test_dtype_of_the_weights(family):
     backbone = family.ours("Backbone")(**dict(family.config), dtype="bfloat16")
     randomize(backbone)
