@@ -40,7 +40,15 @@ def block_size(slots, width):
 
 
 def attend(
-    query, key, value, mask, scale, soft_cap=None, dropout=None, sink=None
+    query,
+    key,
+    value,
+    mask,
+    scale,
+    soft_cap=None,
+    dropout=None,
+    sink=None,
+    bias=None,
 ):
     """Scaled dot-product attention with grouped queries.
 
@@ -60,6 +68,8 @@ def attend(
         sink: Optional tensor `(query_heads,)`. One more logit for each head,
             of a key that has no value: what is attended there is attended
             nowhere else.
+        bias: Optional float32 tensor `(B or 1, query_heads, T, S)`, added to
+            the logits as the mask is. It hides nothing.
 
     Returns:
         A tensor `(B, T, query_heads, head_dim)` of the dtype of `query`. Zero
@@ -68,7 +78,7 @@ def attend(
     Reference:
         Grouped-query attention, https://arxiv.org/abs/2305.13245
     """
-    weights = attention_weights(query, key, mask, scale, soft_cap, sink)
+    weights = attention_weights(query, key, mask, scale, soft_cap, sink, bias)
     weights = ops.cast(weights, query.dtype)
     if dropout is not None:
         weights = dropout(weights)
@@ -76,7 +86,9 @@ def attend(
     return zero_unless_seen(output, mask)
 
 
-def attention_weights(query, key, mask, scale, soft_cap=None, sink=None):
+def attention_weights(
+    query, key, mask, scale, soft_cap=None, sink=None, bias=None
+):
     """What `attend()` weighs values with, before dropout.
 
     Args:
@@ -86,18 +98,19 @@ def attention_weights(query, key, mask, scale, soft_cap=None, sink=None):
         scale: float.
         soft_cap: Optional float.
         sink: Optional tensor.
+        bias: Optional float32 tensor.
 
     Returns:
         A float32 tensor `(B, key_value_heads, groups, T, S)`.
     """
     heads = ops.shape(key)[1]
+    mask = mask if bias is None else mask + bias
     logits = attention_logits(
         group_queries(query, heads), key, mask, scale, soft_cap
     )
     if sink is None:
         return ops.softmax(logits, axis=-1)
-    groups = ops.shape(logits)[2]
-    sink = ops.reshape(ops.cast(sink, "float32"), (heads, groups, 1, 1))
+    sink = group_heads(sink, heads)
     sink = ops.broadcast_to(sink, (*ops.shape(logits)[:-1], 1))
     logits = ops.concatenate([logits, sink], axis=-1)
     return ops.softmax(logits, axis=-1)[..., :-1]
@@ -151,7 +164,17 @@ def _on_an_accelerator():
 
 
 def _attend_in_blocks(
-    query, key, value, mask, filled, size, scale, soft_cap=None, dropout=None
+    query,
+    key,
+    value,
+    mask,
+    filled,
+    size,
+    scale,
+    soft_cap=None,
+    dropout=None,
+    sink=None,
+    bias=None,
 ):
     """Attention with a running maximum and sum, block by block.
 
@@ -161,6 +184,7 @@ def _attend_in_blocks(
     batch, heads, _, head_dim = ops.shape(key)
     grouped = group_queries(query, heads)
     _, _, groups, length, _ = ops.shape(grouped)
+    added = mask if bias is None else mask + bias
 
     def block(x, axis, i):
         start, shape = [0] * 4, list(ops.shape(x))
@@ -169,7 +193,7 @@ def _attend_in_blocks(
 
     def body(i, largest, total, output):
         logits = attention_logits(
-            grouped, block(key, 2, i), block(mask, 3, i), scale, soft_cap
+            grouped, block(key, 2, i), block(added, 3, i), scale, soft_cap
         )
         now = ops.maximum(largest, ops.max(logits, axis=-1, keepdims=True))
         weights = ops.exp(logits - now)
@@ -184,7 +208,7 @@ def _attend_in_blocks(
         return i + 1, now, total, output
 
     shape = (batch, heads, groups, length)
-    _, _, total, output = ops.while_loop(
+    _, largest, total, output = ops.while_loop(
         lambda i, *_: i * size < filled,
         body,
         (
@@ -194,8 +218,21 @@ def _attend_in_blocks(
             ops.zeros((*shape, head_dim), dtype="float32"),
         ),
     )
+    if sink is not None:
+        sink = group_heads(sink, heads)
+        # What a sink takes may be all but nothing, or all but everything.
+        now = ops.maximum(largest, sink)
+        shrink = ops.exp(largest - now)
+        total = total * shrink + ops.exp(sink - now)
+        output = output * shrink
     output = ungroup_queries(ops.cast(output / total, query.dtype))
     return zero_unless_seen(output, mask)
+
+
+def group_heads(x, heads):
+    """float32 `(heads, groups, 1, 1)`, of a number for each query head."""
+    groups = ops.shape(x)[0] // heads
+    return ops.reshape(ops.cast(x, "float32"), (heads, groups, 1, 1))
 
 
 def group_queries(query, heads):
@@ -223,7 +260,10 @@ def ungroup_queries(x):
 
 
 def attention_logits(query, key, mask, scale, soft_cap=None):
-    """float32 logits `(B, heads, groups, T, S)`, from grouped queries."""
+    """float32 logits `(B, heads, groups, T, S)`, from grouped queries.
+
+    The mask is `(B or 1, 1 or query_heads, T, S)`.
+    """
     batch, heads, groups, length, head_dim = ops.shape(query)
     query = ops.reshape(query, (batch, heads, groups * length, head_dim))
     # In this order, since XLA on a CPU transposes what is on the right, and the
@@ -234,7 +274,9 @@ def attention_logits(query, key, mask, scale, soft_cap=None):
         logits = ops.tanh(logits / soft_cap) * soft_cap
     slots = ops.shape(key)[2]
     logits = ops.reshape(logits, (batch, heads, groups, length, slots))
-    return logits + mask[:, :, None]
+    if mask.shape[1] == 1:
+        return logits + mask[:, :, None]
+    return logits + ops.reshape(mask, (-1, heads, groups, length, slots))
 
 
 def weighted_values(weights, value):
@@ -268,6 +310,9 @@ class AttendsThroughCache:
         window: Optional int. How many positions a query sees, its own
             included.
         weights_dropout: Optional callable, applied to the attention weights.
+        sink: Optional tensor `(query_heads,)`. See `attend()`.
+        logits_bias: Optional method from how far behind the query each slot
+            is, int32 `(B or 1, T, S)`, to the `bias` of `attend()`.
         merge_heads: Method from `(B, T, query_heads, head_dim)` to
             `(B, T, hidden_dim)`.
     """
@@ -275,6 +320,8 @@ class AttendsThroughCache:
     soft_cap = None
     window = None
     weights_dropout = None
+    sink = None
+    logits_bias = None
 
     def attend_through(self, x, cache, index=None):
         """Attends to what a cache remembers, and to the new tokens.
@@ -295,6 +342,12 @@ class AttendsThroughCache:
         remembered = cache.update(
             ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         )
+        # Few families have these, and few functions know them.
+        further = {}
+        if self.sink is not None:
+            further["sink"] = self.sink
+        if self.logits_bias is not None:
+            further["bias"] = self.logits_bias(cache.distance)
         x = self.attention_function(cache, length)(
             query=query,
             key=remembered.key,
@@ -303,6 +356,7 @@ class AttendsThroughCache:
             scale=self.scale,
             soft_cap=self.soft_cap,
             dropout=self.weights_dropout,
+            **further,
         )
         if cache.key is None:
             return self.merge_heads(x), (None, None)

@@ -27,7 +27,9 @@ from keras_nlp_cache import weight_paths
 from keras_nlp_cache.block_call import collecting_taps
 from keras_nlp_cache.cached_graph import CachedGraph
 from keras_nlp_cache.cached_graph import plain_python
-from keras_nlp_cache.decoder_block import specialize
+from keras_nlp_cache.constructed import check_blocks
+from keras_nlp_cache.constructed import learned_positions
+from keras_nlp_cache.constructed import positioned_layers
 from keras_nlp_cache.embedding import derive_logits
 from keras_nlp_cache.preset_loader import preset_loader
 from keras_nlp_cache.quantization import floating_policy
@@ -39,8 +41,9 @@ from keras_nlp_cache.replaying import replaying
 from keras_nlp_cache.sharing import attributes
 from keras_nlp_cache.sites import Site
 from keras_nlp_cache.sites import sites_of
-from keras_nlp_cache.step import AttentionMask
+from keras_nlp_cache.specializing import specialize_within
 from keras_nlp_cache.step import Positions
+from keras_nlp_cache.step import Weightless
 from keras_nlp_cache.wiring import Wiring
 
 _without_taps = contextvars.ContextVar(
@@ -68,15 +71,11 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
     """Base of all backbones of this package: a graph with a cache in it.
 
     A model family subclasses its upstream backbone and this class, in that
-    order, and sets `block_cls`.
+    order. The layers that upstream builds get the classes that stand in for
+    theirs, see `specialize_within()`.
 
     Attributes:
-        block_cls: A `DecoderBlock`, the class to give each decoder block.
         blocks_name: Name of the attribute that lists the decoder blocks.
-        layer_classes: Dictionary from names of attributes to classes, to give
-            the layers that they hold. See `specialize()`.
-        position_layers: Names of the attributes that hold layers which take
-            `positions`, such as learned position embeddings.
 
     Call arguments:
         inputs: A dictionary. Only `"token_ids"` is required; every other key
@@ -132,10 +131,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
     _edited = False
     _replaced_attributes = frozenset()
 
-    block_cls = None
     blocks_name = "transformer_layers"
-    layer_classes = {}
-    position_layers = ()
 
     def __init__(self, *, inputs, outputs, **kwargs):
         if not self.blocks:
@@ -143,12 +139,15 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 "Expected a backbone of at least one decoder block. Received: "
                 f"{type(self).__name__} with `num_layers=0`."
             )
-        for block in self.blocks:
-            specialize(block, self.block_cls)
-        for name, cls in self.layer_classes.items():
-            specialize(getattr(self, name), cls)
-        derive_logits(self.token_embedding)
         graph = keras.Function(inputs, outputs)
+        layers = [
+            x for x in graph.operations if isinstance(x, keras.layers.Layer)
+        ]
+        specialize_within(layers)
+        check_blocks(self)
+        positioned = positioned_layers(layers)
+        self.mend()
+        derive_logits(self.token_embedding)
         # The numbers by which a saved edit refers to layers. Weak, for an edit
         # that removes a layer not to keep it.
         self._constructed = weakref.WeakKeyDictionary()
@@ -156,11 +155,21 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             if isinstance(layer, keras.layers.Layer):
                 self._constructed[layer] = i
         wiring = Wiring(floating_policy(self.blocks[0]), graph)
-        hidden_states = wiring.thread(
-            [getattr(self, x) for x in self.position_layers]
-        )
+        hidden_states = wiring.thread(positioned)
         self._set_graph(wiring, hidden_states, taps={}, **kwargs)
         self._output_without_cache = outputs
+
+    def mend(self):
+        """Puts right what upstream's constructor got wrong in its layers.
+
+        For families whose weights were trained on something else than what
+        upstream computes, where an attribute of a layer makes the difference.
+        What is called with a cache and without one is then right.
+        """
+
+    @property
+    def max_positions(self):
+        return learned_positions(self.operations)
 
     def _set_graph(self, wiring, hidden_states, taps, **kwargs):
         """Makes a wired graph the one that the model is made of."""
@@ -209,19 +218,22 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         def operation_fn(operation):
             if isinstance(operation, Positions):
                 return lambda *args, **kwargs: positions
-            if isinstance(operation, AttentionMask):
+            if isinstance(operation, Weightless):
                 return lambda *args, **kwargs: None
             site = next(sites)
 
             def stand_in(*args, **kwargs):
                 with collecting_taps() as taps:
-                    x = dense(call(site, *args, **site.without_cache(kwargs)))
+                    x = dense(call(site, *args, **site.without_entries(kwargs)))
                 if site.block is None:
                     return x
                 if isinstance(x, tuple):
                     x, _ = x
+                entries = site.node.arguments.kwargs[
+                    site.layer.entries_argument
+                ]
                 tapped = [taps.get(part) for part in site.layer.tapped_parts]
-                return x, None, None, *tapped
+                return x, *[None] * (2 * len(entries)), *tapped
 
             return stand_in
 

@@ -1,9 +1,13 @@
-"""What a decoder block and the layers that surgery put inside it tell another.
+"""The call of a decoder block that is under way, for the layers inside it.
 
 Upstream's blocks are code, not graphs. A layer inside one sees what it is
-called with and no more, and what it returns goes where the code sends it. Edits
-of the residual stream and taps inside a block need more than that: the call of
-the block that is under way.
+called with and no more, and what it returns goes where the code sends it. A
+layer that remembers needs more than that, its entry in the cache, and so do
+edits of the residual stream and taps inside of a block.
+
+This is the one thing that the layers of this package tell each other behind
+the back of upstream's code. It is set where a block is called and holds until
+that call returns, in each thread and in each trace for itself.
 """
 
 import contextlib
@@ -25,18 +29,33 @@ class BlockCall:
             tensor that this branch of the block starts from, if a layer inside
             asked for it.
         taps: Dictionary from the names of parts to tensors.
+        entries: Dictionary from the `id()` of layers to the `LayerCache` that
+            is theirs in this call. Empty where upstream's code attends.
+        updated: Dictionary from the `id()` of layers to what became of it.
     """
 
-    def __init__(self, hidden_states):
+    def __init__(self, hidden_states, entries):
         self.hidden_states = hidden_states
         self.branch_inputs = {}
         self.taps = {}
+        self.entries = entries
+        self.updated = {}
+
+    @property
+    def is_cached(self):
+        """Whether there are tokens of earlier calls, or there will be."""
+        return any(x.key is not None for x in self.entries.values())
 
 
 @contextlib.contextmanager
-def calling(hidden_states):
-    """In this scope, a block is called on some hidden states."""
-    call = BlockCall(hidden_states)
+def calling(hidden_states, entries):
+    """In this scope, a block is called on some hidden states.
+
+    Args:
+        hidden_states: Tensor `(B, T, hidden_dim)`.
+        entries: Dictionary from the `id()` of layers to `LayerCache`s.
+    """
+    call = BlockCall(hidden_states, entries)
     token = _current.set(call)
     try:
         yield call
@@ -47,6 +66,12 @@ def calling(hidden_states):
 def current():
     """The `BlockCall` that is under way, `None` outside of a block."""
     return _current.get()
+
+
+def entry_of(layer):
+    """The `LayerCache` of a layer in the call under way, `None` without one."""
+    call = _current.get()
+    return None if call is None else call.entries.get(id(layer))
 
 
 @contextlib.contextmanager

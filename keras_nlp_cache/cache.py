@@ -74,11 +74,16 @@ def causal_mask(index, length, max_length, window=None):
     Returns:
         A float32 tensor `(T, S)`: 0 where attended, `MASKED` elsewhere.
     """
-    distance = slots(index, length)[:, None] - slots(0, max_length)[None, :]
+    distance = slot_distance(index, length, max_length)
     seen = distance >= 0
     if window is not None:
         seen = ops.logical_and(seen, distance < window)
     return additive(seen)
+
+
+def slot_distance(index, length, max_length):
+    """How many slots each slot is behind each token, int32 `(T, S)`."""
+    return slots(index, length)[:, None] - slots(0, max_length)[None, :]
 
 
 def slot_positions(positions, padding_mask, index, max_length):
@@ -129,11 +134,11 @@ def additive(seen):
 
 
 class LayerCache(typing.NamedTuple):
-    """One block's share of a call: its cache, and what all blocks share.
+    """One layer's share of a call: its entry, and what all layers share.
 
     Every field may be `None`. Without a key and a value there is nothing to
-    remember. Without a mask there is nothing of ours to do at all, and the
-    block runs upstream's own code.
+    remember. Without a mask there is nothing of ours to do at all, and
+    upstream's own code runs.
 
     Args:
         key: Tensor `(B, key_value_heads, S, head_dim)`.
@@ -142,7 +147,9 @@ class LayerCache(typing.NamedTuple):
         positions: int32 tensor `(B or 1, T)`. Where each token stands in the
             text, for rotary and learned position embeddings.
         mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits. If the
-            block has a window, the mask hides what is beyond it.
+            layer has a window, the mask hides what is beyond it.
+        distance: int32 tensor `(B or 1, T, S)`. How many positions each slot
+            stands behind each token, for layers that ask for it.
     """
 
     key: typing.Any = None
@@ -150,6 +157,7 @@ class LayerCache(typing.NamedTuple):
     index: typing.Any = None
     positions: typing.Any = None
     mask: typing.Any = None
+    distance: typing.Any = None
 
     @property
     def in_use(self):
@@ -157,7 +165,7 @@ class LayerCache(typing.NamedTuple):
 
     @classmethod
     def of_pair(cls, pair, index, length, window=None):
-        """Completes a bare `(key, value)` pair for a block called by hand."""
+        """Completes a bare `(key, value)` pair for a layer called by hand."""
         if index is None:
             raise ValueError(
                 "Expected the slot of the first token, the argument that ends "
@@ -165,19 +173,19 @@ class LayerCache(typing.NamedTuple):
                 "0 to fill an empty cache."
             )
         key, value = pair
+        total = ops.shape(key)[2]
         return cls(
             key=key,
             value=value,
             index=index,
             positions=slots(index, length)[None, :],
-            mask=causal_mask(index, length, ops.shape(key)[2], window)[
-                None, None
-            ],
+            mask=causal_mask(index, length, total, window)[None, None],
+            distance=slot_distance(index, length, total)[None],
         )
 
     @classmethod
     def without_memory(cls, attention_mask, length, window=None):
-        """What a block needs that sees all of a text at once.
+        """What a layer needs that sees all of a text at once.
 
         Args:
             attention_mask: Tensor `(B, T, T)`, 0 where not attended.
@@ -187,7 +195,11 @@ class LayerCache(typing.NamedTuple):
         mask = additive(attention_mask)[:, None]
         if window is not None:
             mask = mask + causal_mask(0, length, length, window)
-        return cls(positions=slots(0, length)[None, :], mask=mask)
+        return cls(
+            positions=slots(0, length)[None, :],
+            mask=mask,
+            distance=slot_distance(0, length, length)[None],
+        )
 
     def update(self, key, value):
         """Remembers the keys and values of this call's tokens.

@@ -1,4 +1,4 @@
-"""What a decoder block that takes a `LayerCache` says of its outputs."""
+"""What a decoder block says of its outputs when it has a cache."""
 
 import keras
 from keras import tree
@@ -14,58 +14,54 @@ def first_argument(args, kwargs):
 
 
 class CachedBlock:
-    """Mixin for decoder blocks that hand a `LayerCache` to their attention.
+    """Mixin for decoder blocks whose layers have entries in a cache.
 
     Attributes:
-        cache_argument: Name of the `call()` argument that takes the cache.
+        remembering: List of the layers inside that remember, in an order that
+            stays. Each has a `key_value_shape` and a `window`.
+        entries_argument: Name of the `call()` argument that takes a tuple with
+            a `LayerCache` for each of these. With it, the block returns a pair:
+            its outputs, and a tuple of what became of the entries.
         padding_argument: Name of the `call()` argument that takes the padding
-            mask.
-        attention_name: Name of the attribute that holds the attention layer,
-            one that `AttendsThroughCache`.
+            mask, `None` if there is none.
     """
 
-    cache_argument = "self_attention_cache"
-    padding_argument = "decoder_padding_mask"
-    attention_name = "_self_attention_layer"
+    entries_argument = "entries"
+    padding_argument = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, autocast=False, **kwargs)
-
-    @property
-    def key_value_shape(self):
-        """`(key_value_heads, head_dim)` of the keys and of the values."""
-        return getattr(self, self.attention_name).key_value_shape
-
-    @property
-    def window(self):
-        """How many positions a query sees, `None` for all before it."""
-        return getattr(self, self.attention_name).window
 
     def __call__(self, *args, **kwargs):
         # Keras casts all float arguments to the compute dtype. Hidden states
         # should be, a cache should not: it may have been made in another
         # dtype on request, and casting it would copy it at every step.
-        cache = kwargs.pop(self.cache_argument, None)
+        entries = kwargs.pop(self.entries_argument, None)
         args, kwargs = tree.map_structure(
             lambda x: self.dtype_policy.convert_input(
                 x, True, self.input_dtype
             ),
             (args, kwargs),
         )
-        if cache is not None:
-            kwargs[self.cache_argument] = cache
+        if entries is not None:
+            kwargs[self.entries_argument] = entries
         return super().__call__(*args, **kwargs)
 
     def compute_output_spec(self, *args, **kwargs):
-        """Hidden states alone, or with the cache if one came in."""
-        cache = kwargs.get(self.cache_argument)
-        hidden_states = keras.KerasTensor(
+        """What the block returns, with its entries if such came in."""
+        entries = kwargs.pop(self.entries_argument, None)
+        outputs = self.compute_outputs_spec(*args, **kwargs)
+        if entries is None:
+            return outputs
+        return outputs, tree.map_structure(
+            lambda x: (
+                None if x is None else keras.KerasTensor(x.shape, x.dtype)
+            ),
+            tuple((entry.key, entry.value) for entry in entries),
+        )
+
+    def compute_outputs_spec(self, *args, **kwargs):
+        """What the block returns beside its entries: hidden states."""
+        return keras.KerasTensor(
             first_argument(args, kwargs).shape, dtype=self.compute_dtype
         )
-        if not isinstance(cache, tuple):
-            return hidden_states
-        pair = tuple(
-            None if x is None else keras.KerasTensor(x.shape, dtype=x.dtype)
-            for x in cache[:2]
-        )
-        return hidden_states, pair

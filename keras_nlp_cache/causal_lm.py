@@ -80,7 +80,10 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
     embeddings_name = "token_embedding"
 
-    def __init__(self, backbone, *args, **kwargs):
+    def __init__(self, *args, **kwargs):
+        # In upstream's order, which is not the same for all families.
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        backbone = given.arguments.get("backbone")
         if not isinstance(backbone, CachedBackbone):
             raise ValueError(
                 "Expected `backbone` to be a backbone of "
@@ -91,7 +94,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             )
         try:
             with without_taps():
-                super().__init__(backbone, *args, **kwargs)
+                super().__init__(*args, **kwargs)
         finally:
             # The constructor of `PipelineModel` takes `Functional` from its
             # bases for Keras to put back. Keras sees no need to, since it is
@@ -379,13 +382,19 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         prompts.check_assistant(self, assistant_model)
         token = _assistant_model.set(assistant_model)
         try:
-            # Upstream's, with a say in how prompts are read.
-            return super().generate.__func__(
-                reading.Call(self, max_length, truncation),
+            # Upstream's, with a say in how prompts are read. Not all know that
+            # prompts can be stripped.
+            generate = super().generate.__func__
+            strip = {"strip_prompt": strip_prompt}
+            knows = "strip_prompt" in inspect.signature(generate).parameters
+            return generate(
+                reading.Call(
+                    self, max_length, truncation, **({} if knows else strip)
+                ),
                 inputs,
                 max_length=max_length,
                 stop_token_ids=stop_token_ids,
-                strip_prompt=strip_prompt,
+                **(strip if knows else {}),
             )
         finally:
             _assistant_model.reset(token)

@@ -367,7 +367,6 @@ def _info(args):
     import keras_hub
 
     import keras_nlp_cache
-    from keras_nlp_cache import coverage
     from keras_nlp_cache import drop_in
     from keras_nlp_cache import models  # noqa: F401 (fills the list below)
 
@@ -392,9 +391,10 @@ def _info(args):
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
-    width = max(map(len, coverage.NOT_COVERED))
+    not_covered = drop_in.not_covered()
+    width = max(map(len, not_covered))
     print("\nof keras-hub, not covered:")
-    for name, reason in coverage.NOT_COVERED.items():
+    for name, reason in not_covered.items():
         print(f"{name:<{width}}  {reason}")
     return 0
 

@@ -1,48 +1,34 @@
-"""Which classes of keras_hub that make text have a counterpart here.
+"""Which classes of keras_hub make text, and why some have no counterpart here.
 
-Every one of them is either replaced by a module in `models/`, or stands here
-with what it is that this package has no answer to.
+Every one of them is either replaced by a module in `models/`, or has no
+counterpart for a reason that stands here.
 """
 
 import inspect
 
 import keras_hub
 
-_PLAIN = "a plain decoder without a module in `models/`"
-_EXPERTS = "a plain decoder with experts, without a module in `models/`"
 _CROSS = "decoder blocks remember two things, the text and what an encoder read"
 _STATE = "some layers remember a state, not a key and a value for each token"
 _SHARED = "some blocks use the keys and values of others"
 _IMAGES = "its graph reads images, too"
 
+_OTHERS = "a decoder without a module in `models/`"
+
 # By what the name of a task begins with, before `CausalLM` or `Seq2SeqLM`.
-NOT_COVERED = {
+_REASONS = {
     "BLIP2": _IMAGES,
     "Bart": _CROSS,
-    "Bloom": _PLAIN,
     "EdRec": _CROSS,
-    "Falcon": _PLAIN,
-    "GPTNeoX": _PLAIN,
-    "Gemma3": _PLAIN,
     "Gemma3n": _SHARED,
     "Gemma4": _SHARED,
     "Gemma4Assistant": "it reads the cache of another model",
-    "GptOss": _EXPERTS,
-    "Mistral": _PLAIN,
-    "Mixtral": _EXPERTS,
     "Moonshine": _CROSS,
-    "OPT": _PLAIN,
     "PARSeq": "it reads images, in a decoder of two streams",
     "PaliGemma": _IMAGES,
-    "Phi3": _PLAIN,
-    "Qwen": _PLAIN,
-    "Qwen3": _PLAIN,
-    "Qwen3Moe": _EXPERTS,
     "Qwen3_5": _STATE,
     "Qwen3_5Moe": _STATE,
-    "QwenMoe": _EXPERTS,
     "RWKV7": _STATE,
-    "SmolLM3": _PLAIN,
     "T5": _CROSS,
     "T5Gemma": _CROSS,
     "T5Gemma2": _CROSS,
@@ -76,17 +62,6 @@ def family_name(task):
     return task.__name__
 
 
-def reason(backbone_cls):
-    """Why a class of backbones has no counterpart here.
-
-    Args:
-        backbone_cls: A class of backbones of keras_hub.
-
-    Returns:
-        A string, or `None` if it is not one that makes text.
-    """
-    reasons = {
-        task.backbone_cls: NOT_COVERED.get(family_name(task))
-        for task in reversed(upstream_tasks())
-    }
-    return reasons.get(backbone_cls)
+def reason(task):
+    """Why a class that makes text has no counterpart here, if it has none."""
+    return _REASONS.get(family_name(task), _OTHERS)

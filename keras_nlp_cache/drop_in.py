@@ -53,6 +53,11 @@ def replacements():
     return tuple(_replacements.values())
 
 
+def stand_in(upstream):
+    """The class that stands in for one of keras_hub, `None` without one."""
+    return _replacements.get(upstream)
+
+
 def family(cls):
     """The class of this package that a class is, or is a subclass of.
 
@@ -83,13 +88,35 @@ def replacement(upstream):
     covered = sorted(
         cls.__name__ for cls in _replacements if issubclass(cls, keras.Model)
     )
-    reason = coverage.reason(upstream)
+    reasons = [
+        f" ({coverage.reason(task)})"
+        for task in coverage.upstream_tasks()
+        if upstream in (task, task.backbone_cls)
+    ]
     raise ValueError(
         f"Expected one of the classes that this package covers, {covered}. "
-        f"Received: {upstream.__name__}{f' ({reason})' if reason else ''}. "
+        f"Received: {upstream.__name__}{''.join(reasons[:1])}. "
         "Load it with `keras_hub.models`, or add the family as "
         "CONTRIBUTING.md describes."
     )
+
+
+def not_covered():
+    """The families of keras_hub that make text and have no counterpart here.
+
+    Returns:
+        A dictionary from what the names of their classes begin with, sorted,
+        to reasons.
+    """
+    reasons, covered = {}, set()
+    for task in coverage.upstream_tasks():
+        name = coverage.family_name(task)
+        reasons[name] = coverage.reason(task)
+        if task in _replacements:
+            covered.add(name)
+    return {
+        name: reasons[name] for name in sorted(reasons) if name not in covered
+    }
 
 
 def task_for(cls, backbone_cls):

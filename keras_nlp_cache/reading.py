@@ -75,17 +75,35 @@ class Call:
         lm: A `CausalLM`.
         max_length: Optional int, as for `CausalLM.generate()`.
         truncation: str, as for `CausalLM.generate()`.
+        strip_prompt: bool. Whether prompts are to be left out of what is
+            generated, for tasks whose `generate()` cannot be told.
     """
 
-    def __init__(self, lm, max_length, truncation):
+    def __init__(self, lm, max_length, truncation, strip_prompt=False):
         self._lm, self._max_length = lm, max_length
-        self._truncation = truncation
+        self._truncation, self._strip_prompt = truncation, strip_prompt
         self.preprocessor = lm.preprocessor
         if lm.preprocessor is not None:
             self.preprocessor = _Reader(lm.preprocessor, truncation)
 
     def __getattr__(self, name):
         return getattr(self._lm, name)
+
+    @property
+    def __class__(self):
+        # For `super()` in upstream's methods.
+        return type(self._lm)
+
+    def make_generate_function(self):
+        generate = self._lm.make_generate_function()
+        if not self._strip_prompt:
+            return generate
+
+        def generate_and_strip(inputs, stop_token_ids=None):
+            outputs = generate(inputs, stop_token_ids=stop_token_ids)
+            return _without_prompt(outputs, inputs["padding_mask"])
+
+        return generate_and_strip
 
     def _normalize_generate_inputs(self, inputs):
         batches, is_scalar = self._lm._normalize_generate_inputs(inputs)
@@ -94,6 +112,21 @@ class Call:
                 fitted(x, self._max_length, self._truncation) for x in batches
             ]
         return batches, is_scalar
+
+
+def _without_prompt(outputs, prompt_mask):
+    """Moves what follows the prompt of each row to the front."""
+    prompt = ops.sum(ops.cast(prompt_mask, "int32"), axis=1, keepdims=True)
+    length = ops.shape(prompt_mask)[1]
+    moved = ops.mod(ops.arange(length, dtype="int32")[None] + prompt, length)
+    mask = ops.logical_and(
+        ops.cast(outputs["padding_mask"], "bool"),
+        ops.logical_not(ops.cast(prompt_mask, "bool")),
+    )
+    return {
+        "token_ids": ops.take_along_axis(outputs["token_ids"], moved, axis=1),
+        "padding_mask": ops.take_along_axis(mask, moved, axis=1),
+    }
 
 
 class _Reader:

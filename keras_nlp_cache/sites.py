@@ -2,9 +2,8 @@
 
 import typing
 
-from keras_nlp_cache.cache import LayerCache
-from keras_nlp_cache.step import AttentionMask
-from keras_nlp_cache.step import Positions
+from keras_nlp_cache.cached_block import CachedBlock
+from keras_nlp_cache.step import Weightless
 
 
 class Site(typing.NamedTuple):
@@ -14,8 +13,8 @@ class Site(typing.NamedTuple):
         name: The layer's name, numbered from its second call on.
         layer: The layer, or another Keras operation such as an addition.
         call: int. How often the layer was called before.
-        block: int, the index of its cache, for a decoder block. `None` for
-            any other layer.
+        block: int, how many calls of decoder blocks come before, for a decoder
+            block. `None` for any other layer.
         shape: Shape of what it returns, without a cache.
         node: What Keras knows of the call.
     """
@@ -28,9 +27,9 @@ class Site(typing.NamedTuple):
     node: typing.Any
 
     def __repr__(self):
-        cache = "" if self.block is None else f", cache {self.block}"
+        block = "" if self.block is None else f", block {self.block}"
         kind = type(self.layer).__name__
-        return f"Site({self.name}: {kind} -> {self.shape}{cache})"
+        return f"Site({self.name}: {kind} -> {self.shape}{block})"
 
     def __call__(self, *args, **kwargs):
         """Calls the layer. What is tapped inside goes to the collector."""
@@ -39,29 +38,27 @@ class Site(typing.NamedTuple):
             return output[0]
         return output
 
-    def without_cache(self, arguments):
+    def without_entries(self, arguments):
         """The keyword arguments of the call but for the cache."""
         if self.block is None:
             return arguments
-        name = self.layer.cache_argument
+        name = self.layer.entries_argument
         return {k: v for k, v in arguments.items() if k != name}
 
 
 def sites_of(model):
     """The calls of a backbone, in the order of their execution.
 
-    What stands in for the inputs, positions and mask is left out.
+    What stands in for the inputs, positions and masks is left out.
     """
     found, calls = [], {}
     # Another layer may have the name that a second call would get.
     taken = {layer.name for layer in model.operations}
-    cache_of = {
-        id(key): i for i, (key, _) in enumerate(model._inputs_struct["cache"])
-    }
+    first_entries = []
     for depth in sorted(model._nodes_by_depth, reverse=True):
         for node in model._nodes_by_depth[depth]:
             layer = node.operation
-            if node.is_input or isinstance(layer, Positions | AttentionMask):
+            if node.is_input or isinstance(layer, Weightless):
                 continue
             call = calls.get(id(layer), 0)
             calls[id(layer)] = call + 1
@@ -70,19 +67,28 @@ def sites_of(model):
                 name = f"{layer.name}_{number}"
                 number += 1
             taken.add(name)
-            caches = [
-                cache_of[id(x.key)]
-                for x in node.arguments.kwargs.values()
-                if isinstance(x, LayerCache)
-            ]
+            entries = None
+            if isinstance(layer, CachedBlock):
+                entries = node.arguments.kwargs.get(layer.entries_argument)
+            first_entries.append(entries[0].key if entries else None)
             found.append(
                 Site(
                     name=name,
                     layer=layer,
                     call=call,
-                    block=caches[0] if caches else None,
+                    block=None,
                     shape=tuple(node.outputs[0].shape),
                     node=node,
                 )
             )
-    return tuple(found)
+    # Blocks were called in the order of their entries.
+    place = {
+        id(key): i for i, (key, _) in enumerate(model._inputs_struct["cache"])
+    }
+    order = sorted(place[id(x)] for x in first_entries if x is not None)
+    return tuple(
+        site
+        if key is None
+        else site._replace(block=order.index(place[id(key)]))
+        for site, key in zip(found, first_entries)
+    )

@@ -1,8 +1,8 @@
-"""What every decoder block of one call needs, computed once.
+"""What every layer that remembers needs in one call, computed once.
 
 The only layers that a cached backbone has beyond upstream's. They have no
 weights, so files written by either package load in the other. Where there is no
-cache, no `token_positions` and no `attention_mask`, both return `None`:
+cache, no `token_positions` and no `attention_mask`, all return `None`:
 upstream's own code then does all that is to be done.
 """
 
@@ -12,6 +12,7 @@ from keras import ops
 from keras_nlp_cache.cache import additive
 from keras_nlp_cache.cache import causal_mask
 from keras_nlp_cache.cache import MASKED
+from keras_nlp_cache.cache import slot_distance
 from keras_nlp_cache.cache import slot_positions
 from keras_nlp_cache.cache import slots
 
@@ -61,6 +62,58 @@ class Positions(Weightless):
         return keras.KerasTensor((1 if shared else batch, length), "int32")
 
 
+def _distance(positions, padding_mask, key, index, token_positions):
+    """How many positions each slot stands behind each token, `(B or 1, T, S)`.
+
+    Takes the call arguments of `Distance`, with positions that are not `None`.
+    """
+    length = ops.shape(positions)[1]
+    max_length = length if key is None else ops.shape(key)[2]
+    index = 0 if index is None else index
+    if token_positions is None:
+        return slot_distance(index, length, max_length)[None]
+    keys = positions
+    if key is not None:
+        keys = slot_positions(positions, padding_mask, index, max_length)
+    return positions[:, :, None] - keys[:, None, :]
+
+
+class Distance(Weightless):
+    """How far back in the text each slot stands, for layers that ask for it.
+
+    Call arguments are those of `AttentionMask`.
+
+    Returns:
+        int32, `(B or 1, T, S)`: the position of a token less that of a slot.
+        `None` if there are no positions.
+    """
+
+    def call(
+        self,
+        positions,
+        padding_mask=None,
+        key=None,
+        index=None,
+        token_positions=None,
+    ):
+        if positions is None:
+            return None
+        return _distance(positions, padding_mask, key, index, token_positions)
+
+    def compute_output_spec(
+        self,
+        positions,
+        padding_mask=None,
+        key=None,
+        index=None,
+        token_positions=None,
+    ):
+        length = positions.shape[1]
+        max_length = length if key is None else key.shape[2]
+        batch = 1 if token_positions is None else None
+        return keras.KerasTensor((batch, length, max_length), "int32")
+
+
 class AttentionMask(Weightless):
     """What each token may attend to.
 
@@ -107,12 +160,9 @@ class AttentionMask(Weightless):
         window = self.window if token_positions is None else None
         mask = causal_mask(index, length, max_length, window)[None, None]
         if self.window is not None and token_positions is not None:
-            keys = positions
-            if key is not None:
-                keys = slot_positions(
-                    positions, padding_mask, index, max_length
-                )
-            distance = positions[:, :, None] - keys[:, None, :]
+            distance = _distance(
+                positions, padding_mask, key, index, token_positions
+            )
             mask = mask + additive(distance < self.window)[:, None]
         if padding_mask is not None:
             mask = mask + additive(padding_mask)[:, None, None, :]

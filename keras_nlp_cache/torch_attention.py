@@ -12,12 +12,21 @@ from keras_nlp_cache.cache import MASKED
 _LIBRARY = torch.library.Library("keras_nlp_cache", "DEF")
 _LIBRARY.define(
     "attend_prefix(Tensor query, Tensor key, Tensor value, Tensor mask, "
-    "Tensor filled, float scale, float? soft_cap) -> Tensor"
+    "Tensor filled, float scale, float? soft_cap, Tensor? sink) -> Tensor"
 )
 
 
 def attend_prefix(
-    query, key, value, mask, filled, scale, soft_cap=None, dropout=None
+    query,
+    key,
+    value,
+    mask,
+    filled,
+    scale,
+    soft_cap=None,
+    dropout=None,
+    sink=None,
+    bias=None,
 ):
     """Attends to the first `filled` slots. See `attend.attend_filled()`.
 
@@ -26,17 +35,18 @@ def attend_prefix(
     """
     # Out here, what is the same in every layer is computed once per step. A
     # softmax over infinities would not be a number.
-    bias = mask
-    if soft_cap is None:
-        bias = mask.clamp(min=torch.finfo(query.dtype).min / 2).to(query.dtype)
+    added = mask if bias is None else mask + bias
+    if soft_cap is None and sink is None:
+        lowest = torch.finfo(query.dtype).min / 2
+        added = added.clamp(min=lowest).to(query.dtype)
     sees_any = mask.amax(dim=-1)[:, 0, :, None, None] > MASKED / 2
     output = torch.ops.keras_nlp_cache.attend_prefix(
-        query, key, value, bias, filled, scale, soft_cap
+        query, key, value, added, filled, scale, soft_cap, sink
     )
     return output * sees_any.to(query.dtype)
 
 
-def _attend_prefix(query, key, value, mask, filled, scale, soft_cap):
+def _attend_prefix(query, key, value, mask, filled, scale, soft_cap, sink):
     if filled.is_cpu:
         # On another device, to look would be to wait for it.
         filled = int(filled)
@@ -50,15 +60,26 @@ def _attend_prefix(query, key, value, mask, filled, scale, soft_cap):
         query = query.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4)
         query = query.flatten(2, 3)
     key, value = key.to(dtype), value.to(dtype)
-    bias = mask if length == 1 else mask.repeat(1, 1, groups, 1)
-    if soft_cap is None:
+    if mask.shape[1] > 1:  # One for each query head.
+        bias = mask.unflatten(1, (heads, groups)).flatten(2, 3)
+    else:
+        bias = mask if length == 1 else mask.repeat(1, 1, groups, 1)
+    if soft_cap is None and sink is None:
         x = scaled_dot_product_attention(
             query, key, value, attn_mask=bias, scale=scale
         )
     else:
         logits = torch.matmul(query, key.transpose(2, 3)).float() * scale
-        logits = torch.tanh(logits / soft_cap) * soft_cap + bias
-        x = torch.matmul(torch.softmax(logits, dim=-1).to(dtype), value)
+        if soft_cap is not None:
+            logits = torch.tanh(logits / soft_cap) * soft_cap
+        logits = logits + bias
+        if sink is not None:
+            column = sink.float().view(heads, groups, 1)
+            column = column.expand(-1, -1, length).reshape(heads, -1, 1)
+            column = column.expand(logits.shape[0], -1, -1, -1)
+            logits = torch.cat((logits, column), dim=-1)
+        weights = torch.softmax(logits, dim=-1)[..., : key.shape[2]]
+        x = torch.matmul(weights.to(dtype), value)
     if length == 1:
         return x.reshape(shape)
     x = x.unflatten(2, (groups, length))
@@ -69,5 +90,5 @@ _LIBRARY.impl("attend_prefix", _attend_prefix, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("keras_nlp_cache::attend_prefix", lib=_LIBRARY)
-def _(query, key, value, mask, filled, scale, soft_cap):
+def _(query, key, value, mask, filled, scale, soft_cap, sink):
     return torch.empty_like(query)

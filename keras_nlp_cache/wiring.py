@@ -1,8 +1,9 @@
 """How a cache is threaded through a graph.
 
-Each decoder block that is called through a `Wiring` gets a cache of its own, as
-one more pair of inputs, and the graph one more pair of outputs. Who builds the
-graph sees blocks that take hidden states and return hidden states.
+Each layer that remembers in a decoder block that is called through a `Wiring`
+gets an entry of its own, as one more pair of inputs, and the graph one more
+pair of outputs. Who builds the graph sees blocks that take and return what
+upstream's do.
 """
 
 import functools
@@ -16,6 +17,7 @@ from keras_nlp_cache.cache import LayerCache
 from keras_nlp_cache.cached_block import CachedBlock
 from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.step import AttentionMask
+from keras_nlp_cache.step import Distance
 from keras_nlp_cache.step import Positions
 
 
@@ -51,6 +53,7 @@ class Wiring:
         self._caches = []
         self._updated = []
         self._masks = {}
+        self._distance = None
         self.blocks = []
         self.inputs = {
             "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
@@ -122,37 +125,39 @@ class Wiring:
         )
 
     def call_block(self, block, args, kwargs):
-        """Calls a decoder block with a cache of its own.
+        """Calls a decoder block, with an entry for each layer that remembers.
 
         Args:
-            block: A `DecoderBlock`.
+            block: A `CachedBlock`.
             args: Its positional arguments, symbolic hidden states first.
-            kwargs: Its other arguments, without a cache. The padding mask may
+            kwargs: Its other arguments, without entries. The padding mask may
                 be left out.
 
         Returns:
-            The symbolic hidden states.
+            What the block returns without a cache, symbolically.
         """
-        if len(args) < 2:
+        if len(args) < 2 and block.padding_argument is not None:
             kwargs = {
                 block.padding_argument: self.inputs["padding_mask"],
                 **kwargs,
             }
         if not block.built:
             block.build(first_argument(args, kwargs).shape)
-        kwargs[block.cache_argument] = self._layer_cache(block)
-        hidden_states, updated, *_ = block(*args, **kwargs)
+        kwargs[block.entries_argument] = tuple(
+            self._entry(layer) for layer in block.remembering
+        )
+        outputs, updated, *_ = block(*args, **kwargs)
         self.blocks.append(block)
-        self._updated.append(updated)
-        return hidden_states
+        self._updated.extend(updated)
+        return outputs
 
-    def _layer_cache(self, block):
-        heads, head_dim = block.key_value_shape
+    def _entry(self, layer):
+        heads, head_dim = layer.key_value_shape
         key, value = (
             keras.Input(
                 (heads, None, head_dim),
-                dtype=block.compute_dtype,
-                name=f"cache_{len(self.blocks)}_{name}",
+                dtype=layer.compute_dtype,
+                name=f"cache_{len(self._caches)}_{name}",
                 optional=True,
             )
             for name in ("key", "value")
@@ -163,11 +168,23 @@ class Wiring:
             value=value,
             index=self.inputs["cache_update_index"],
             positions=self.positions,
-            mask=self._mask(block.window),
+            mask=self._mask(layer.window),
+            distance=self._slot_distance() if layer.wants_distance else None,
         )
 
+    def _slot_distance(self):
+        if self._distance is None:
+            self._distance = Distance(dtype=self._dtype, name="distance")(
+                self.positions,
+                padding_mask=self.inputs["padding_mask"],
+                key=self._caches[0][0],
+                index=self.inputs["cache_update_index"],
+                token_positions=self.inputs["token_positions"],
+            )
+        return self._distance
+
     def _mask(self, window):
-        """The mask of all blocks that have a window of this size, or none."""
+        """The mask of all layers that have a window of this size, or none."""
         if window not in self._masks:
             name, positions = "mask", None
             if window is not None:

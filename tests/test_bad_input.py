@@ -7,6 +7,7 @@ import pytest
 from keras import ops
 
 from keras_nlp_cache import models
+from tests.families import call_by_hand
 from tests.families import deep_families
 from tests.families import every_family
 from tests.families import FAMILIES
@@ -223,12 +224,8 @@ def test_not_a_dictionary(family):
 def test_a_block_called_by_hand_without_an_index(family):
     block = family.pair[0].blocks[0]
     pair = family.pair[0].make_cache(1, 4)[0]
-    name = block.cache_argument
     with pytest.raises(ValueError, match="cache_update_index"):
-        block(
-            ops.zeros((1, 1, 32)),
-            **{name: pair, f"{name}_update_index": None},
-        )
+        call_by_hand(block, ops.zeros((1, 1, 32)), pair, None)
 
 
 MAKE_CACHE = {

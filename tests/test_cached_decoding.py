@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
+from tests.families import call_by_hand
 from tests.families import compiled
 from tests.families import decode
 from tests.families import deep_families
@@ -278,10 +279,8 @@ def test_blocks_called_by_hand(family):
     cache = family.pair[0].make_cache(2, 8)[0]
     outputs = []
     for i in range(8):
-        name = block.cache_argument
-        output, cache = block(
-            ops.convert_to_tensor(x[:, i : i + 1]),
-            **{name: cache, f"{name}_update_index": i},
+        output, cache = call_by_hand(
+            block, ops.convert_to_tensor(x[:, i : i + 1]), cache, i
         )
         outputs.append(to_numpy(output))
     np.testing.assert_allclose(

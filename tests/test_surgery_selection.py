@@ -60,7 +60,7 @@ def test_sites(family):
     assert embedding.block is None
     assert embedding.shape == (None, None, 32)
     assert "token_embedding" in repr(embedding)
-    assert "cache 2" in repr(surgery.select(lm, 2))
+    assert "block 2" in repr(surgery.select(lm, 2))
 
 
 @deep_families

@@ -1,58 +1,27 @@
-"""GPT-2: learned positions, one key/value head per query head."""
+"""GPT-2: learned positions, a key/value head for each query head."""
 
 import keras_hub
 
 from keras_nlp_cache.attention import CachedAttention
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.causal_lm import CausalLM
-from keras_nlp_cache.decoder_block import DecoderBlock
+from keras_nlp_cache.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
+
+decoder_block(keras_hub.layers.TransformerDecoder)
 
 
 @replaces(keras_hub.layers.CachedMultiHeadAttention)
 class CachedMultiHeadAttention(
     CachedAttention, keras_hub.layers.CachedMultiHeadAttention
 ):
-    """Multi-head attention that takes a per-layer cache."""
+    """Multi-head attention that remembers."""
 
-    @property
-    def key_value_shape(self):
-        return self._num_heads, self._key_dim
+    dropout_of_weights = "_dropout_layer"
 
     @property
     def scale(self):
         return self._key_dim**-0.5
-
-    @property
-    def weights_dropout(self):
-        return self._dropout_layer if self._dropout else None
-
-    def project(self, x, positions):
-        return self._query_dense(x), self._key_dense(x), self._value_dense(x)
-
-
-@replaces(keras_hub.layers.TransformerDecoder)
-class TransformerDecoder(DecoderBlock, keras_hub.layers.TransformerDecoder):
-    """Transformer decoder that takes a per-layer cache."""
-
-    attention_cls = CachedMultiHeadAttention
-    parts = {
-        "attention": "_self_attention_dropout",
-        "attention.norm": "_self_attention_layer_norm",
-        "feedforward": "_feedforward_dropout",
-        "feedforward.down": "_feedforward_output_dense",
-        "feedforward.norm": "_feedforward_layer_norm",
-        "feedforward.up": "_feedforward_intermediate_dense",
-    }
-
-    def build(self, decoder_sequence_shape, encoder_sequence_shape=None):
-        super().build(decoder_sequence_shape, encoder_sequence_shape)
-        self.specialize_attention()
-
-    def _compute_self_attention_mask(self, **kwargs):
-        return self.mask_unless_cached(
-            super()._compute_self_attention_mask, **kwargs
-        )
 
 
 @replaces(keras_hub.models.GPT2Backbone)
@@ -79,13 +48,6 @@ class GPT2Backbone(keras_hub.models.GPT2Backbone, CachedBackbone):
     Reference:
         https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
     """
-
-    block_cls = TransformerDecoder
-    position_layers = ("position_embedding",)
-
-    @property
-    def max_positions(self):
-        return self.position_embedding.sequence_length
 
 
 @replaces(keras_hub.models.GPT2CausalLM)

@@ -1,8 +1,5 @@
 """Llama: rotary positions, grouped-query attention."""
 
-import inspect
-
-import keras
 import keras_hub
 from keras_hub.src.models.llama import llama_attention
 from keras_hub.src.models.llama import llama_decoder
@@ -10,73 +7,17 @@ from keras_hub.src.models.llama import llama_decoder
 from keras_nlp_cache.attention import CachedAttention
 from keras_nlp_cache.backbone import CachedBackbone
 from keras_nlp_cache.causal_lm import CausalLM
-from keras_nlp_cache.decoder_block import DecoderBlock
+from keras_nlp_cache.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
+
+decoder_block(llama_decoder.LlamaTransformerDecoder)
 
 
 @replaces(llama_attention.LlamaAttention)
 class LlamaAttention(CachedAttention, llama_attention.LlamaAttention):
-    """Grouped-query attention that takes a per-layer cache."""
+    """Grouped-query attention that remembers."""
 
-    @property
-    def key_value_shape(self):
-        return self._key_dense.compute_output_shape((None, None, None))[2:]
-
-    @property
-    def scale(self):
-        return self._inv_norm_factor
-
-    def project(self, x, positions):
-        rotate = self.rotary_embedding_layer
-        return (
-            rotate(self._query_dense(x), positions=positions),
-            rotate(self._key_dense(x), positions=positions),
-            self._value_dense(x),
-        )
-
-    def merge_heads(self, x):
-        return super().merge_heads(self._dropout_layer(x))
-
-
-@replaces(llama_decoder.LlamaTransformerDecoder)
-class LlamaTransformerDecoder(
-    DecoderBlock, llama_decoder.LlamaTransformerDecoder
-):
-    """Llama decoder block that takes a per-layer cache."""
-
-    attention_cls = LlamaAttention
-    parts = {
-        "attention": "_self_attention_dropout",
-        "attention.norm": "_self_attention_layernorm",
-        "feedforward": "_feedforward_output_dense",
-        "feedforward.down": "_feedforward_output_dense",
-        "feedforward.gate": "_feedforward_gate_dense",
-        "feedforward.norm": "_feedforward_layernorm",
-        "feedforward.up": "_feedforward_intermediate_dense",
-    }
-
-    def build(self, decoder_sequence_shape):
-        super().build(decoder_sequence_shape)
-        self.specialize_attention()
-
-    def _compute_self_attention_mask(self, **kwargs):
-        return self.mask_unless_cached(
-            super()._compute_self_attention_mask, **kwargs
-        )
-
-    def get_config(self):
-        # Upstream's reads an attribute that does not exist
-        # (`rope_scaling_factor`), so its Llama blocks cannot be cloned.
-        config = keras.layers.Layer.get_config(self)
-        upstream = inspect.signature(llama_decoder.LlamaTransformerDecoder)
-        for name, parameter in upstream.parameters.items():
-            if parameter.kind is not parameter.VAR_KEYWORD:
-                config[name] = getattr(self, name)
-        config["activation"] = keras.activations.serialize(self.activation)
-        config["kernel_initializer"] = keras.initializers.serialize(
-            self.kernel_initializer
-        )
-        return config
+    dropout_of_heads = "_dropout_layer"
 
 
 @replaces(keras_hub.models.LlamaBackbone)
@@ -103,8 +44,6 @@ class LlamaBackbone(keras_hub.models.LlamaBackbone, CachedBackbone):
     Reference:
         https://arxiv.org/abs/2307.09288
     """
-
-    block_cls = LlamaTransformerDecoder
 
     def get_config(self):
         # Upstream's forgets whether the embeddings are tied, and with it how

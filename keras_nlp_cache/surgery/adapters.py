@@ -94,8 +94,8 @@ class ScaledHeads(AroundProjection):
     """Scales what each attention head contributes to the output.
 
     Args:
-        projection: The layer that projects `(B, T, heads, head_dim)` to
-            `(B, T, hidden_dim)`.
+        projection: The layer that projects `(B, T, heads, head_dim)`, or
+            `(B, T, heads * head_dim)`, to `(B, T, hidden_dim)`.
         scale: List of floats, one for each head. 0 ablates a head. They become
             a weight, `scale`, that may be assigned at any time.
         **kwargs: See `keras.layers.Layer`.
@@ -115,7 +115,10 @@ class ScaledHeads(AroundProjection):
         self.scale.assign(self._initial_scale)
 
     def call(self, x):
-        return self.projection(x * ops.cast(self.scale[:, None], x.dtype))
+        shape = ops.shape(x)
+        heads = (*shape[:2], self.scale.shape[0], -1)
+        x = ops.reshape(x, heads) * ops.cast(self.scale[:, None], x.dtype)
+        return self.projection(ops.reshape(x, shape))
 
     def get_config(self):
         return {**super().get_config(), "scale": self._initial_scale}
@@ -148,9 +151,40 @@ class AttentionSink(keras.layers.Layer):
             name="sink",
         )
 
-    def call(self, query, key, value, mask, scale, soft_cap, dropout):
+    def call(
+        self,
+        query,
+        key,
+        value,
+        mask,
+        scale,
+        soft_cap,
+        dropout,
+        sink=None,
+        bias=None,
+    ):
         return attend(
-            query, key, value, mask, scale, soft_cap, dropout, sink=self.sink
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            scale=scale,
+            soft_cap=soft_cap,
+            dropout=dropout,
+            sink=self.with_sink(sink),
+            bias=bias,
+        )
+
+    def with_sink(self, sink=None):
+        """Its own sink, together with the one that a family has, if any.
+
+        Two keys without values are as one of the logit to which their weights
+        add up.
+        """
+        if sink is None:
+            return self.sink
+        return ops.logaddexp(
+            ops.cast(sink, "float32"), ops.cast(self.sink, "float32")
         )
 
     def compute_output_shape(self, query_shape, **shapes):

@@ -28,6 +28,7 @@ PROJECTIONS = {
     "gate": "feedforward.gate",
     "up": "feedforward.up",
     "down": "feedforward.down",
+    "query_key_value": "attention.query_key_value",
 }
 
 
@@ -39,13 +40,15 @@ def replace_projections(model, where, projections, layer):
         where: Which decoder blocks. See `select()`.
         projections: `"query"`, `"key"`, `"value"` and `"output"` of attention,
             `"up"`, `"down"` and, where there is one, `"gate"` of the
-            feed-forward network, or a list of these.
+            feed-forward network, or a list of these. A family that projects to
+            the first three at once has `"query_key_value"` in their place.
         layer: Function that takes the projection and returns the layer to put
             in its place, which may call the projection. The first three
             project `(B, T, hidden_dim)` to `(B, T, heads, head_dim)`, the
             fourth projects `(B, T, query_heads, head_dim)` to `(B, T,
-            hidden_dim)`. Those of the feed-forward network project from and to
-            `(B, T, hidden_dim)`, with `(B, T, intermediate_dim)` between.
+            hidden_dim)`, in some families with the heads in a row. Those of the
+            feed-forward network project from and to `(B, T, hidden_dim)`, with
+            `(B, T, intermediate_dim)` between.
 
     Returns:
         A model of the same class.
@@ -100,7 +103,8 @@ def replace_attention(model, where, function):
         function: Function that takes the attention layer and returns a layer
             to be called as `keras_nlp_cache.attention.attend()` is, with the
             arguments `query`, `key`, `value`, `mask`, `scale`, `soft_cap` and
-            `dropout`. It is called with and without a cache.
+            `dropout`; in families that have such, with `sink` or `bias`, too.
+            It is called with and without a cache.
 
     Returns:
         A model of the same class.
@@ -210,12 +214,13 @@ def ablate_heads(model, where, heads):
 
     def change(part, old):
         takes, returns = part.shapes
-        if not heads or not all(-takes[2] <= i < takes[2] for i in heads):
+        count = part.query_heads
+        if not heads or not all(-count <= i < count for i in heads):
             raise EditError(
-                f"Expected `heads` to be some of the {takes[2]} heads of "
+                f"Expected `heads` to be some of the {count} heads of "
                 f"{part.name!r}. Received: {heads}."
             )
-        scale = [1.0] * takes[2]
+        scale = [1.0] * count
         for i in heads:
             scale[i] = 0.0
         new = ScaledHeads(

@@ -6,8 +6,9 @@ import keras
 
 from keras_nlp_cache.cached_block import first_argument
 from keras_nlp_cache.decoder_block import DecoderBlock
-from keras_nlp_cache.decoder_block import specialize
+from keras_nlp_cache.drop_in import stand_in
 from keras_nlp_cache.sites import Site
+from keras_nlp_cache.specializing import specialize
 from keras_nlp_cache.surgery import part_edits
 from keras_nlp_cache.surgery.newcomers import Newcomers
 from keras_nlp_cache.surgery.parts import EditedBlocks
@@ -326,11 +327,11 @@ def _call(layer, args, kwargs, shape):
 
 def _adopt(layer, x):
     """Gives one of upstream's decoder blocks the class that takes a cache."""
-    for cls in DecoderBlock.__subclasses__():
-        if type(layer) in cls.__bases__:
-            if not layer.built:
-                layer.build(x.shape)
-            specialize(layer, cls)
+    cls = stand_in(type(layer))
+    if cls is not None and issubclass(cls, DecoderBlock):
+        if not layer.built:
+            layer.build(x.shape)
+        specialize(layer, cls)
 
 
 def _accepted(layer, kwargs):

@@ -233,9 +233,23 @@ class WeightsTap(_Holder, BlockTap):
         super().__init__(function, **kwargs)
         self.heads = heads
 
-    def call(self, query, key, value, mask, scale, soft_cap, dropout):
-        sink = None if self.function is None else self.function.sink
-        weights = attention_weights(query, key, mask, scale, soft_cap, sink)
+    def call(
+        self,
+        query,
+        key,
+        value,
+        mask,
+        scale,
+        soft_cap,
+        dropout,
+        sink=None,
+        bias=None,
+    ):
+        further = {"sink": sink, "bias": bias}
+        own = sink if self.function is None else self.function.with_sink(sink)
+        weights = attention_weights(
+            query, key, mask, scale, soft_cap, own, bias
+        )
         batch, _, _, length, slots = ops.shape(weights)
         self.put(ops.reshape(weights, (batch, self.heads, length, slots)))
         return (self.function or attend)(
@@ -246,6 +260,7 @@ class WeightsTap(_Holder, BlockTap):
             scale=scale,
             soft_cap=soft_cap,
             dropout=dropout,
+            **further,
         )
 
     def tap_spec(self, hidden_states, slots):

@@ -2,6 +2,7 @@
 
 import fnmatch
 import functools
+import math
 import typing
 
 import keras
@@ -70,6 +71,13 @@ class Part(typing.NamedTuple):
         return f"Part({self.name}: {type(self.layer).__name__})"
 
     @property
+    def query_heads(self):
+        """How many query heads the attention of the block has."""
+        block = self.site.layer
+        attention = getattr(block, block.attention_name)
+        return attention.compute_query_shape(self.site.shape)[2]
+
+    @property
     def shapes(self):
         """What the layer takes and returns, as two shapes."""
         block, hidden = self.site.layer, self.site.shape
@@ -77,6 +85,8 @@ class Part(typing.NamedTuple):
         heads = hidden
         if not hasattr(attention, "stand_in"):
             heads = attention.compute_query_shape(hidden)
+            if attention.merges_heads:
+                heads = (*heads[:2], math.prod(heads[2:]))
         if self.part in ("attention", "feedforward", RESIDUAL, WEIGHTS):
             return hidden, hidden
         if self.part.endswith("norm"):

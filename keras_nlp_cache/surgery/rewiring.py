@@ -135,7 +135,10 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
     if backbone.takes_generated:
         _ = wiring.generated
     with _undone_on_error(backbone), replaying(wiring):
-        inputs = {**wiring.inputs, "cache": [None] * len(backbone.blocks) * 2}
+        inputs = {
+            **wiring.inputs,
+            "cache": [None] * len(backbone.cache_spec) * 2,
+        }
         hidden_states, kept = backbone.replay(inputs, wiring.positions, call)
         if not wiring.blocks:
             raise EditError(

@@ -1,0 +1,20 @@
+"""What it is to have an entry in the cache."""
+
+
+class Remembers:
+    """Mixin for layers that have an entry in the cache.
+
+    A block may hold several. Each finds its own entry in the call under way,
+    by `block_call.entry_of()`.
+
+    Attributes:
+        key_value_shape: `(key_value_heads, head_dim)` of the keys and of the
+            values.
+        window: Optional int. How many positions a query sees, its own
+            included.
+        wants_distance: bool. Whether its `LayerCache` is to say how far apart
+            tokens stand.
+    """
+
+    window = None
+    wants_distance = False
