@@ -38,6 +38,16 @@ _LLAMA = dict(
     intermediate_dim=48,
 )
 _GEMMA = dict(_LLAMA, head_dim=8, intermediate_dim=96)
+_HEADS = dict(
+    vocabulary_size=VOCABULARY_SIZE,
+    num_layers=2,
+    num_heads=4,
+    hidden_dim=32,
+    intermediate_dim=48,
+)
+_GPT2 = dict(_HEADS, max_sequence_length=64, dropout=0.0)
+_FALCON = {k: v for k, v in _HEADS.items() if k != "num_heads"}
+_FALCON["num_attention_heads"] = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +94,8 @@ class Family:
         """One of our tasks and upstream's, without a preprocessor."""
         ours, upstream = self.pair
         return (
-            self.ours("CausalLM")(ours, None),
-            self.upstream("CausalLM")(upstream, None),
+            self.ours("CausalLM")(backbone=ours, preprocessor=None),
+            self.upstream("CausalLM")(backbone=upstream, preprocessor=None),
         )
 
     def text_lm(self):
@@ -110,19 +120,7 @@ def _family(name, prefix, config, **kwargs):
 
 
 FAMILIES = (
-    _family(
-        "gpt2",
-        "GPT2",
-        dict(
-            vocabulary_size=VOCABULARY_SIZE,
-            num_layers=2,
-            num_heads=4,
-            hidden_dim=32,
-            intermediate_dim=48,
-            max_sequence_length=64,
-            dropout=0.0,
-        ),
-    ),
+    _family("gpt2", "GPT2", _GPT2),
     _family("gemma", "Gemma", _GEMMA),
     _family(
         "gemma2",
@@ -146,6 +144,59 @@ FAMILIES = (
         rope_low_freq_factor=1.0,
         rope_high_freq_factor=4.0,
         rope_pretraining_sequence_length=16,
+    ),
+)
+
+FAMILIES += (
+    _family("opt", "OPT", _GPT2),
+    _family("mistral", "Mistral", _LLAMA, sliding_window=4, head_dim=12),
+    _family("mixtral", "Mixtral", _LLAMA, sliding_window=4, num_experts=4),
+    _family(
+        "qwen",
+        "Qwen",
+        _LLAMA,
+        use_sliding_window_attention=True,
+        sliding_window_size=4,
+    ),
+    _family(
+        "qwen_moe",
+        "QwenMoe",
+        _LLAMA,
+        moe_intermediate_dim=16,
+        shared_expert_intermediate_dim=24,
+        num_experts=4,
+        top_k=2,
+        decoder_sparse_step=2,
+        use_sliding_window_attention=True,
+        sliding_window_size=4,
+    ),
+    _family("qwen3", "Qwen3", _LLAMA, head_dim=12, sliding_window_size=4),
+    _family(
+        "qwen3_moe",
+        "Qwen3Moe",
+        _LLAMA,
+        moe_intermediate_dim=16,
+        head_dim=12,
+        num_experts=4,
+        top_k=2,
+        norm_top_k_prob=True,
+        sliding_window_size=4,
+    ),
+    _family("phi3", "Phi3", _LLAMA),
+    _family("gpt_oss", "GptOss", _LLAMA, num_experts=4, sliding_window=4),
+    _family("gpt_neo_x", "GPTNeoX", _HEADS, max_sequence_length=64),
+    _family("bloom", "Bloom", _HEADS),
+    _family("falcon", "Falcon", _FALCON),
+    _family(
+        "gemma3",
+        "Gemma3",
+        _GEMMA,
+        image_size=16,
+        use_query_key_norm=True,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        use_sliding_window_attention=True,
+        sliding_window_size=4,
     ),
 )
 
@@ -268,6 +319,23 @@ def compiled(function):
     import jax
 
     return jax.jit(lambda *args: function(*args))
+
+
+def call_by_hand(block, x, pair, index):
+    """Calls a decoder block on hidden states with its `(key, value)` pair.
+
+    Returns:
+        `(hidden_states, pair)`.
+    """
+    if PATCHED:
+        name = block.cache_argument
+        return block(x, **{name: pair, f"{name}_update_index": index})
+    from keras_nlp_cache.cache import LayerCache
+
+    (layer,) = block.remembering
+    entry = LayerCache.of_pair(pair, index, x.shape[1], layer.window)
+    x, (pair,) = block(x, entries=(entry,))
+    return x, pair
 
 
 def decode(backbone, token_ids, splits, max_length=None, dtype=None, **extra):

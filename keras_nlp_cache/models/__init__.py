@@ -1,23 +1,75 @@
 """Drop-in replacements for the models of the same names in keras_hub."""
 
 from keras_nlp_cache.causal_lm import CausalLM
+from keras_nlp_cache.models.bloom import BloomBackbone
+from keras_nlp_cache.models.bloom import BloomCausalLM
+from keras_nlp_cache.models.falcon import FalconBackbone
+from keras_nlp_cache.models.falcon import FalconCausalLM
 from keras_nlp_cache.models.gemma import GemmaBackbone
 from keras_nlp_cache.models.gemma import GemmaCausalLM
+from keras_nlp_cache.models.gemma3 import Gemma3Backbone
+from keras_nlp_cache.models.gemma3 import Gemma3CausalLM
 from keras_nlp_cache.models.gpt2 import GPT2Backbone
 from keras_nlp_cache.models.gpt2 import GPT2CausalLM
+from keras_nlp_cache.models.gpt_neo_x import GPTNeoXBackbone
+from keras_nlp_cache.models.gpt_neo_x import GPTNeoXCausalLM
+from keras_nlp_cache.models.gpt_oss import GptOssBackbone
+from keras_nlp_cache.models.gpt_oss import GptOssCausalLM
 from keras_nlp_cache.models.llama import LlamaBackbone
 from keras_nlp_cache.models.llama import LlamaCausalLM
 from keras_nlp_cache.models.llama3 import Llama3Backbone
 from keras_nlp_cache.models.llama3 import Llama3CausalLM
+from keras_nlp_cache.models.mistral import MistralBackbone
+from keras_nlp_cache.models.mistral import MistralCausalLM
+from keras_nlp_cache.models.mixtral import MixtralBackbone
+from keras_nlp_cache.models.mixtral import MixtralCausalLM
+from keras_nlp_cache.models.opt import OPTBackbone
+from keras_nlp_cache.models.opt import OPTCausalLM
+from keras_nlp_cache.models.phi3 import Phi3Backbone
+from keras_nlp_cache.models.phi3 import Phi3CausalLM
+from keras_nlp_cache.models.qwen import QwenBackbone
+from keras_nlp_cache.models.qwen import QwenCausalLM
+from keras_nlp_cache.models.qwen3 import Qwen3Backbone
+from keras_nlp_cache.models.qwen3 import Qwen3CausalLM
+from keras_nlp_cache.models.qwen3_moe import Qwen3MoeBackbone
+from keras_nlp_cache.models.qwen3_moe import Qwen3MoeCausalLM
+from keras_nlp_cache.models.qwen_moe import QwenMoeBackbone
+from keras_nlp_cache.models.qwen_moe import QwenMoeCausalLM
 
 __all__ = [
+    "BloomBackbone",
+    "BloomCausalLM",
     "CausalLM",
+    "FalconBackbone",
+    "FalconCausalLM",
     "GPT2Backbone",
     "GPT2CausalLM",
+    "GPTNeoXBackbone",
+    "GPTNeoXCausalLM",
+    "Gemma3Backbone",
+    "Gemma3CausalLM",
     "GemmaBackbone",
     "GemmaCausalLM",
+    "GptOssBackbone",
+    "GptOssCausalLM",
     "Llama3Backbone",
     "Llama3CausalLM",
     "LlamaBackbone",
     "LlamaCausalLM",
+    "MistralBackbone",
+    "MistralCausalLM",
+    "MixtralBackbone",
+    "MixtralCausalLM",
+    "OPTBackbone",
+    "OPTCausalLM",
+    "Phi3Backbone",
+    "Phi3CausalLM",
+    "Qwen3Backbone",
+    "Qwen3CausalLM",
+    "Qwen3MoeBackbone",
+    "Qwen3MoeCausalLM",
+    "QwenBackbone",
+    "QwenCausalLM",
+    "QwenMoeBackbone",
+    "QwenMoeCausalLM",
 ]

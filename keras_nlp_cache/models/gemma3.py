@@ -1,0 +1,59 @@
+"""Gemma 3: queries and keys are normalized, two bases for positions."""
+
+import keras_hub
+from keras_hub.src.models.gemma3 import gemma3_attention
+from keras_hub.src.models.gemma3 import gemma3_decoder_block
+
+from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.causal_lm import CausalLM
+from keras_nlp_cache.decoder_block import decoder_block
+from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.models.gemma import gemma_parts
+from keras_nlp_cache.models.gemma import GemmaAttention
+
+decoder_block(gemma3_decoder_block.Gemma3DecoderBlock, gemma_parts)
+
+
+@replaces(gemma3_attention.CachedGemma3Attention)
+class CachedGemma3Attention(
+    GemmaAttention, gemma3_attention.CachedGemma3Attention
+):
+    """Grouped-query attention that remembers."""
+
+
+@replaces(keras_hub.models.Gemma3Backbone)
+class Gemma3Backbone(keras_hub.models.Gemma3Backbone, CachedBackbone):
+    """Gemma 3 with a cache in its graph.
+
+    A drop-in replacement for `keras_hub.models.Gemma3Backbone`: the same
+    arguments, weights and files. `CachedBackbone` describes what it can be
+    called with beyond upstream's inputs.
+
+    Example:
+
+    ```python
+    backbone = keras_nlp_cache.models.Gemma3Backbone(
+        vocabulary_size=100, num_layers=2, num_query_heads=4,
+        num_key_value_heads=2, hidden_dim=32, intermediate_dim=64,
+        head_dim=8, image_size=16,
+    )
+    cache = backbone.make_cache(batch_size=1, max_length=8)
+    hidden_states, cache = backbone(
+        {"token_ids": [[1, 2, 3]], "cache": cache, "cache_update_index": 0}
+    )
+    ```
+
+    Reference:
+        https://arxiv.org/abs/2503.19786
+    """
+
+
+@replaces(keras_hub.models.Gemma3CausalLM)
+class Gemma3CausalLM(CausalLM, keras_hub.models.Gemma3CausalLM):
+    """Gemma 3 that generates through the graph of its backbone.
+
+    A drop-in replacement for `keras_hub.models.Gemma3CausalLM`. See
+    `CausalLM`.
+    """
+
+    backbone_cls = Gemma3Backbone

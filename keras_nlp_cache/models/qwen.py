@@ -1,0 +1,57 @@
+"""Qwen 2 and 2.5: rotary positions, biases, grouped queries."""
+
+import keras_hub
+from keras_hub.src.models.qwen import qwen_attention
+from keras_hub.src.models.qwen import qwen_decoder
+
+from keras_nlp_cache.attention import CachedAttention
+from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.causal_lm import CausalLM
+from keras_nlp_cache.decoder_block import decoder_block
+from keras_nlp_cache.drop_in import replaces
+
+decoder_block(qwen_decoder.QwenTransformerDecoder)
+
+
+@replaces(qwen_attention.QwenAttention)
+class QwenAttention(CachedAttention, qwen_attention.QwenAttention):
+    """Grouped-query attention that remembers."""
+
+    dropout_of_heads = "_dropout_layer"
+
+
+@replaces(keras_hub.models.QwenBackbone)
+class QwenBackbone(keras_hub.models.QwenBackbone, CachedBackbone):
+    """Qwen 2 or 2.5 with a cache in its graph.
+
+    A drop-in replacement for `keras_hub.models.QwenBackbone`: the same
+    arguments, weights and files. `CachedBackbone` describes what it can be
+    called with beyond upstream's inputs.
+
+    Example:
+
+    ```python
+    backbone = keras_nlp_cache.models.QwenBackbone(
+        vocabulary_size=100, num_layers=2, num_query_heads=4,
+        num_key_value_heads=2, hidden_dim=32, intermediate_dim=64,
+    )
+    cache = backbone.make_cache(batch_size=1, max_length=8)
+    hidden_states, cache = backbone(
+        {"token_ids": [[1, 2, 3]], "cache": cache, "cache_update_index": 0}
+    )
+    ```
+
+    Reference:
+        https://arxiv.org/abs/2407.10671
+    """
+
+
+@replaces(keras_hub.models.QwenCausalLM)
+class QwenCausalLM(CausalLM, keras_hub.models.QwenCausalLM):
+    """Qwen 2 or 2.5 that generates through the graph of its backbone.
+
+    A drop-in replacement for `keras_hub.models.QwenCausalLM`. See
+    `CausalLM`.
+    """
+
+    backbone_cls = QwenBackbone

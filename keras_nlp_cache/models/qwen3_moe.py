@@ -1,0 +1,59 @@
+"""Qwen 3 MoE: Qwen 3 with a mixture of experts."""
+
+import keras_hub
+from keras_hub.src.models.qwen3_moe import qwen3_moe_attention
+from keras_hub.src.models.qwen3_moe import qwen3_moe_decoder
+
+from keras_nlp_cache.attention import CachedAttention
+from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.causal_lm import CausalLM
+from keras_nlp_cache.decoder_block import decoder_block
+from keras_nlp_cache.drop_in import replaces
+
+decoder_block(qwen3_moe_decoder.Qwen3MoeTransformerDecoder)
+
+
+@replaces(qwen3_moe_attention.Qwen3MoeAttention)
+class Qwen3MoeAttention(CachedAttention, qwen3_moe_attention.Qwen3MoeAttention):
+    """Grouped-query attention that remembers."""
+
+    dropout_of_heads = "_dropout_layer"
+
+
+@replaces(keras_hub.models.Qwen3MoeBackbone)
+class Qwen3MoeBackbone(keras_hub.models.Qwen3MoeBackbone, CachedBackbone):
+    """Qwen 3 MoE with a cache in its graph.
+
+    A drop-in replacement for `keras_hub.models.Qwen3MoeBackbone`: the same
+    arguments, weights and files. `CachedBackbone` describes what it can be
+    called with beyond upstream's inputs.
+
+    Example:
+
+    ```python
+    backbone = keras_nlp_cache.models.Qwen3MoeBackbone(
+        vocabulary_size=100, num_layers=2, num_query_heads=4,
+        num_key_value_heads=2, hidden_dim=32, intermediate_dim=64,
+        moe_intermediate_dim=16, head_dim=8, num_experts=4, top_k=2,
+        norm_top_k_prob=True,
+    )
+    cache = backbone.make_cache(batch_size=1, max_length=8)
+    hidden_states, cache = backbone(
+        {"token_ids": [[1, 2, 3]], "cache": cache, "cache_update_index": 0}
+    )
+    ```
+
+    Reference:
+        https://arxiv.org/abs/2505.09388
+    """
+
+
+@replaces(keras_hub.models.Qwen3MoeCausalLM)
+class Qwen3MoeCausalLM(CausalLM, keras_hub.models.Qwen3MoeCausalLM):
+    """Qwen 3 MoE that generates through the graph of its backbone.
+
+    A drop-in replacement for `keras_hub.models.Qwen3MoeCausalLM`. See
+    `CausalLM`.
+    """
+
+    backbone_cls = Qwen3MoeBackbone

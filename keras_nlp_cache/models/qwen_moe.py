@@ -1,0 +1,59 @@
+"""Qwen 1.5 MoE: Qwen with a mixture of experts, one of them shared."""
+
+import keras_hub
+from keras_hub.src.models.qwen_moe import qwen_moe_attention
+from keras_hub.src.models.qwen_moe import qwen_moe_decoder
+
+from keras_nlp_cache.attention import CachedAttention
+from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.causal_lm import CausalLM
+from keras_nlp_cache.decoder_block import decoder_block
+from keras_nlp_cache.drop_in import replaces
+
+decoder_block(qwen_moe_decoder.QwenMoeTransformerDecoder)
+
+
+@replaces(qwen_moe_attention.QwenMoeAttention)
+class QwenMoeAttention(CachedAttention, qwen_moe_attention.QwenMoeAttention):
+    """Grouped-query attention that remembers."""
+
+    dropout_of_heads = "_dropout_layer"
+
+
+@replaces(keras_hub.models.QwenMoeBackbone)
+class QwenMoeBackbone(keras_hub.models.QwenMoeBackbone, CachedBackbone):
+    """Qwen MoE with a cache in its graph.
+
+    A drop-in replacement for `keras_hub.models.QwenMoeBackbone`: the same
+    arguments, weights and files. `CachedBackbone` describes what it can be
+    called with beyond upstream's inputs.
+
+    Example:
+
+    ```python
+    backbone = keras_nlp_cache.models.QwenMoeBackbone(
+        vocabulary_size=100, num_layers=2, num_query_heads=4,
+        num_key_value_heads=2, hidden_dim=32, intermediate_dim=64,
+        moe_intermediate_dim=16, shared_expert_intermediate_dim=32,
+        num_experts=4, top_k=2,
+    )
+    cache = backbone.make_cache(batch_size=1, max_length=8)
+    hidden_states, cache = backbone(
+        {"token_ids": [[1, 2, 3]], "cache": cache, "cache_update_index": 0}
+    )
+    ```
+
+    Reference:
+        https://qwenlm.github.io/blog/qwen-moe/
+    """
+
+
+@replaces(keras_hub.models.QwenMoeCausalLM)
+class QwenMoeCausalLM(CausalLM, keras_hub.models.QwenMoeCausalLM):
+    """Qwen MoE that generates through the graph of its backbone.
+
+    A drop-in replacement for `keras_hub.models.QwenMoeCausalLM`. See
+    `CausalLM`.
+    """
+
+    backbone_cls = QwenMoeBackbone
