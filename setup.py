@@ -84,6 +84,8 @@ setup(
         "bench": BENCH,
     },
     entry_points={
-        "console_scripts": ["keras-nlp-cache = keras_nlp_cache.cli:main"]
+        "console_scripts": [
+            "keras-nlp-cache = keras_nlp_cache.command_line.cli:main"
+        ]
     },
 )

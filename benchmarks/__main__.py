@@ -32,7 +32,7 @@ from tabulate import tabulate
 from benchmarks import figures
 from benchmarks import models
 from benchmarks.worker import SYSTEMS
-from keras_nlp_cache import atomic_file
+from keras_nlp_cache.files import atomic_file
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BACKENDS = ("jax", "tensorflow", "torch")

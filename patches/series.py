@@ -197,7 +197,7 @@ def generate(module, generated):
     """The text of a module of the package, for a place in another project.
 
     Args:
-        module: str, such as `"keras_nlp_cache.cache"`.
+        module: str, such as `"keras_nlp_cache.cache.layer_cache"`.
         generated: The `generated` of the series.
     """
     names = {

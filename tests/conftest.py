@@ -120,7 +120,7 @@ def smollm2():
 
 
 if keras.config.backend() == "tensorflow" and not PATCHED:
-    from keras_nlp_cache.loops.tensorflow_loop import TensorFlowLoop
+    from keras_nlp_cache.generate.loops.tensorflow_loop import TensorFlowLoop
 
     # TensorFlow keeps what XLA compiled for as long as the process lives, some
     # 20 MiB for each of hundreds of small models. Tests of the compiled loops

@@ -16,7 +16,7 @@ import jax
 import keras
 import numpy as np
 
-from keras_nlp_cache.loops.generation import slots_for
+from keras_nlp_cache.generate.loops.generation import slots_for
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import random_tokens

@@ -330,7 +330,7 @@ def call_by_hand(block, x, pair, index):
     if PATCHED:
         name = block.cache_argument
         return block(x, **{name: pair, f"{name}_update_index": index})
-    from keras_nlp_cache.cache import LayerCache
+    from keras_nlp_cache.cache.layer_cache import LayerCache
 
     (layer,) = block.remembering
     entry = LayerCache.of_pair(pair, index, x.shape[1], layer.window)

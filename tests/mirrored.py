@@ -13,7 +13,7 @@ import keras_hub
 import numpy as np
 import tensorflow as tf
 
-from keras_nlp_cache.loops.tensorflow_loop import TensorFlowLoop
+from keras_nlp_cache.generate.loops.tensorflow_loop import TensorFlowLoop
 from tests.families import FAMILIES
 from tests.families import padding_mask
 

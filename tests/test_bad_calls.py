@@ -13,7 +13,7 @@ import pytest
 
 import keras_nlp_cache
 from keras_nlp_cache import models
-from keras_nlp_cache.cli import main
+from keras_nlp_cache.command_line.cli import main
 from tests import test_bad_input
 from tests import test_command_line
 from tests.families import FAMILIES

@@ -9,7 +9,7 @@ import pytest
 from keras_nlp_cache import coverage
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import models
-from keras_nlp_cache.cli import main
+from keras_nlp_cache.command_line.cli import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COVERED = {

@@ -8,11 +8,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_nlp_cache.attend import attend
-from keras_nlp_cache.attend import attend_filled
-from keras_nlp_cache.attend import block_size
-from keras_nlp_cache.cache import causal_mask
-from keras_nlp_cache.cache import MASKED
+from keras_nlp_cache.attention.functions import attend
+from keras_nlp_cache.attention.functions import attend_filled
+from keras_nlp_cache.attention.functions import block_size
+from keras_nlp_cache.cache.layer_cache import causal_mask
+from keras_nlp_cache.cache.layer_cache import MASKED
 
 BLOCK = block_size(256, 1)
 SLOTS = (BLOCK, 2 * BLOCK, 3 * BLOCK, 2 * BLOCK + 8)

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from keras_nlp_cache.inputs import OPTIONAL
-from keras_nlp_cache.inputs import REQUIRED
+from keras_nlp_cache.graph.inputs import OPTIONAL
+from keras_nlp_cache.graph.inputs import REQUIRED
 from tests.families import FAMILIES
 from tests.families import to_numpy
 

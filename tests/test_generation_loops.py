@@ -10,11 +10,11 @@ import pytest
 from keras import ops
 from keras import tree
 
-from keras_nlp_cache import loops
 from keras_nlp_cache import surgery
-from keras_nlp_cache.loops.generation import FEWEST_SLOTS
-from keras_nlp_cache.loops.generation import Loop
-from keras_nlp_cache.loops.generation import slots_for
+from keras_nlp_cache.generate import loops
+from keras_nlp_cache.generate.loops.generation import FEWEST_SLOTS
+from keras_nlp_cache.generate.loops.generation import Loop
+from keras_nlp_cache.generate.loops.generation import slots_for
 from tests.families import assert_greedy
 from tests.families import deep_families
 from tests.families import FAMILIES
@@ -106,7 +106,7 @@ def test_all_that_jax_compiles_is_counted():
     BACKEND != "tensorflow", reason="what the compiler leaves on TensorFlow"
 )
 def test_memory_is_given_back_after_compilations(monkeypatch):
-    from keras_nlp_cache.loops import tensorflow_loop
+    from keras_nlp_cache.generate.loops import tensorflow_loop
 
     tensorflow_loop.give_back_free_memory()
     compiled = []
@@ -406,7 +406,7 @@ def test_a_cache_that_is_done_with_is_used_again():
 
 @pytest.mark.skipif(BACKEND != "torch", reason="records PyTorch operators")
 def test_a_recorded_step_reads_the_same_memory_each_time(monkeypatch):
-    from keras_nlp_cache.loops import torch_loop
+    from keras_nlp_cache.generate.loops import torch_loop
 
     recordings = []
 

@@ -10,10 +10,10 @@ import safetensors.numpy
 import torch
 import transformers
 
-from keras_nlp_cache import gguf_preset
 from keras_nlp_cache import models
-from keras_nlp_cache.chat import chat_prompt
-from keras_nlp_cache.gguf_preset import conversion
+from keras_nlp_cache.command_line.chat import chat_prompt
+from keras_nlp_cache.files import gguf_preset
+from keras_nlp_cache.files.gguf_preset import conversion
 from tests import gguf_files
 from tests.families import random_tokens
 from tests.families import to_numpy

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_nlp_cache import steer_command
-from keras_nlp_cache.cli import main
+from keras_nlp_cache.command_line import steer_command
+from keras_nlp_cache.command_line.cli import main
 from keras_nlp_cache.surgery.control_vector import ControlVector
 from tests.families import FAMILIES
 from tests.families import in_words

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_nlp_cache import models
-from keras_nlp_cache.pieces import TextPieces
+from keras_nlp_cache.generate.pieces import TextPieces
 from tests.families import deep_families
 from tests.families import in_turn
 from tests.families import in_words

@@ -92,7 +92,7 @@ def test_presets(family, tmp_path):
         loaded = cls.from_preset(str(tmp_path))
         loaded.compile(sampler="greedy")
         assert loaded.generate("the fox", max_length=16) == expected
-    for cls in (type(backbone), keras_nlp_cache.backbone.CachedBackbone):
+    for cls in (type(backbone), keras_nlp_cache.graph.backbone.CachedBackbone):
         loaded = cls.from_preset(str(tmp_path))
         np.testing.assert_allclose(
             full_forward(loaded, random_tokens(1, 8) % 20),

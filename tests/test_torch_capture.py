@@ -12,8 +12,8 @@ if keras.config.backend() != "torch":
 
 import torch
 
-from keras_nlp_cache.loops.torch_capture import capture
-from keras_nlp_cache.loops.torch_capture import separate_views
+from keras_nlp_cache.generate.loops.torch_capture import capture
+from keras_nlp_cache.generate.loops.torch_capture import separate_views
 from tests.families import FAMILIES
 from tests.families import random_tokens
 from tests.families import to_numpy

@@ -9,7 +9,7 @@ if keras.config.backend() != "torch":
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keras_nlp_cache.loops.torch_products import DenseProducts
+from keras_nlp_cache.generate.loops.torch_products import DenseProducts
 
 
 class Operators(TorchDispatchMode):

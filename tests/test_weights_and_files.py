@@ -9,7 +9,7 @@ import pytest
 
 import keras_nlp_cache
 from keras_nlp_cache import models
-from keras_nlp_cache.backbone import CachedBackbone
+from keras_nlp_cache.graph.backbone import CachedBackbone
 from tests import text
 from tests.families import decode
 from tests.families import deep_suites

@@ -1,6 +1,6 @@
 """Drop-in replacements for the models of the same names in keras_hub."""
 
-from keras_nlp_cache.causal_lm import CausalLM
+from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.models.bloom import BloomBackbone
 from keras_nlp_cache.models.bloom import BloomCausalLM
 from keras_nlp_cache.models.falcon import FalconBackbone

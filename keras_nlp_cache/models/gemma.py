@@ -6,12 +6,12 @@ from keras_hub.src.models.gemma import gemma_attention
 from keras_hub.src.models.gemma import gemma_decoder_block
 from keras_hub.src.models.gemma import rms_normalization
 
-from keras_nlp_cache.attention import CachedAttention
-from keras_nlp_cache.backbone import CachedBackbone
-from keras_nlp_cache.causal_lm import CausalLM
-from keras_nlp_cache.decoder_block import decoder_block
+from keras_nlp_cache.attention.layer import CachedAttention
+from keras_nlp_cache.blocks.decoder_block import decoder_block
+from keras_nlp_cache.blocks.specializing import Specialized
 from keras_nlp_cache.drop_in import replaces
-from keras_nlp_cache.specializing import Specialized
+from keras_nlp_cache.generate.causal_lm import CausalLM
+from keras_nlp_cache.graph.backbone import CachedBackbone
 
 
 @replaces(rms_normalization.RMSNormalization)

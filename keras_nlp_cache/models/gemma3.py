@@ -4,10 +4,10 @@ import keras_hub
 from keras_hub.src.models.gemma3 import gemma3_attention
 from keras_hub.src.models.gemma3 import gemma3_decoder_block
 
-from keras_nlp_cache.backbone import CachedBackbone
-from keras_nlp_cache.causal_lm import CausalLM
-from keras_nlp_cache.decoder_block import decoder_block
+from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.generate.causal_lm import CausalLM
+from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.models.gemma import gemma_parts
 from keras_nlp_cache.models.gemma import GemmaAttention
 

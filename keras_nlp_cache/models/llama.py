@@ -4,11 +4,11 @@ import keras_hub
 from keras_hub.src.models.llama import llama_attention
 from keras_hub.src.models.llama import llama_decoder
 
-from keras_nlp_cache.attention import CachedAttention
-from keras_nlp_cache.backbone import CachedBackbone
-from keras_nlp_cache.causal_lm import CausalLM
-from keras_nlp_cache.decoder_block import decoder_block
+from keras_nlp_cache.attention.layer import CachedAttention
+from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.generate.causal_lm import CausalLM
+from keras_nlp_cache.graph.backbone import CachedBackbone
 
 decoder_block(llama_decoder.LlamaTransformerDecoder)
 

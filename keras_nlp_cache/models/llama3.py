@@ -2,10 +2,10 @@
 
 import keras_hub
 
+from keras_nlp_cache.blocks.specializing import specialize
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.models.llama import LlamaBackbone
 from keras_nlp_cache.models.llama import LlamaCausalLM
-from keras_nlp_cache.specializing import specialize
 
 
 @replaces(keras_hub.models.Llama3Backbone)

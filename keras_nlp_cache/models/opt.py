@@ -2,9 +2,9 @@
 
 import keras_hub
 
-from keras_nlp_cache.backbone import CachedBackbone
-from keras_nlp_cache.causal_lm import CausalLM
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.generate.causal_lm import CausalLM
+from keras_nlp_cache.graph.backbone import CachedBackbone
 
 
 @replaces(keras_hub.models.OPTBackbone)

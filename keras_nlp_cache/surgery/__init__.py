@@ -5,7 +5,7 @@ new one of the same class, over the same layers and weights. The edited graph is
 what trains, what is saved, and what generates, with its cache.
 """
 
-from keras_nlp_cache.sites import Site
+from keras_nlp_cache.graph.sites import Site
 from keras_nlp_cache.surgery.adapters import AttentionSink
 from keras_nlp_cache.surgery.adapters import LowRankAdapter
 from keras_nlp_cache.surgery.adapters import ScaledHeads

@@ -5,9 +5,9 @@ import math
 import keras
 from keras import ops
 
-from keras_nlp_cache.attend import attend
-from keras_nlp_cache.saved_graph import deserialize_layer
-from keras_nlp_cache.saved_graph import serialize_layer
+from keras_nlp_cache.attention.functions import attend
+from keras_nlp_cache.graph.saved_graph import deserialize_layer
+from keras_nlp_cache.graph.saved_graph import serialize_layer
 
 
 class AroundProjection(keras.layers.Layer):

@@ -2,8 +2,8 @@
 
 import keras
 
-from keras_nlp_cache.quantization import floating_policy
-from keras_nlp_cache.sharing import share
+from keras_nlp_cache.blocks.sharing import share
+from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.surgery import newcomers
 from keras_nlp_cache.surgery.adapters import AttentionSink
 from keras_nlp_cache.surgery.adapters import LowRankAdapter

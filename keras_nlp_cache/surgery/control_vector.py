@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_nlp_cache.backbone import CachedBackbone
-from keras_nlp_cache.quantization import floating_policy
-from keras_nlp_cache.replaying import active_wiring
+from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.graph.replaying import active_wiring
+from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.surgery import vector_files
 from keras_nlp_cache.surgery.positionwise import Positionwise
 from keras_nlp_cache.surgery.rewiring import backbone_of

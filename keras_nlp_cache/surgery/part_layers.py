@@ -7,13 +7,13 @@ it. They add no weights of their own.
 import keras
 from keras import ops
 
-from keras_nlp_cache import block_call
-from keras_nlp_cache.attend import attend
-from keras_nlp_cache.attend import attention_weights
-from keras_nlp_cache.block_call import BlockTap
-from keras_nlp_cache.block_call import InBlock
-from keras_nlp_cache.saved_graph import deserialize_layer
-from keras_nlp_cache.saved_graph import serialize_layer
+from keras_nlp_cache.attention.functions import attend
+from keras_nlp_cache.attention.functions import attention_weights
+from keras_nlp_cache.blocks import block_call
+from keras_nlp_cache.blocks.block_call import BlockTap
+from keras_nlp_cache.blocks.block_call import InBlock
+from keras_nlp_cache.graph.saved_graph import deserialize_layer
+from keras_nlp_cache.graph.saved_graph import serialize_layer
 
 
 class _Holder(keras.layers.Layer):
@@ -217,7 +217,7 @@ class Tap(_Holder, BlockTap):
 class WeightsTap(_Holder, BlockTap):
     """Has the block return its attention weights.
 
-    Called in place of `keras_nlp_cache.attend.attend()`.
+    Called in place of `keras_nlp_cache.attention.attend()`.
 
     Args:
         function: The layer that was called before, with a weight `sink`, or

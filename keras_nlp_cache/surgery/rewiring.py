@@ -4,14 +4,14 @@ import contextlib
 
 import keras
 
-from keras_nlp_cache.backbone import CachedBackbone
-from keras_nlp_cache.block_call import collecting_taps
-from keras_nlp_cache.cached_block import first_argument
-from keras_nlp_cache.causal_lm import CausalLM
-from keras_nlp_cache.quantization import floating_policy
-from keras_nlp_cache.replaying import replaying
+from keras_nlp_cache.blocks.block_call import collecting_taps
+from keras_nlp_cache.blocks.cached_block import first_argument
+from keras_nlp_cache.generate.causal_lm import CausalLM
+from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.graph.replaying import replaying
+from keras_nlp_cache.graph.wiring import Wiring
+from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.surgery.positionwise import check_positionwise
-from keras_nlp_cache.wiring import Wiring
 
 
 def rewire(model, call_function):

@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from keras_nlp_cache.sites import Site
+from keras_nlp_cache.graph.sites import Site
 from keras_nlp_cache.surgery.parts import matching
 from keras_nlp_cache.surgery.parts import Part
 from keras_nlp_cache.surgery.parts import parts_of

@@ -8,8 +8,8 @@ import importlib
 import pathlib
 import re
 
-from keras_nlp_cache import atomic_file
-from keras_nlp_cache import gguf_reader
+from keras_nlp_cache.files import atomic_file
+from keras_nlp_cache.files import gguf_reader
 
 _FORMAT = "control_vector"
 _ARCHITECTURE = "controlvector"

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 from tqdm import auto as tqdm
 
-from keras_nlp_cache.causal_lm import CausalLM
+from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.surgery import vector_files
 from keras_nlp_cache.surgery.edits import tap
 from keras_nlp_cache.surgery.selection import select

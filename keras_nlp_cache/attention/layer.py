@@ -1,0 +1,280 @@
+"""Attention layers that remember: how those of upstream come to have a cache.
+
+`attend.AttendsThroughCache` says what such a layer does: project, rotate,
+update the cache, attend, project. Here is what upstream's layers call what that
+takes. A model family subclasses `CachedAttention` together with upstream's
+layer and states only what it does or calls otherwise.
+"""
+
+import string
+
+import keras
+from keras import ops
+
+from keras_nlp_cache.attention.functions import AttendsThroughCache
+from keras_nlp_cache.attention.remembering import Remembers
+from keras_nlp_cache.blocks import block_call
+from keras_nlp_cache.blocks.cached_block import first_argument
+from keras_nlp_cache.blocks.sharing import share
+from keras_nlp_cache.blocks.specializing import Specialized
+from keras_nlp_cache.cache.layer_cache import is_owned
+from keras_nlp_cache.cache.layer_cache import LayerCache
+
+
+def in_order_of_kernel(equation):
+    """The same einsum of a dense layer, its axes named as the kernel has them.
+
+    JAX contracts axes in the order of their names. Where the kernel has them in
+    another, XLA transposes it, at every decode step.
+
+    Args:
+        equation: str, such as `"bquh,uhm->bqm"`.
+
+    Returns:
+        str, such as `"deab,abc->dec"`.
+    """
+    inputs, kernel, _ = equation.replace("->", ",").split(",")
+    names = dict.fromkeys(kernel + inputs)
+    return equation.translate(
+        str.maketrans(dict(zip(names, string.ascii_lowercase)))
+    )
+
+
+# What upstream's attention layers call what they are made of.
+_PROJECTIONS = {
+    "query": ("_query_dense", "query_dense"),
+    "key": ("_key_dense", "key_dense"),
+    "value": ("_value_dense", "value_dense"),
+    "output": ("_output_dense", "output_dense"),
+}
+_ROTARY = ("rotary_embedding_layer", "rope_layer")
+_ROTARY_SIZE = ("rotary_dim", "_rotary_dim")
+_QUERY_NORM = ("_query_dense_layer_norm", "query_norm")
+_KEY_NORM = ("_key_dense_layer_norm", "key_norm")
+_SCALE = ("_inv_norm_factor", "inv_norm_factor")
+_SOFT_CAP = ("logit_soft_cap",)
+_HAS_WINDOW = ("use_sliding_window_attention",)
+_WINDOW = ("sliding_window", "_sliding_window", "sliding_window_size")
+
+
+class CachedAttention(Specialized, Remembers, AttendsThroughCache):
+    """Mixin that gives an upstream attention layer an entry in the cache.
+
+    Placed before the upstream class in the bases of a layer of the same name.
+    All that it needs to know it finds under the names that upstream's layers
+    agree on, or says when the backbone is constructed what it looked for.
+
+    Attributes, beside those of `AttendsThroughCache`, for a family to set:
+        projections: Dictionary from `"query"`, `"key"`, `"value"` and
+            `"output"` to the attributes that hold the layers which project to
+            these, and from all heads to the output.
+        merges_heads: bool. Whether the output is projected from heads that
+            were put in a row, `(B, T, query_heads * head_dim)`.
+        dropout_of_weights: Name of the attribute that holds the dropout of the
+            attention weights, `None` without such.
+        dropout_of_heads: Name of the attribute that holds the dropout of what
+            heads return, before it is projected, `None` without such.
+        returns_cache: bool. Whether upstream's layer returns a pair even
+            without a cache.
+
+    Attributes that surgery sets:
+        replaced_attention: Layer that is called in place of `attend()`, with
+            its arguments by name.
+        stand_in: Layer that is called on `x` in place of all that comes before
+            the output projection. The cache stays as it is.
+    """
+
+    merges_heads = False
+    dropout_of_weights = None
+    dropout_of_heads = None
+    returns_cache = False
+
+    # === What it is made of ===
+
+    def on_specialized(self):
+        """Raises a `ValueError` if something is not where it was looked for."""
+        for attribute in self.projections.values():
+            if getattr(self, attribute, None) is None:
+                self._fail_to_find("a projection", (attribute,))
+        for value, what in (
+            (self.key_value_shape, "heads and their size"),
+            ((self.scale,), "the scale of its logits"),
+        ):
+            if not all(isinstance(x, int | float) for x in value):
+                self._fail_to_find(what, (), f"{what} to be {value}")
+        known = [self.rotary] if self._rotates_as_usual() else []
+        for name in (self.dropout_of_heads, self.dropout_of_weights):
+            known.append(None if name is None else getattr(self, name))
+        for layer in self._flatten_layers(include_self=False):
+            if any(layer is x for x in known):
+                continue
+            if "Rotary" in type(layer).__name__ and self._rotates_as_usual():
+                self._fail_to_find("its rotary embedding", _ROTARY)
+            if isinstance(layer, keras.layers.Dropout):
+                self._fail_to_find(
+                    f"said what layer {layer.name!r} is",
+                    ("dropout_of_weights", "dropout_of_heads"),
+                )
+
+    def _rotates_as_usual(self):
+        cls = type(self)
+        return (
+            cls.project is CachedAttention.project
+            and cls.rotate is CachedAttention.rotate
+        )
+
+    def _fail_to_find(self, what, names, found="none of these"):
+        raise ValueError(
+            f"Expected {type(self).__name__!r}, an attention layer of "
+            f"keras_hub, to have {what}"
+            f"{' as one of ' if names else ''}{', '.join(names)}. Received: "
+            f"{found}, in {self.name!r}. The class in keras_hub is another one "
+            "than this package was written for: its module in "
+            "`keras_nlp_cache/models/` has to say what differs."
+        )
+
+    def _find(self, names):
+        """The first of some attributes that there is, or `None`."""
+        for name in names:
+            if getattr(self, name, None) is not None:
+                return getattr(self, name)
+        return None
+
+    @property
+    def projections(self):
+        found = {}
+        for part, names in _PROJECTIONS.items():
+            found[part] = next((x for x in names if hasattr(self, x)), None)
+            if found[part] is None:
+                self._fail_to_find(f"its {part} projection", names)
+        return found
+
+    def projection(self, name):
+        """The layer that projects to query, key, value or output."""
+        return getattr(self, self.projections[name])
+
+    @property
+    def key_value_shape(self):
+        shape = self.projection("key").compute_output_shape((None, None, None))
+        return tuple(shape[2:])
+
+    @property
+    def rotary(self):
+        """The layer that rotates queries and keys, or `None`."""
+        return self._find(_ROTARY)
+
+    @property
+    def scale(self):
+        scale = self._find(_SCALE)
+        if scale is None:
+            self._fail_to_find("the scale of its logits", _SCALE)
+        return scale
+
+    @property
+    def soft_cap(self):
+        return self._find(_SOFT_CAP)
+
+    @property
+    def window(self):
+        if self._find(_HAS_WINDOW) is False:
+            return None
+        return self._find(_WINDOW) or None
+
+    @property
+    def weights_dropout(self):
+        return self._active_dropout(self.dropout_of_weights)
+
+    def _active_dropout(self, name):
+        layer = None if name is None else getattr(self, name)
+        return layer if layer is not None and layer.rate else None
+
+    def compute_query_shape(self, input_shape):
+        """`(B, T, query_heads, head_dim)`, from the shape of what comes in."""
+        return tuple(self.projection("query").compute_output_shape(input_shape))
+
+    # === What it does ===
+
+    def project(self, x, positions):
+        query, key, value = (
+            self.projection(name)(x) for name in ("query", "key", "value")
+        )
+        if self._find(_QUERY_NORM) is not None:
+            query = self._find(_QUERY_NORM)(query)
+            key = self._find(_KEY_NORM)(key)
+        return self.rotate(query, positions), self.rotate(key, positions), value
+
+    def rotate(self, x, positions):
+        """Turns queries or keys `(B, T, heads, head_dim)` by their positions.
+
+        Args:
+            x: Tensor.
+            positions: int32 tensor `(B or 1, T)`.
+        """
+        if self.rotary is None:
+            return x
+        size = self._find(_ROTARY_SIZE) or x.shape[-1]
+        if size == x.shape[-1]:
+            return self.rotary(x, positions=positions)
+        turned = self.rotary(x[..., :size], positions=positions)
+        return ops.concatenate((turned, x[..., size:]), axis=-1)
+
+    def merge_heads(self, x):
+        """Projects `(B, T, query_heads, head_dim)` to `(B, T, hidden_dim)`."""
+        dropout = self._active_dropout(self.dropout_of_heads)
+        if dropout is not None:
+            x = dropout(x)
+        if self.merges_heads:
+            x = ops.reshape(x, (*ops.shape(x)[:2], -1))
+        dense = self.projection("output")
+        # Surgery may have put another layer there. Everywhere but in a loop,
+        # sums are in upstream's order.
+        if is_owned() and type(dense) is keras.layers.EinsumDense:
+            if keras.config.backend() == "jax":
+                dense = share(
+                    dense, equation=in_order_of_kernel(dense.equation)
+                )
+        return dense(x)
+
+    def call(self, *args, **kwargs):
+        """Attends through the cache of the call under way, or as upstream.
+
+        Returns:
+            As upstream does.
+        """
+        x = first_argument(args, kwargs)
+        entry = block_call.entry_of(self)
+        if hasattr(self, "stand_in"):
+            output = self.projection("output")(self.stand_in(x))
+        elif entry is not None:
+            output, pair = self.attend_through(x, entry)
+            block_call.current().updated[id(self)] = pair
+        elif hasattr(self, "replaced_attention"):
+            output, _ = self.attend_through(x, self._all_at_once(x, **kwargs))
+        else:
+            return super().call(*args, **kwargs)
+        return (output, None) if self.returns_cache else output
+
+    def _all_at_once(self, x, attention_mask, cache=None, **kwargs):
+        """What it needs to attend to all of a text, without upstream's code."""
+        if cache is not None:
+            raise ValueError(
+                f"Expected no `cache` of keras_hub's for {self.name!r}, whose "
+                "attention function was replaced. Received: "
+                f"{type(cache).__name__}. Call the backbone, with a cache of "
+                "`make_cache()`."
+            )
+        return LayerCache.without_memory(
+            attention_mask, ops.shape(x)[1], self.window
+        )
+
+    def attention_function(self, cache, length):
+        if hasattr(self, "replaced_attention"):
+            return self.replaced_attention
+        return super().attention_function(cache, length)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # What becomes of its entry would not leave what is computed again. The
+        # block around it is computed again as a whole.
+        if block_call.entry_of(self) is not None or block_call.takes_part(self):
+            return layer_call
+        return super().rematerialized_call(layer_call, *args, **kwargs)

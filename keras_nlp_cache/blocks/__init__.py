@@ -1,0 +1,1 @@
+"""How upstream's decoder blocks are called, looked into, and shared."""

@@ -1,0 +1,289 @@
+"""Decoder blocks whose layers find their entries in the cache by themselves.
+
+A block is called exactly as upstream calls it, and runs upstream's code. It
+tells the layers inside that remember where their entries are, and returns what
+became of them beside what upstream's code returns. So one class serves every
+family, and no family needs code for its blocks.
+"""
+
+import functools
+import inspect
+
+import keras
+
+from keras_nlp_cache.attention.layer import CachedAttention
+from keras_nlp_cache.attention.remembering import Remembers
+from keras_nlp_cache.blocks import block_call
+from keras_nlp_cache.blocks.block_parts import find_parts
+from keras_nlp_cache.blocks.cached_block import CachedBlock
+from keras_nlp_cache.blocks.cached_block import first_argument
+from keras_nlp_cache.blocks.sharing import attributes
+from keras_nlp_cache.blocks.specializing import specialize_within
+from keras_nlp_cache.blocks.specializing import Specialized
+from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.drop_in import stand_in
+from keras_nlp_cache.graph.replaying import active_wiring
+
+
+class DecoderBlock(Specialized, CachedBlock):
+    """Mixin that gives an upstream decoder block entries in a cache.
+
+    `decoder_block()` makes the class for a block of upstream's.
+
+    A block has two branches, attention and feed-forward network. Each starts
+    from normalized hidden states and is added to the hidden states. The layers
+    that a branch is made of are its *parts*, which surgery can edit. A block
+    with tapped parts returns a dictionary of these last.
+
+    Call arguments:
+        *args: As upstream's block.
+        entries: Optional tuple with one `LayerCache` for each layer of
+            `remembering`.
+        **kwargs: As upstream's block.
+
+    Returns:
+        What upstream's block does. With `entries`, a pair of that and a tuple
+        of `(key, value)` pairs, updated.
+
+    Attributes, beside those of `CachedBlock`:
+        own_parts: Method that returns a dictionary like `parts`, with what
+            this family calls otherwise than others.
+    """
+
+    own_arguments = ("entries",)
+
+    def own_parts(self):
+        return {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        upstream = cls.__bases__[-1]
+        masks = [
+            name
+            for name in inspect.signature(upstream.call).parameters
+            if name.endswith("padding_mask") and "encoder" not in name
+        ]
+        if masks:
+            cls.padding_argument = masks[0]
+
+        @functools.wraps(upstream.build)
+        def build(self, *args, **kwargs):
+            upstream.build(self, *args, **kwargs)
+            self.on_specialized()
+
+        cls.build = build
+
+    def on_specialized(self):
+        # See `CachedBlock.__call__`.
+        self.autocast = False
+        specialize_within(self._layers)
+
+    # === What is inside ===
+
+    @property
+    def remembering(self):
+        return [
+            layer
+            for layer in self._flatten_layers(include_self=False)
+            if isinstance(layer, Remembers)
+        ]
+
+    @property
+    def attention_name(self):
+        """Name of the attribute that holds the attention layer."""
+        return next(
+            name
+            for name, layer in attributes(self).items()
+            if isinstance(layer, CachedAttention)
+        )
+
+    @property
+    def parts(self):
+        """Dictionary from the names of parts to the attributes they are.
+
+        `"attention.norm"`, `"feedforward.norm"`, `"feedforward.up"`,
+        `"feedforward.down"`, and where there are such `"feedforward.gate"`,
+        `"attention.post_norm"` and `"feedforward.post_norm"`. `"attention"` and
+        `"feedforward"` are the last layers of the branches, those whose results
+        are added. A dot in an attribute leads into a layer.
+        """
+        return find_parts(self) | self.own_parts()
+
+    @property
+    def part_paths(self):
+        """Dictionary from the names of parts to paths of attributes.
+
+        A path leads through the block to the layer: `("attention",
+        "query_dense")`.
+        """
+        name = self.attention_name
+        projections = getattr(self, name).projections
+        paths = {
+            f"attention.{part}": (name, attribute)
+            for part, attribute in projections.items()
+        }
+        paths |= {
+            part: tuple(attribute.split("."))
+            for part, attribute in self.parts.items()
+        }
+        return dict(sorted(paths.items()))
+
+    def _compute_self_attention_mask(self, *args, **kwargs):
+        if self._remembers_now():
+            return None
+        return super()._compute_self_attention_mask(*args, **kwargs)
+
+    def _compute_attention_mask(self, *args, **kwargs):
+        if self._remembers_now():
+            return None
+        return super()._compute_attention_mask(*args, **kwargs)
+
+    def _remembers_now(self):
+        """Whether our attention is called, which has a mask of its own."""
+        call = block_call.current()
+        return call is not None and bool(call.entries)
+
+    # === Calling it ===
+
+    def __call__(self, *args, **kwargs):
+        wiring = active_wiring()
+        if wiring is not None and kwargs.get("entries") is None:
+            if isinstance(first_argument(args, kwargs), keras.KerasTensor):
+                kwargs.pop("entries", None)
+                self._check_fits(first_argument(args, kwargs))
+                return wiring.call_block(self, args, kwargs)
+        outputs = super().__call__(*args, **kwargs)
+        if isinstance(first_argument(args, kwargs), keras.KerasTensor):
+            if self.tapped_parts:
+                block_call.collect(outputs[-1])
+        return outputs
+
+    def call(self, *args, entries=None, **kwargs):
+        hidden_states = first_argument(args, kwargs)
+        found = {}
+        if entries is not None and any(x.in_use for x in entries):
+            found = dict(zip(map(id, self.remembering), entries, strict=True))
+            # It speaks of slots, and our mask has it.
+            kwargs.pop(self.padding_argument, None)
+        with block_call.calling(hidden_states, found) as call:
+            outputs = super().call(*args, **kwargs)
+        if entries is not None:
+            outputs = (
+                outputs,
+                tuple(
+                    call.updated.get(id(layer), (entry.key, entry.value))
+                    for layer, entry in zip(self.remembering, entries)
+                ),
+            )
+        if not call.taps:
+            return outputs
+        block_call.collect(call.taps)
+        return *(outputs if entries is not None else (outputs,)), call.taps
+
+    def compute_output_spec(self, *args, **kwargs):
+        outputs = super().compute_output_spec(*args, **kwargs)
+        hidden_states = first_argument(args, kwargs)
+        entries, slots = kwargs.get("entries"), hidden_states.shape[1]
+        if entries is not None:
+            key = entries[0].key
+            slots = None if key is None else key.shape[2]
+        taps = {
+            tap.part: tap.tap_spec(hidden_states, slots) for tap in self._taps()
+        }
+        if not taps:
+            return outputs
+        return *(outputs if entries is not None else (outputs,)), taps
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """The call, to be computed again for a gradient.
+
+        What is computed again takes and returns nothing but tensors: JAX would
+        trace `training`, and TensorFlow cannot return what stands for no cache.
+        """
+        if block_call.takes_part(self):
+            return layer_call
+        fixed = {k: v for k, v in kwargs.items() if isinstance(v, bool)}
+        entries = kwargs.get("entries")
+        is_empty = entries is not None and entries[0].key is None
+
+        def on_tensors(*args, **kwargs):
+            outputs = layer_call(*args, **kwargs, **fixed)
+            return outputs[0] if is_empty else outputs
+
+        call = super().rematerialized_call(on_tensors, *args, **kwargs)
+
+        def rematerialized(*args, **kwargs):
+            kwargs = {k: v for k, v in kwargs.items() if k not in fixed}
+            outputs = call(*args, **kwargs)
+            if not is_empty:
+                return outputs
+            return outputs, ((None, None),) * len(entries)
+
+        return rematerialized
+
+    @property
+    def tapped_parts(self):
+        """Names of the parts whose results are returned, too, in order."""
+        return sorted({tap.part for tap in self._taps()})
+
+    def _taps(self):
+        return [
+            layer
+            for layer in self._flatten_layers(include_self=False)
+            if isinstance(layer, block_call.BlockTap)
+        ]
+
+    def _check_fits(self, x):
+        """Raises a `ValueError` if the block was built for another size."""
+        shapes = self.get_build_config() or {}
+        shapes = shapes.get("shapes_dict", shapes)
+        for shape in shapes.values():
+            if shape is not None and shape[-1] != x.shape[-1]:
+                raise ValueError(
+                    f"Expected decoder block {self.name!r}, which was built "
+                    f"for hidden states of size {shape[-1]}, to get such. "
+                    f"Received: shape={tuple(x.shape)}. Only blocks of the "
+                    "same hidden size go into one model."
+                )
+
+    def get_config(self):
+        # Some of upstream's forget an argument, or read an attribute that does
+        # not exist.
+        upstream = type(self).__bases__[-1]
+        try:
+            config = super().get_config()
+        except AttributeError:
+            config = keras.layers.Layer.get_config(self)
+        for name in inspect.signature(upstream.__init__).parameters:
+            if name not in config and hasattr(self, name):
+                value = getattr(self, name)
+                if name == "activation":
+                    config[name] = keras.activations.serialize(value)
+                else:
+                    config[name] = keras.saving.serialize_keras_object(value)
+        return config
+
+
+def decoder_block(upstream, own_parts=None):
+    """The class to give the decoder blocks of an upstream class.
+
+    Args:
+        upstream: A class of decoder blocks.
+        own_parts: Optional function from a block to a dictionary like that of
+            `DecoderBlock.parts`, with what other families call otherwise.
+
+    Returns:
+        A subclass of `DecoderBlock` and of `upstream`.
+    """
+    found = stand_in(upstream)
+    if found is not None:
+        return found
+    cls = type(
+        upstream.__name__,
+        (DecoderBlock, upstream),
+        {
+            "__doc__": f"A `{upstream.__name__}` whose attention remembers.",
+            "own_parts": own_parts or DecoderBlock.own_parts,
+        },
+    )
+    return replaces(upstream)(cls)

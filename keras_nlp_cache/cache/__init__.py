@@ -1,0 +1,1 @@
+"""What an entry of the cache is, and what all layers that have one share."""

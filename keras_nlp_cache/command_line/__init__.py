@@ -1,0 +1,1 @@
+"""`keras-nlp-cache`."""

@@ -1,0 +1,158 @@
+"""Converts a GGUF file to a Hugging Face directory, and keeps that."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+import filelock
+import numpy as np
+import platformdirs
+
+from keras_nlp_cache.files import gguf_reader
+from keras_nlp_cache.files.gguf_preset import architectures
+from keras_nlp_cache.files.gguf_preset import vocabulary
+
+# To be raised when the same file is to be converted to something else.
+_VERSION = 1
+# What is read of a file to tell it from others: 1 MiB, wherever it is large.
+_SAMPLES = 16
+_SAMPLE_BYTES = 2**16
+
+
+def cache_folder():
+    """Where converted models are kept.
+
+    `KERAS_NLP_CACHE_HOME` if that is set, else the user's cache folder.
+    """
+    home = os.environ.get("KERAS_NLP_CACHE_HOME")
+    return pathlib.Path(home or platformdirs.user_cache_dir("keras-nlp-cache"))
+
+
+def converted(path, folder=None):
+    """Returns the path of a converted GGUF file, converting it if need be.
+
+    The directory appears under its name when it is complete, and not before:
+    a conversion that is cut off leaves nothing that could be mistaken for it.
+    A file that was changed has another name there.
+
+    Args:
+        path: Path of the file.
+        folder: Optional path. Defaults to `cache_folder()`.
+
+    Returns:
+        A path that `CausalLM.from_preset()` takes, as a string.
+
+    Raises:
+        ImportError: If the package `gguf` is missing.
+        OSError: If the file cannot be read, or the folder not be written.
+        ValueError: If the file is damaged, or of a model that this package
+            does not cover.
+    """
+    path = pathlib.Path(path)
+    name = f"{path.stem[:64]}-{_fingerprint(path)}"
+    target = pathlib.Path(folder or cache_folder()) / name
+    if target.is_dir():
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.parent / f".{name}.lock"):
+        if not target.is_dir():
+            _convert_into(target, path)
+    return str(target)
+
+
+def _fingerprint(path):
+    """Names what a file holds, without reading all of many gigabytes.
+
+    Whoever changes a part that is not read here changes the time, too.
+    """
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        seen = hashlib.sha256(
+            f"{_VERSION} {status.st_size} {status.st_mtime_ns}".encode()
+        )
+        last = max(status.st_size - _SAMPLE_BYTES, 0)
+        for i in range(_SAMPLES):
+            file.seek(last * i // (_SAMPLES - 1))
+            seen.update(file.read(_SAMPLE_BYTES))
+    return seen.hexdigest()[:16]
+
+
+def _convert_into(target, path):
+    prefix = f".{target.name}.unfinished-"
+    # We hold the lock, so whatever is there was left by a process that died.
+    for leftover in target.parent.glob(f"{prefix}*"):
+        shutil.rmtree(leftover)
+    unfinished = tempfile.mkdtemp(prefix=prefix, dir=target.parent)
+    try:
+        print(f"Converting {path.name} once, into {target}", file=sys.stderr)
+        _convert(path, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _convert(path, folder):
+    """Writes a GGUF file as a Hugging Face directory."""
+    folder = pathlib.Path(folder)
+    model = architectures.Model(path, _read(path))
+    vocabulary.write(folder, model)
+    (folder / "config.json").write_text(json.dumps(model.config, indent=2))
+    _write_safetensors(folder / "model.safetensors", model)
+
+
+def _read(path):
+    try:
+        reader = gguf_reader.read(path)
+    except ImportError as e:
+        raise ImportError(
+            f"Reading {str(path)!r} needs the package `gguf`. Run "
+            "`pip install 'keras-nlp-cache[demo]'`."
+        ) from e
+    except OSError:
+        raise
+    except Exception as e:
+        # Damaged files raise whatever the library that reads them raises.
+        raise ValueError(
+            f"Expected {str(path)!r} to be a complete GGUF file. Received "
+            f"{type(e).__name__}: {e}. Copy or download it again."
+        ) from e
+    if reader.byte_order != "I":
+        raise ValueError(
+            f"Expected {str(path)!r} to have the byte order of this machine. "
+            "Received the other one. Convert it with `gguf-convert-endian`."
+        )
+    return reader
+
+
+def _write_safetensors(path, model):
+    """Writes all tensors as float32, with no more than one in memory."""
+    from tqdm import auto as tqdm
+
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in model.tensors:
+        size = 4 * int(np.prod(tensor.shape))
+        header[tensor.name] = {
+            "dtype": "F32",
+            "shape": tensor.shape,
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with (
+        open(path, "wb") as file,
+        tqdm.tqdm(
+            total=end, desc="Converting", unit="B", unit_scale=True
+        ) as bar,
+    ):
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in model.tensors:
+            x = np.ascontiguousarray(tensor.read(), "<f4")
+            # The header has promised this.
+            assert x.shape == tensor.shape, (tensor.name, x.shape)
+            file.write(x)
+            bar.update(x.nbytes)

@@ -1,0 +1,1 @@
+"""The task, and all ways to have it generate."""

@@ -1,0 +1,600 @@
+"""The task that generates through the backbone's graph."""
+
+import contextvars
+import inspect
+import threading
+
+import keras
+import keras_hub
+from keras import ops
+from keras import tree
+from keras.src.models.functional import Functional
+from keras_hub.src.utils.pipeline_model import PipelineModel
+from keras_hub.src.utils.python_utils import classproperty
+
+from keras_nlp_cache import drop_in
+from keras_nlp_cache.cache.layer_cache import is_owned
+from keras_nlp_cache.cache.layer_cache import owned_cache
+from keras_nlp_cache.files.preset_loader import preset_loader
+from keras_nlp_cache.generate import loops
+from keras_nlp_cache.generate import prompts
+from keras_nlp_cache.generate import reading
+from keras_nlp_cache.generate import scoring
+from keras_nlp_cache.generate.loops.batch import generate_batch
+from keras_nlp_cache.generate.loops.generation import Conditions
+from keras_nlp_cache.generate.loops.generation import supports
+from keras_nlp_cache.generate.session import Session
+from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.graph.backbone import without_taps
+from keras_nlp_cache.graph.cached_graph import floating_dtype
+from keras_nlp_cache.quantization.quantizing import layer_structure
+from keras_nlp_cache.quantization.quantizing import leaving_out
+from keras_nlp_cache.quantization.quantizing import quantizing
+
+# Upstream's `generate()` hands prompts on to a function of its own.
+_assistant_model = contextvars.ContextVar(
+    "keras_nlp_cache_assistant_model", default=None
+)
+
+# Threads that generate with one model share its loop.
+_making_loop = threading.RLock()
+
+
+# For the second base see `CachedBackbone`.
+class CausalLM(keras_hub.models.CausalLM, Functional):
+    """Base of the language modeling tasks that treat a backbone as one call.
+
+    A drop-in replacement for `keras_hub.models.CausalLM`. Where upstream's
+    tasks call the layers of their backbone by hand to generate, these call the
+    backbone, so whatever was done to its graph shows in what it generates.
+    They use nothing of it but its call, its `make_cache()`, and its
+    `token_embedding` to turn hidden states into logits.
+
+    Attributes:
+        embeddings_name: Name of the layer of the backbone that returns what
+            `score()` calls the embeddings.
+
+    Args:
+        backbone: A backbone of this package.
+        preprocessor: A `keras_hub.models.CausalLMPreprocessor`, or `None` to
+            pass token ids instead of strings.
+
+    Example:
+    ```python
+    backbone = GPT2Backbone(
+        vocabulary_size=100, num_layers=2, num_heads=4, hidden_dim=32,
+        intermediate_dim=64, max_sequence_length=32,
+    )
+    lm = GPT2CausalLM(backbone, preprocessor=None)
+    lm.compile(sampler="greedy")
+    prompt = {
+        "token_ids": np.array([[5, 6, 7, 0, 0, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0, 0]]),
+    }
+    lm.generate(prompt, stop_token_ids=None)
+    ```
+
+    Reference:
+        https://github.com/keras-team/keras-hub/issues/1862
+    """
+
+    embeddings_name = "token_embedding"
+
+    def __init__(self, *args, **kwargs):
+        # In upstream's order, which is not the same for all families.
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        backbone = given.arguments.get("backbone")
+        if not isinstance(backbone, CachedBackbone):
+            raise ValueError(
+                "Expected `backbone` to be a backbone of "
+                "`keras_nlp_cache.models`. Received an instance of "
+                f"{type(backbone).__module__}.{type(backbone).__name__}. Build "
+                "it with the class of the same name from "
+                "`keras_nlp_cache.models`; weights and presets are shared."
+            )
+        try:
+            with without_taps():
+                super().__init__(*args, **kwargs)
+        finally:
+            # The constructor of `PipelineModel` takes `Functional` from its
+            # bases for Keras to put back. Keras sees no need to, since it is
+            # among ours, and upstream's tasks would be left without it.
+            PipelineModel.__bases__ = (Functional,)
+
+    def run_backbone(self, token_ids, cache, cache_update_index, **inputs):
+        """Runs the backbone on some tokens of a sequence.
+
+        Takes the arguments of `call_with_cache()` and further inputs of the
+        backbone, and returns its hidden states and cache, without the logits.
+        """
+        with without_taps():
+            return self.backbone(
+                {
+                    "token_ids": token_ids,
+                    "cache": cache,
+                    "cache_update_index": cache_update_index,
+                    **inputs,
+                }
+            )
+
+    def call_with_cache(self, token_ids, cache, cache_update_index, **inputs):
+        """Runs the model on some tokens of a sequence.
+
+        Args:
+            token_ids: int tensor `(B, T)`.
+            cache: A cache from `backbone.make_cache()` or an earlier call. It
+                is not modified.
+            cache_update_index: int scalar, the slot of the first token.
+            **inputs: Further optional inputs of the backbone.
+
+        Returns:
+            A tuple `(logits, hidden_states, cache)`: logits of shape
+            `(B, T, vocabulary_size)`, hidden states of shape
+            `(B, T, hidden_dim)`, and the updated cache.
+
+        Raises:
+            ValueError: If the cache does not fit the model or the tokens.
+
+        Example:
+        ```python
+        cache = lm.backbone.make_cache(batch_size=1, max_length=8)
+        logits, _, cache = lm.call_with_cache([[5, 6, 7]], cache, 0)
+        logits, _, cache = lm.call_with_cache([[8]], cache, 3)
+        ```
+        """
+        hidden_states, cache = self.run_backbone(
+            token_ids, cache, cache_update_index, **inputs
+        )
+        return self._logits(hidden_states), hidden_states, cache
+
+    def read(self, token_ids, cache, cache_update_index):
+        """Runs what the model is on some tokens, for their cache.
+
+        Takes the arguments of `call_with_cache()`, and returns its hidden
+        states and cache. Calls that method if it was overridden.
+        """
+        if not self.overridden("call_with_cache"):
+            return self.run_backbone(token_ids, cache, cache_update_index)
+        _, hidden_states, cache = self.call_with_cache(
+            token_ids, cache, cache_update_index
+        )
+        return hidden_states, cache
+
+    def overridden(self, *names):
+        """Which methods are not those of this package.
+
+        Args:
+            *names: Names of methods by which upstream's users say how a model
+                generates. With `"make_generate_function"`, counts a
+                `generate_function` that was assigned, too.
+
+        Returns:
+            A list of those that a subclass or an attribute overrides.
+        """
+        found = [
+            name
+            for name in names
+            if name in vars(self)
+            or inspect.getattr_static(type(self), name) is not _METHODS[name]
+        ]
+        if "make_generate_function" in names:
+            if self.generate_function not in (None, self._generate):
+                found.append("generate_function")
+        return found
+
+    def _logits(self, hidden_states):
+        embedding = self.backbone.token_embedding
+        if is_owned() and keras.config.backend() == "tensorflow":
+            from keras_nlp_cache.generate.loops import tensorflow_products
+
+            return tensorflow_products.logits(embedding, hidden_states)
+        return embedding(hidden_states, reverse=True)
+
+    def _build_cache(self, token_ids):
+        # Called by upstream's `generate_step()`, which fills the cache here
+        # and then decodes with `call_with_cache()`.
+        batch_size, max_length = ops.shape(token_ids)
+        cache = self.backbone.make_cache(batch_size, max_length)
+        return self.read(token_ids, cache, 0)
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """Upstream's method, which `generate()` calls if it is overridden.
+
+        Otherwise it calls it only for samplers with a loop of their own.
+        """
+        if self.backbone.takes_generated:
+            raise ValueError(
+                "Expected a sampler that picks one token at a time, such as "
+                '"greedy", and no override of `generate_step()`, for a model '
+                "that is steered at generated tokens only. Received: "
+                f"{type(self.sampler).__name__}, on a loop that does not say "
+                "which tokens these are. Apply the control vector to all."
+            )
+        if self.overridden("_build_cache", "call_with_cache"):
+            # They may keep the cache.
+            return super().generate_step(inputs, stop_token_ids)
+        with owned_cache():
+            return super().generate_step(inputs, stop_token_ids)
+
+    def compile(self, *args, cache_dtype=None, **kwargs):
+        """Configures training and generation.
+
+        Upstream's method. `run_eagerly` and `jit_compile` hold for generation
+        too. `jit_compile="auto"`, the default, uses XLA on TensorFlow, on a
+        CPU as well, and not PyTorch's Inductor, which `True` asks for.
+
+        Args:
+            *args: As for `keras_hub.models.CausalLM.compile()`.
+            cache_dtype: Optional floating dtype of the keys and values that
+                are kept while generating. Defaults to the compute dtype.
+                `"bfloat16"` halves the memory of float32.
+            **kwargs: As for `keras_hub.models.CausalLM.compile()`.
+
+        Raises:
+            ValueError: If `cache_dtype` is not floating, or there is no such
+                sampler.
+        """
+        if cache_dtype is not None:
+            cache_dtype = floating_dtype("cache_dtype", cache_dtype)
+        with loops.outside_of_strategies():
+            # For its seeds to be where the cache is.
+            sampler = keras_hub.samplers.get(kwargs.pop("sampler", "top_k"))
+        if not callable(sampler):
+            raise ValueError(
+                "Expected `sampler` to be a `keras_hub.samplers.Sampler` or "
+                f'the name of one, such as "top_k". Received: {sampler!r}.'
+            )
+        super().compile(*args, sampler=sampler, **kwargs)
+        self.cache_dtype = cache_dtype
+        self._jit_compile_option = kwargs.get("jit_compile", "auto")
+        self._jit_compile_resolved = self.jit_compile
+        self._loop = self._compiled_step = None
+
+    @property
+    def generation_jit_compile(self):
+        """What `jit_compile` is for generation, `"auto"` if nobody said."""
+        if self.jit_compile != self._jit_compile_resolved:
+            return self.jit_compile  # Assigned since.
+        return self._jit_compile_option
+
+    @property
+    def generation_loop(self):
+        """The `generate.loops.Loop` that the model generates with.
+
+        Kept, with what it compiled, while the model has the same variables,
+        whose values may change, and the same sampler, called and compiled as
+        it was.
+        """
+        with _making_loop:
+            CausalLM.make_generate_function(self)
+            if self._loop is None or not self._loop.is_current():
+                self._loop = loops.make_loop(self)
+            return self._loop
+
+    def make_generate_function(self):
+        """Returns the function that generates from a batch of tokens.
+
+        As upstream's, it is kept as `generate_function`. Assign `None` to that
+        to have everything compiled anew, or a function to have it called.
+        """
+        with _making_loop:
+            if self.generate_function is None:
+                self._loop = self._compiled_step = None
+                self.generate_function = self._generate
+            return self.generate_function
+
+    def _generate(self, inputs, stop_token_ids=None):
+        stops = prompts.stop_tokens(stop_token_ids)
+        own_step = self.overridden("generate_step")
+        if not own_step:  # What that takes is its business.
+            prompts.check_tokens(inputs, self.backbone)
+            if supports(self.sampler) and not self.overridden("_build_cache"):
+                return generate_batch(
+                    self, inputs, stops, _assistant_model.get()
+                )
+        if not (own_step or callable(self.sampler)):
+            raise ValueError(
+                "Expected `sampler` to be a `keras_hub.samplers.Sampler`. "
+                f"Received: {self.sampler!r}. Assign one, or call "
+                "`compile(sampler=...)`."
+            )
+        return self._compiled_generate_step()(
+            inputs, stop_token_ids=stops or None
+        )
+
+    def _compiled_generate_step(self):
+        """What upstream makes of `generate_step()`, while it is current."""
+        with _making_loop:
+            made_for = Conditions(
+                self, "call_with_cache", "_build_cache", "generate_step"
+            )
+            if (
+                self._compiled_step is None
+                or self._compiled_step[0] != made_for
+            ):
+                self.generate_function = None
+                step = super().make_generate_function()
+                self._compiled_step = made_for, step
+                self.generate_function = self._generate
+            return self._compiled_step[1]
+
+    def _normalize_generate_outputs(self, outputs, input_is_scalar):
+        # Upstream concatenates, which JAX compiles for every new length, even
+        # if there is one batch.
+        if len(outputs) == 1 and isinstance(outputs[0], dict):
+            if not input_is_scalar:
+                return tree.map_structure(ops.convert_to_numpy, outputs[0])
+        return super()._normalize_generate_outputs(outputs, input_is_scalar)
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        assistant_model=None,
+        truncation="error",
+    ):
+        """Generates text after a prompt.
+
+        Upstream's method, with its arguments and its results. In addition it
+        refuses prompts that upstream would cut or continue from nothing.
+
+        Args:
+            inputs: As for `keras_hub.models.CausalLM.generate()`. An empty
+                string is continued from the start token that the preprocessor
+                adds.
+            max_length: As for `keras_hub.models.CausalLM.generate()`. Without a
+                preprocessor, what token ids are padded to.
+            stop_token_ids: As for `keras_hub.models.CausalLM.generate()`, or
+                any collection of ints.
+            strip_prompt: As for `keras_hub.models.CausalLM.generate()`.
+            assistant_model: Optional smaller `CausalLM` of this package with
+                the same vocabulary, for speculative decoding: it guesses, and
+                this model checks several guesses at once. What is generated
+                has the distribution that it has without; with the greedy
+                sampler it is the same. Five tokens are guessed at a time,
+                unless the model was compiled with a
+                `keras_hub.samplers.SpeculativeSampler` that says otherwise.
+            truncation: What becomes of a prompt of more than `max_length`
+                tokens: `"error"`, or what of it fills them, `"left"` for its
+                last tokens after the start token or `"right"` for its first.
+
+        Raises:
+            ValueError: If prompts have no tokens, or more than `max_length`,
+                and are not to be cut; if one needs more positions than the
+                model learned, or holds ids that are not in its vocabulary; if
+                an argument is not what it should be; or if the assistant does
+                not fit the model or its sampler.
+
+        Example:
+        ```python
+        draft = keras_nlp_cache.surgery.remove(lm, 1)
+        lm.generate("the fox", max_length=16, assistant_model=draft)
+        ```
+
+        Reference:
+            Leviathan et al., 2022, https://arxiv.org/abs/2211.17192
+        """
+        prompts.check_max_length(max_length)
+        stop_token_ids = prompts.stop_tokens(stop_token_ids)
+        reading.check_truncation(truncation)
+        prompts.check_assistant(self, assistant_model)
+        token = _assistant_model.set(assistant_model)
+        try:
+            # Upstream's, with a say in how prompts are read. Not all know that
+            # prompts can be stripped.
+            generate = super().generate.__func__
+            strip = {"strip_prompt": strip_prompt}
+            knows = "strip_prompt" in inspect.signature(generate).parameters
+            return generate(
+                reading.Call(
+                    self, max_length, truncation, **({} if knows else strip)
+                ),
+                inputs,
+                max_length=max_length,
+                stop_token_ids=stop_token_ids,
+                **(strip if knows else {}),
+            )
+        finally:
+            _assistant_model.reset(token)
+
+    def stream(
+        self,
+        prompt,
+        max_new_tokens=256,
+        stop_token_ids="auto",
+        truncation="error",
+    ):
+        """Generates text after a prompt, and yields it as it is produced.
+
+        Args:
+            prompt: str, as for `generate()`.
+            max_new_tokens: int. Stop after that many tokens.
+            stop_token_ids: As for `generate()`.
+            truncation: As for `Session.send()`.
+
+        Returns:
+            An iterator with one string for each token, which may be left
+            early. See `Session.stream()`.
+
+        Raises:
+            ValueError: If the model has no preprocessor, the sampler has a
+                loop of its own (beam search, say), or for `Session.stream()`'s
+                reasons.
+
+        Example:
+        ```python
+        for piece in lm.stream("the fox", max_new_tokens=8):
+            print(piece, end="", flush=True)
+        ```
+        """
+        return Session(self).stream(
+            prompt, max_new_tokens, stop_token_ids, truncation
+        )
+
+    def start_session(self, path=None):
+        """Starts a text that can be continued turn by turn.
+
+        Args:
+            path: Optional. A file that `Session.save()` wrote, to go on with.
+
+        Returns:
+            A `keras_nlp_cache.generate.session.Session`.
+
+        Raises:
+            ValueError: If the model has no preprocessor, or the file is
+                damaged or of another model.
+        """
+        session = Session(self)
+        if path is not None:
+            session.load(path)
+        return session
+
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode="logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """Scores token ids, with a say in what each decoder block returns.
+
+        Upstream's method. Where upstream calls the layers of the backbone one
+        by one, this runs through the backbone's graph, edits included.
+
+        Args:
+            token_ids: int tensor `(B, T)`.
+            padding_mask: Optional tensor `(B, T)`, 0 for padding.
+            scoring_mode: `"logits"` or `"loss"`.
+            layer_intercept_fn: Optional function from hidden states
+                `(B, T, hidden_dim)` and the index of a decoder block, in the
+                order of calls, to the hidden states to go on with. The index
+                of the embeddings is -1.
+            target_ids: int tensor `(B, T)`, what to compare with in
+                `scoring_mode="loss"`.
+
+        Returns:
+            Logits `(B, T, vocabulary_size)`, or the loss of each token
+            `(B, T)`.
+
+        Raises:
+            ValueError: If `scoring_mode` is neither of the two, or is `"loss"`
+                without `target_ids`.
+
+        Example:
+        ```python
+        norms = {}
+
+        def intercept(x, index):
+            norms[index] = keras.ops.norm(x, axis=-1)
+            return x
+
+        tokens = np.array([[5, 6, 7, 8]])
+        lm.score(tokens[:, :-1], None, "loss", intercept, tokens[:, 1:])
+        ```
+        """
+        return scoring.score(
+            self,
+            token_ids,
+            padding_mask,
+            scoring_mode,
+            layer_intercept_fn,
+            target_ids,
+        )
+
+    def export_to_transformers(self, path):
+        """Exports the task in the format of Hugging Face Transformers.
+
+        Raises:
+            ValueError: If its backbone was edited, which that format has no
+                words for, or is of a family that upstream does not export.
+        """
+        self.backbone.refuse_edits("Transformers")
+        super().export_to_transformers(path)
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes the weights, as `keras.Model.quantize()` does."""
+        if isinstance(self.preprocessor, keras.layers.Layer):
+            # Keras would go through these, too, and refuse a tokenizer, which
+            # is not built.
+            filters = leaving_out(self.preprocessor, filters)
+        with quantizing(self.backbone):
+            super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def get_quantization_layer_structure(self, mode):
+        """What GPTQ and AWQ quantize, in which order. See `quantize()`."""
+        if mode not in ("gptq", "awq"):
+            return None
+        return layer_structure(self.backbone)
+
+    def __reduce__(self):
+        _, args = super().__reduce__()
+        return drop_in.unpickle, args
+
+    # === Presets ===
+
+    @classproperty
+    def presets(cls):
+        return drop_in.presets(cls)
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Loads a task from a preset that either package saved.
+
+        Called on `CausalLM`, picks the class that fits the preset. Called on a
+        subclass of your own, returns one of it, on a backbone of its
+        `backbone_cls`. What such a class saves, it loads, too; for others to
+        do so, register it with `keras.saving.register_keras_serializable()`.
+
+        Args:
+            preset: What `keras_hub.models.CausalLM.from_preset()` takes: a
+                built-in name, a hub handle, or the path of a local preset or
+                Hugging Face directory. Or the path of a GGUF file, which is
+                converted once.
+            load_weights: bool. Whether to load the weights.
+            **kwargs: Passed on to the task and, as `dtype`, to its backbone.
+
+        Raises:
+            ValueError: If the preset is not one, or is of a model that this
+                package does not cover, or not of class `cls`.
+        """
+        own = drop_in.family(cls)
+        with drop_in.scope(*((cls, cls.backbone_cls) if own else ())):
+            loader = preset_loader(preset)
+            backbone_cls = drop_in.replacement(loader.check_backbone_class())
+            task = drop_in.task_for(cls, backbone_cls)
+            if task is None:
+                family = drop_in.family(backbone_cls)
+                what = f" of a `{own.backbone_cls.__name__}`" if own else ""
+                raise ValueError(
+                    f"Expected a preset{what} for `{cls.__name__}`. Received: "
+                    f"preset={preset!r}, of a `{family.__name__}`. Call "
+                    "`CausalLM.from_preset`, which picks the class."
+                )
+            return loader.load_task(task, load_weights, True, **kwargs)
+
+    @classmethod
+    def from_config(cls, config):
+        # Entered again: while Keras restores an object, what is registered
+        # globally takes precedence over a scope for the objects inside it.
+        own = (cls.backbone_cls,) if drop_in.family(cls) else ()
+        with drop_in.scope(*own):
+            return super().from_config(config)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        with drop_in.saving_preset(preset_dir) as folder:
+            super().save_to_preset(folder, max_shard_size=max_shard_size)
+
+
+# What upstream's users override to say how a model generates.
+_METHODS = {
+    name: vars(CausalLM)[name]
+    for name in (
+        "call_with_cache",
+        "_build_cache",
+        "generate_step",
+        "make_generate_function",
+    )
+}

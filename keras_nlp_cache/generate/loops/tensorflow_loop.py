@@ -1,0 +1,206 @@
+"""Generation on TensorFlow: one compiled prefill, one compiled decode loop."""
+
+import contextlib
+import ctypes
+import platform
+
+import numpy as np
+import tensorflow as tf
+from keras import ops
+from keras import tree
+
+from keras_nlp_cache.generate.loops.generation import CompiledLoop
+from keras_nlp_cache.generate.loops.generation import sampler_variables
+from keras_nlp_cache.generate.loops.generation import unfinished
+from keras_nlp_cache.generate.loops.tensorflow_products import (
+    kernels_as_matrices,
+)
+from keras_nlp_cache.generate.loops.tensorflow_products import using_matrices
+
+
+class TensorFlowLoop(CompiledLoop):
+    """Generation whose loops are one `tf.function` each.
+
+    Attributes:
+        jit_compile_by_default: bool. What `jit_compile="auto"` means.
+
+    Compiled by XLA unless the model was compiled with `jit_compile=False`.
+    Keras' `"auto"` leaves XLA off on a CPU, where it is several times as fast
+    for this.
+
+    Between the two functions a cache lies in variables, which XLA updates in
+    place. What is passed as a tensor, it copies.
+
+    In the scope of a `tf.distribute.Strategy`, all of this is on one device.
+    """
+
+    jit_compile_by_default = True
+
+    def __init__(self, lm):
+        super().__init__(lm)
+        jit_compile = lm.generation_jit_compile
+        if jit_compile == "auto":
+            jit_compile = self.jit_compile_by_default
+        if any(map(_is_on_several_devices, sampler_variables(self.sampler))):
+            # XLA would have to write to all of them, and writes to its own.
+            jit_compile = False
+        options = {"autograph": False, "jit_compile": bool(jit_compile)}
+        self._compiled_prefill = tf.function(self._prefill_into, **options)
+        self._compiled_decode = tf.function(self._decode_into, **options)
+        self._compiled_verify = tf.function(self._verify_into, **options)
+
+    @property
+    def compilations(self):
+        return sum(
+            function.experimental_get_tracing_count()
+            for function in (
+                self._compiled_prefill,
+                self._compiled_decode,
+                self._compiled_verify,
+            )
+        )
+
+    def _prefill(self, token_ids, given, length):
+        cache = self._take_cache(*token_ids.shape)
+        with outside_of_strategies():
+            for variable in tree.flatten(cache):
+                variable.assign(tf.zeros_like(variable))
+        return self._prefill_more(token_ids, given, length, cache, np.int32(0))
+
+    def _prefill_more(self, token_ids, given, length, cache, start):
+        generation = _call(
+            self._compiled_prefill,
+            cache,
+            tf.constant(token_ids),
+            tf.constant(given),
+            tf.constant(length),
+            tf.constant(start),
+        )
+        return generation._replace(cache=cache)
+
+    def restore_cache(self, arrays):
+        with outside_of_strategies():
+            return tree.map_structure(tf.Variable, arrays)
+
+    def _decode(self, generation, limit, stop_token_ids):
+        cache = generation.cache
+        generation = _call(
+            self._compiled_decode,
+            cache,
+            generation._replace(cache=()),
+            tf.constant(limit),
+            tf.constant(stop_token_ids),
+        )
+        return generation._replace(cache=cache)
+
+    def _verify(self, generation, drafted, count, limit, stop_token_ids):
+        cache = generation.cache
+        generation = _call(
+            self._compiled_verify,
+            cache,
+            generation._replace(cache=()),
+            drafted,
+            count,
+            tf.constant(limit),
+            tf.constant(stop_token_ids),
+        )
+        return generation._replace(cache=cache)
+
+    def _new_tensor(self, shape, dtype):
+        # One by one: beside a cache of tensors, there would be two.
+        with outside_of_strategies():
+            return tf.Variable(tf.zeros(shape, dtype))
+
+    def _prefill_into(self, variables, token_ids, given, length, start):
+        cache = tree.map_structure(tf.convert_to_tensor, variables)
+        generation = self._fill(token_ids, given, length, cache, start)
+        return _assign(variables, generation)
+
+    def _decode_into(self, variables, generation, limit, stop_token_ids):
+        cache = tree.map_structure(tf.convert_to_tensor, variables)
+        call = self._make_call()
+        (generation,) = ops.while_loop(
+            lambda generation: unfinished(generation, limit),
+            lambda generation: (self._step(call, generation, stop_token_ids),),
+            (generation._replace(cache=cache),),
+        )
+        return _assign(variables, generation)
+
+    def _verify_into(
+        self, variables, generation, drafted, count, limit, stop_token_ids
+    ):
+        cache = tree.map_structure(tf.convert_to_tensor, variables)
+        generation = super()._verify(
+            generation._replace(cache=cache),
+            drafted,
+            count,
+            limit,
+            stop_token_ids,
+        )
+        return _assign(variables, generation)
+
+    def _make_call(self, length=None):
+        call = super()._make_call(length)
+        matrices = kernels_as_matrices(self.lm)
+
+        def call_on_matrices(generation):
+            with using_matrices(matrices, self.variables):
+                return call(generation)
+
+        return call_on_matrices
+
+
+@contextlib.contextmanager
+def outside_of_strategies():
+    """In this scope, there is no `tf.distribute.Strategy` around.
+
+    A variable that is made in the scope of one has a copy on every device, and
+    a function is then on none. A text is generated on one device: it reads
+    the copies there of weights that were made in such a scope.
+    """
+    if not tf.distribute.has_strategy():
+        yield
+        return
+    # Strategies cannot be nested, not even the one that is there by default.
+    # But each belongs to the graph that is the default one.
+    eager_mode = tf.__internal__.eager_context.eager_mode
+    with tf.Graph().as_default(), eager_mode():
+        yield
+
+
+def _is_on_several_devices(variable):
+    """Whether a `keras.Variable` was made in the scope of a strategy."""
+    value = variable.value
+    return (
+        isinstance(value, tf.distribute.DistributedValues)
+        and len(value.values) > 1
+    )
+
+
+def _call(function, *args):
+    """Calls a `tf.function`, and tidies up after the compiler if it ran."""
+    before = function.experimental_get_tracing_count()
+    with outside_of_strategies():
+        output = function(*args)
+    if function.experimental_get_tracing_count() > before:
+        give_back_free_memory()
+    return output
+
+
+def give_back_free_memory():
+    """Gives back to the system what lies free between what is in use.
+
+    What a compiler leaves is too scattered for a cache to fill: for GPT-2 some
+    50 MiB that nothing would use again. Only glibc keeps it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _assign(variables, generation):
+    """Moves a cache into variables, out of what a function returns."""
+    for variable, value in zip(
+        tree.flatten(variables), tree.flatten(generation.cache)
+    ):
+        variable.assign(value)
+    return generation._replace(cache=())

@@ -1,0 +1,172 @@
+"""What `generate()` refuses, rather than answer something else."""
+
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_nlp_cache.generate.loops.generation import check_loop
+from keras_nlp_cache.generate.reading import check_empty
+from keras_nlp_cache.graph.backbone import CachedBackbone
+
+
+def is_int(x):
+    """Whether something is an integer, and no boolean."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
+def check_assistant(lm, assistant):
+    """Checks that a model, or `None`, can guess what another generates."""
+    if assistant is None:
+        if isinstance(lm.sampler, keras_hub.samplers.SpeculativeSampler):
+            raise ValueError(
+                "Expected an `assistant_model` that guesses tokens, as the "
+                "model was compiled with a `SpeculativeSampler`. Received: "
+                "assistant_model=None."
+            )
+        return
+    if not isinstance(assistant, keras_hub.models.CausalLM) or not isinstance(
+        assistant.backbone, CachedBackbone
+    ):
+        raise ValueError(
+            "Expected `assistant_model` to be a `CausalLM` of "
+            "`keras_nlp_cache.models`. Received an instance of "
+            f"{type(assistant).__module__}.{type(assistant).__name__}."
+        )
+    for model in (lm, assistant):
+        check_loop(model)
+    sizes = [
+        model.backbone.token_embedding.input_dim for model in (lm, assistant)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            "Expected `assistant_model` to have the vocabulary of the model, "
+            f"{sizes[0]} tokens. Received one of {sizes[1]} tokens."
+        )
+
+
+def check_max_length(max_length):
+    """Checks how long a text may become, `None` if the preprocessor says."""
+    if max_length is not None and not (is_int(max_length) and max_length > 0):
+        raise ValueError(
+            "Expected `max_length` to be `None` or an integer of 1 or more. "
+            f"Received: {max_length!r}."
+        )
+
+
+def stop_tokens(stop_token_ids):
+    """What to stop at, as a tuple of ints, or as it is if nobody says.
+
+    Args:
+        stop_token_ids: `None`, `"auto"`, or any collection of token ids: a
+            sequence, a set, an array, a tensor.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if stop_token_ids is None:
+        return None
+    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+        return "auto"
+    ids = stop_token_ids
+    if ops.is_tensor(ids):
+        ids = ops.convert_to_numpy(ids)
+    try:
+        if isinstance(ids, (str, bytes, dict)):
+            raise TypeError
+        ids = tuple(int(x) if _is_token_id(x) else None for x in ids)
+        if None in ids:
+            raise TypeError
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            'Expected `stop_token_ids` to be `None`, `"auto"` or a sequence of '
+            f"integers, or a set or a tensor. Received: {stop_token_ids!r}."
+        ) from e
+    return tuple(sorted(set(ids)))
+
+
+def _is_token_id(x):
+    if (
+        not is_int(x)
+        and getattr(x, "shape", None) == ()
+        and hasattr(x, "dtype")
+    ):
+        # One of a tensor of another framework.
+        x = np.asarray(x)[()]
+    return is_int(x) and abs(int(x)) < 2**31
+
+
+def check_tokens(inputs, backbone):
+    """Checks a batch of prompts that are token ids, padded at their end."""
+    expected = (
+        "Expected prompts without a `preprocessor` to be a dictionary of "
+        "integer `token_ids` and `padding_mask`, both (batch, max_length). "
+    )
+    if not isinstance(inputs, dict):
+        raise ValueError(
+            f"{expected}Received: {inputs!r}. To pass text, set `preprocessor`."
+        )
+    if not {"token_ids", "padding_mask"} <= inputs.keys():
+        raise ValueError(f"{expected}Received the keys {sorted(inputs)}.")
+    token_ids = ops.convert_to_numpy(inputs["token_ids"])
+    mask = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
+    if token_ids.ndim != 2 or token_ids.shape != mask.shape:
+        raise ValueError(
+            f"{expected}Received the shapes {token_ids.shape} and {mask.shape}."
+        )
+    if not np.issubdtype(token_ids.dtype, np.integer):
+        raise ValueError(f"{expected}Received {token_ids.dtype} token ids.")
+    lengths = mask.sum(axis=1)
+    if not lengths.size:
+        raise ValueError(f"{expected}Received no prompts.")
+    check_empty(lengths)
+    holes = (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any(axis=1)
+    if holes.any():
+        row = int(holes.argmax())
+        raise ValueError(
+            "Expected prompts to be padded at their end. Received: prompt "
+            f"{row} with the padding mask {mask[row].astype(int).tolist()}. "
+            "Move its tokens to the left."
+        )
+    check_vocabulary(token_ids[mask], backbone)
+
+
+def check_vocabulary(token_ids, backbone):
+    """Checks an array of token ids, of which there are some."""
+    size = backbone.token_embedding.input_dim
+    if token_ids.min() < 0 or token_ids.max() >= size:
+        raise ValueError(
+            f"Expected token ids from 0 to {size - 1}, the vocabulary of the "
+            f"model. Received ids from {token_ids.min()} to {token_ids.max()}."
+        )
+
+
+def check_continuation(token_ids, backbone, begun):
+    """Checks token ids that a session is to go on with, and returns them.
+
+    Args:
+        token_ids: What a user passed.
+        backbone: The backbone that reads them.
+        begun: bool. Whether there are tokens before them.
+
+    Returns:
+        int32 array `(T,)`.
+    """
+    if ops.is_tensor(token_ids):
+        token_ids = ops.convert_to_numpy(token_ids)
+    array = np.asarray(token_ids)
+    is_empty = array.shape == (0,)
+    if array.ndim != 1 or not (
+        is_empty or np.issubdtype(array.dtype, np.integer)
+    ):
+        raise ValueError(
+            "Expected `token_ids` to be integers in one dimension. Received: "
+            f"{token_ids!r}."
+        )
+    if is_empty and not begun:
+        raise ValueError(
+            "Expected `token_ids` to hold at least one token, to begin a "
+            f"session with. Received: {token_ids!r}."
+        )
+    if not is_empty:
+        check_vocabulary(array, backbone)
+    return array.astype("int32")

@@ -1,0 +1,381 @@
+"""A text that grows turn by turn, with the cache that belongs to it."""
+
+import numpy as np
+from keras import ops
+from keras import tree
+
+from keras_nlp_cache.generate import session_file
+from keras_nlp_cache.generate.loops.generation import check_loop
+from keras_nlp_cache.generate.loops.generation import slots_for
+from keras_nlp_cache.generate.pieces import TextPieces
+from keras_nlp_cache.generate.prompts import check_continuation
+from keras_nlp_cache.generate.prompts import is_int
+from keras_nlp_cache.generate.prompts import stop_tokens
+from keras_nlp_cache.generate.reading import check_truncation
+from keras_nlp_cache.generate.reading import cut
+from keras_nlp_cache.generate.reading import encode
+from keras_nlp_cache.generate.reading import starts
+
+
+class Session:
+    """A text that a model goes on with, and remembers.
+
+    `CausalLM.start_session()` makes one. What was sent and what was answered
+    stays in the key/value cache, so that the next turn costs no more than what
+    is new in it. The text is what the model sees: if the model expects a chat
+    template, put each turn into it.
+
+    The cache belongs to the weights that it was computed with. After training
+    the model, start a new session.
+
+    Args:
+        lm: A `CausalLM` with a preprocessor, compiled with a sampler that picks
+            one token at a time.
+
+    Attributes:
+        token_ids: int32 array `(T,)`, all tokens up to now.
+        prefilled_tokens: int. How many tokens the model has read so far that
+            it did not generate itself, over all turns.
+
+    Raises:
+        ValueError: If the model has no preprocessor.
+
+    Example:
+    ```python
+    session = lm.start_session()
+    session.send("the fox", max_new_tokens=4)
+    other = session.fork()
+    session.send("jumps", max_new_tokens=4)
+    session.rewind(2)
+    other.save("fox.safetensors")
+    ```
+
+    Reference:
+        https://github.com/keras-team/keras-hub/issues/976
+    """
+
+    def __init__(self, lm):
+        if lm.preprocessor is None:
+            raise ValueError(
+                "Expected a model with a `preprocessor`, to turn text into "
+                "tokens and back. Received: preprocessor=None. Set "
+                "`lm.preprocessor`."
+            )
+        self.lm = lm
+        self.token_ids = np.zeros((0,), "int32")
+        self.prefilled_tokens = 0
+        # The cache, how many slots of it are filled, and whose it is.
+        self._cache, self._filled, self._loop = None, 0, None
+        self._turn = 0
+
+    @property
+    def text(self):
+        """All that was sent and answered, as a string."""
+        if not len(self.token_ids):
+            return ""
+        return self.lm.preprocessor.tokenizer.detokenize(self.token_ids)
+
+    def send(
+        self,
+        text,
+        max_new_tokens=256,
+        stop_token_ids="auto",
+        truncation="error",
+    ):
+        """Adds to the text and has the model go on with it.
+
+        Args:
+            text: str. What to add. May be empty at first, where the
+                preprocessor adds a start token to go on from.
+            max_new_tokens: int. Stop after that many tokens.
+            stop_token_ids: `None`, `"auto"` or a collection of token ids to
+                stop at, as in `CausalLM.generate()`. The stop token becomes
+                part of the session, and not of the answer.
+            truncation: What becomes of a text that, with what was said before
+                and the new tokens, needs more positions than the model learned:
+                `"error"`, or what of it fills them, `"left"` for its last
+                tokens after the start token or `"right"` for its first.
+
+        Returns:
+            str, the answer.
+
+        Raises:
+            ValueError: If `text` is not a string or adds no token,
+                `max_new_tokens` not a positive integer, or the text gets longer
+                than the positions that the model learned, and is not to be cut
+                or there is no room at all.
+        """
+        return "".join(
+            self.stream(text, max_new_tokens, stop_token_ids, truncation)
+        )
+
+    def stream(
+        self,
+        text,
+        max_new_tokens=256,
+        stop_token_ids="auto",
+        truncation="error",
+    ):
+        """Does what `send()` does, and yields the answer as it is produced.
+
+        May be left early. What was yielded until then stays in the session.
+
+        Returns:
+            An iterator with one string for each token: the text that has
+            become certain with it, of whole characters, possibly empty. If the
+            answer ends within a character, what there is of it comes last.
+
+        Raises:
+            ValueError: As `send()`, when it is called.
+            RuntimeError: From the iterator, if the session changed after the
+                iterator was made.
+        """
+        check_loop(self.lm)
+        _check_postprocess(self.lm.preprocessor)
+        check_truncation(truncation)
+        token_ids, start = self._tokenize(text)
+        _check_count(max_new_tokens)
+        stop = _stop_token_ids(self.lm.preprocessor.tokenizer, stop_token_ids)
+        limit = self.lm.backbone.max_positions
+        if limit is not None:
+            before = len(self.token_ids)
+            room = limit - before - max_new_tokens
+            if len(token_ids) > room and (truncation == "error" or room < 1):
+                raise ValueError(
+                    f"Expected text and new tokens to fit the {limit} "
+                    "positions that the model learned. Received: "
+                    f"{before + len(token_ids)} tokens of text, "
+                    f"max_new_tokens={max_new_tokens}. Shorten the text or "
+                    "have it cut by `truncation`, rewind, or lower "
+                    "`max_new_tokens`."
+                )
+            token_ids = cut(token_ids, room, truncation, kept=start)
+        self._turn += 1
+        return self._stream(token_ids, max_new_tokens, stop, self._turn)
+
+    def stream_tokens(self, token_ids, max_new_tokens=256, stop_token_ids=()):
+        """Does what `stream()` does, with token ids for text.
+
+        Args:
+            token_ids: 1D integer array. What to add, if only to go on.
+            max_new_tokens: int, as for `send()`.
+            stop_token_ids: As for `send()`.
+
+        Yields:
+            Token ids, as ints.
+
+        Raises:
+            ValueError: If `token_ids` are not that, or not of the vocabulary,
+                or there is not one to begin with; or as `send()`.
+        """
+        _check_count(max_new_tokens)
+        stops = _stop_token_ids(self.lm.preprocessor.tokenizer, stop_token_ids)
+        token_ids = check_continuation(
+            token_ids, self.lm.backbone, begun=len(self.token_ids) > 0
+        )
+        token_ids = np.append(self.token_ids, token_ids)
+        end = len(token_ids) + max_new_tokens
+        loop = steps = None
+        while True:
+            check_loop(self.lm)
+            if loop is not self.lm.generation_loop:
+                # At first, and where the sampler, say, is another one by now.
+                loop = self.lm.generation_loop
+                generation = self._prefill(loop, token_ids, end)
+                steps = loop.steps(generation, end, stops)
+            # While a step is under way there is no cache to go on with.
+            cache, self._cache = self._cache, None
+            generation = next(steps, None)
+            if generation is None:
+                self._cache = cache
+                return
+            self._cache = generation.cache
+            tokens = ops.convert_to_numpy(generation.token_ids)[0]
+            tokens = tokens[len(self.token_ids) : int(generation.index) + 1]
+            for token_id in tokens:
+                # An answer may be left between two tokens of a step.
+                self._filled = len(self.token_ids)
+                self.token_ids = np.append(self.token_ids, token_id)
+                yield int(token_id)
+            if token_id in stops:
+                return
+            token_ids = self.token_ids
+
+    def _stream(self, token_ids, max_new_tokens, stop, turn):
+        pieces = TextPieces(self.lm.preprocessor.tokenizer.detokenize)
+        tokens = self.stream_tokens(token_ids, max_new_tokens, stop)
+        while True:
+            if turn != self._turn:
+                raise RuntimeError(
+                    "Expected the session to be left alone while an answer is "
+                    "streamed. It was changed in between. Start another "
+                    "stream, or `fork()` the session first."
+                )
+            token_id = next(tokens, None)
+            if token_id is None or token_id in stop:
+                break
+            yield pieces.add(token_id)
+        rest = pieces.rest()
+        if rest:
+            yield rest
+
+    def _prefill(self, loop, token_ids, end):
+        """Reads what is new, with room for a text of `end` tokens."""
+        slots = slots_for(end, self.lm.backbone.max_positions)
+        # Until it is done there is no cache to go on with.
+        cache, self._cache = self._cache, None
+        start = 0
+        if cache is not None:
+            start, slots = self._filled, max(slots, _slots(cache))
+            if loop is not self._loop or slots > _slots(cache):
+                cache = loop.restore_cache(_with_slots(cache, slots))
+        generation = loop.prefill(
+            token_ids[None],
+            np.ones((1, len(token_ids)), "bool"),
+            slots,
+            cache=cache,
+            start=start,
+        )
+        self.prefilled_tokens += max(0, len(token_ids) - 1 - start)
+        self.token_ids, self._filled = token_ids, len(token_ids) - 1
+        self._cache, self._loop = generation.cache, loop
+        return generation
+
+    def fork(self):
+        """Returns a copy that goes its own way from here."""
+        other = Session(self.lm)
+        other.token_ids = self.token_ids.copy()
+        other.prefilled_tokens = self.prefilled_tokens
+        if self._cache is not None:
+            loop = self.lm.generation_loop
+            other._cache = loop.restore_cache(_arrays(self._cache))
+            other._filled, other._loop = self._filled, loop
+        return other
+
+    def rewind(self, count):
+        """Forgets the last tokens.
+
+        Args:
+            count: int. How many, at most all.
+
+        Raises:
+            ValueError: If there are not as many, or `count` is not an integer
+                of 0 or more.
+        """
+        total = len(self.token_ids)
+        if not is_int(count) or not 0 <= count <= total:
+            raise ValueError(
+                f"Expected `count` to be an integer from 0 to {total}, the "
+                f"tokens of this session. Received: count={count!r}."
+            )
+        self._turn += 1
+        self.token_ids = self.token_ids[: total - count]
+        self._filled = min(self._filled, len(self.token_ids))
+
+    def save(self, path):
+        """Writes the session to a file, or leaves an older file as it was.
+
+        Args:
+            path: str or path that ends in `.safetensors`.
+
+        Raises:
+            ValueError: If `path` ends otherwise.
+            OSError: If the file cannot be written.
+        """
+        arrays = None
+        if self._cache is not None:
+            arrays = _with_slots(self._cache, self._filled)
+        session_file.write(path, self.lm.backbone, self.token_ids, arrays)
+
+    def load(self, path):
+        """Replaces this session by one that `save()` wrote.
+
+        Args:
+            path: str or path.
+
+        Raises:
+            ValueError: If the file is damaged, not of a session, or of another
+                model. The session is then what it was.
+            OSError: If the file cannot be read.
+        """
+        token_ids, arrays = session_file.read(path, self.lm.backbone)
+        self._turn += 1
+        self.token_ids, self._cache, self._filled = token_ids, None, 0
+        self.prefilled_tokens = 0
+        if arrays is not None:
+            filled = _slots(arrays)
+            slots = slots_for(max(filled, 1), self.lm.backbone.max_positions)
+            loop = self.lm.generation_loop
+            self._cache = loop.restore_cache(_with_slots(arrays, slots))
+            self._filled, self._loop = filled, loop
+
+    def _tokenize(self, text):
+        """Token ids to add, and how many of them every text begins with."""
+        begun = len(self.token_ids) > 0
+        if not isinstance(text, str) or (begun and not text):
+            raise ValueError(
+                "Expected `text` to be a string, and in a session that has "
+                f"begun one that is not empty. Received: {text!r}."
+            )
+        preprocessor = self.lm.preprocessor
+        token_ids, start = encode(preprocessor, text), starts(preprocessor)
+        if begun:
+            # A text starts once.
+            token_ids, start = token_ids[len(start) :], ()
+        if not len(token_ids):
+            raise ValueError(
+                "Expected `text` to hold at least one token. Received: "
+                f"{text!r}, of which the tokenizer makes none, and a "
+                "preprocessor that adds no start token."
+            )
+        return token_ids, len(start)
+
+
+def _stop_token_ids(tokenizer, stop_token_ids):
+    stop_token_ids = stop_tokens(stop_token_ids)
+    if stop_token_ids == "auto":
+        names = ("end_token_id", "end_token2_id")
+        return tuple(
+            getattr(tokenizer, name)
+            for name in names
+            if hasattr(tokenizer, name)
+        )
+    return stop_token_ids or ()
+
+
+def _check_postprocess(preprocessor):
+    """Refuses what makes text of all tokens in a way that nobody knows."""
+    method = type(preprocessor).generate_postprocess
+    if not method.__module__.startswith("keras_hub."):
+        raise ValueError(
+            "Expected a preprocessor whose text can be shown piece by piece. "
+            f"Received: a {type(preprocessor).__name__} with a "
+            "`generate_postprocess` of its own, which streams and sessions "
+            "would pass by. Call `generate()`."
+        )
+
+
+def _check_count(max_new_tokens):
+    if not is_int(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(
+            "Expected `max_new_tokens` to be an integer of 1 or more. "
+            f"Received: {max_new_tokens!r}."
+        )
+
+
+def _slots(cache):
+    return int(cache[0][0].shape[2])
+
+
+def _arrays(cache):
+    return tree.map_structure(ops.convert_to_numpy, cache)
+
+
+def _with_slots(cache, slots):
+    """The arrays of a cache, cut or padded to some number of slots."""
+
+    def resize(x):
+        x = x[:, :, :slots]
+        return np.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
+
+    return tree.map_structure(resize, _arrays(cache))

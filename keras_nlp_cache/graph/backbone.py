@@ -1,0 +1,530 @@
+"""A backbone whose functional graph takes a cache.
+
+`CachedBackbone` stands between an upstream backbone and
+`keras_hub.models.Backbone`. The upstream constructor builds its layers and its
+graph and hands the graph on with `super().__init__(inputs=, outputs=)`, which
+arrives here: the graph is replayed once more with the optional inputs, and the
+replayed graph is what the model is made of.
+"""
+
+import contextlib
+import contextvars
+import functools
+import weakref
+
+import keras
+import keras_hub
+from keras import tree
+from keras.src.models.functional import Functional
+from keras.src.ops.function import make_node_key
+from keras.src.ops.node import KerasHistory
+from keras_hub.src.utils.python_utils import classproperty
+
+from keras_nlp_cache import drop_in
+from keras_nlp_cache.blocks.block_call import collecting_taps
+from keras_nlp_cache.blocks.sharing import attributes
+from keras_nlp_cache.blocks.specializing import specialize_within
+from keras_nlp_cache.cache.shared_inputs import Positions
+from keras_nlp_cache.cache.shared_inputs import Weightless
+from keras_nlp_cache.files import lora_file
+from keras_nlp_cache.files.preset_loader import preset_loader
+from keras_nlp_cache.graph import saved_graph
+from keras_nlp_cache.graph import weight_paths
+from keras_nlp_cache.graph.cached_graph import CachedGraph
+from keras_nlp_cache.graph.cached_graph import plain_python
+from keras_nlp_cache.graph.constructed import check_blocks
+from keras_nlp_cache.graph.constructed import learned_positions
+from keras_nlp_cache.graph.constructed import positioned_layers
+from keras_nlp_cache.graph.replaying import dense
+from keras_nlp_cache.graph.replaying import replaying
+from keras_nlp_cache.graph.sites import Site
+from keras_nlp_cache.graph.sites import sites_of
+from keras_nlp_cache.graph.wiring import Wiring
+from keras_nlp_cache.quantization.logits import derive_logits
+from keras_nlp_cache.quantization.quantizing import floating_policy
+from keras_nlp_cache.quantization.quantizing import policies
+from keras_nlp_cache.quantization.quantizing import quantizing
+from keras_nlp_cache.quantization.quantizing import use_own_policies
+
+_without_taps = contextvars.ContextVar(
+    "keras_nlp_cache_without_taps", default=False
+)
+
+
+@contextlib.contextmanager
+def without_taps():
+    """In this scope, backbones return no taps.
+
+    Tasks build on the hidden states. What else a backbone was made to return
+    stays with the backbone.
+    """
+    token = _without_taps.set(True)
+    try:
+        yield
+    finally:
+        _without_taps.reset(token)
+
+
+# `Functional` is named as a base because Keras adds it by rewriting the bases
+# of every path to `keras.Model`, and trips over a class with two of them.
+class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
+    """Base of all backbones of this package: a graph with a cache in it.
+
+    A model family subclasses its upstream backbone and this class, in that
+    order. The layers that upstream builds get the classes that stand in for
+    theirs, see `specialize_within()`.
+
+    Attributes:
+        blocks_name: Name of the attribute that lists the decoder blocks.
+
+    Call arguments:
+        inputs: A dictionary. Only `"token_ids"` is required; every other key
+            may be left out or `None`. Values may be NumPy arrays, Python
+            numbers or backend tensors, in any mixture.
+
+            - `"token_ids"`: int, `(B, T)`.
+            - `"padding_mask"`: bool or int, 0 for padding. `(B, T)` without a
+              cache, `(B, S)` with one, where `S` is the cache's length.
+            - `"cache"`: from `make_cache()` or an earlier call.
+            - `"cache_update_index"`: int scalar, the slot of the first token.
+              Goes with `"cache"`.
+            - `"token_positions"`: int, `(B, T)`. Where each token stands in
+              the text. Defaults to its slot. A sliding window counts them. A
+              cache does not remember them: tokens of earlier calls are taken
+              to stand right before the first token of this call, with no gap
+              between them and no position for padding (see `padding_mask`).
+            - `"attention_mask"`: `(B, T, S)`, bool or int with 0 where a
+              token may not attend, or floating and added to the logits.
+
+    Returns:
+        Hidden states `(B, T, hidden_dim)`. With a cache, a pair of these and
+        the updated cache; the cache passed in is not modified.
+
+    Example:
+    ```python
+    backbone = LlamaBackbone(
+        vocabulary_size=100, num_layers=2, num_query_heads=4,
+        num_key_value_heads=2, hidden_dim=32, intermediate_dim=64,
+    )
+    token_ids = np.array([[1, 2, 3, 4]])
+    full = backbone({"token_ids": token_ids})
+
+    cache = backbone.make_cache(batch_size=1, max_length=4)
+    prefill, cache = backbone({
+        "token_ids": token_ids[:, :3],
+        "cache": cache,
+        "cache_update_index": 0,
+    })
+    step, cache = backbone({
+        "token_ids": token_ids[:, 3:],
+        "cache": cache,
+        "cache_update_index": 3,
+    })
+    # `full[:, 3:]` and `step` are equal.
+    ```
+
+    Reference:
+        https://github.com/keras-team/keras-hub/issues/1862
+    """
+
+    # An edited model is saved with its graph.
+    _edited = False
+    _replaced_attributes = frozenset()
+
+    blocks_name = "transformer_layers"
+
+    def __init__(self, *, inputs, outputs, **kwargs):
+        if not self.blocks:
+            raise ValueError(
+                "Expected a backbone of at least one decoder block. Received: "
+                f"{type(self).__name__} with `num_layers=0`."
+            )
+        graph = keras.Function(inputs, outputs)
+        layers = [
+            x for x in graph.operations if isinstance(x, keras.layers.Layer)
+        ]
+        specialize_within(layers)
+        check_blocks(self)
+        positioned = positioned_layers(layers)
+        self.mend()
+        derive_logits(self.token_embedding)
+        # The numbers by which a saved edit refers to layers. Weak, for an edit
+        # that removes a layer not to keep it.
+        self._constructed = weakref.WeakKeyDictionary()
+        for i, layer in enumerate(graph.operations):
+            if isinstance(layer, keras.layers.Layer):
+                self._constructed[layer] = i
+        wiring = Wiring(floating_policy(self.blocks[0]), graph)
+        hidden_states = wiring.thread(positioned)
+        self._set_graph(wiring, hidden_states, taps={}, **kwargs)
+        self._output_without_cache = outputs
+
+    def mend(self):
+        """Puts right what upstream's constructor got wrong in its layers.
+
+        For families whose weights were trained on something else than what
+        upstream computes, where an attribute of a layer makes the difference.
+        What is called with a cache and without one is then right.
+        """
+
+    @property
+    def max_positions(self):
+        return learned_positions(self.operations)
+
+    def _set_graph(self, wiring, hidden_states, taps, **kwargs):
+        """Makes a wired graph the one that the model is made of."""
+        inputs, outputs = wiring.graph(hidden_states, dict(taps))
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+        self._positions = wiring.positions
+        # Losses and metrics see the hidden states alone.
+        self.output_names = self.output_names[:1]
+
+    @property
+    def blocks(self):
+        """The decoder blocks, in the order of their caches."""
+        return getattr(self, self.blocks_name)
+
+    @property
+    def taps(self):
+        """Names of the activations that are returned beside the output."""
+        return tuple(self._outputs_struct[2])
+
+    def __reduce__(self):
+        _, args = super().__reduce__()
+        return drop_in.unpickle, args
+
+    # === The graph ===
+
+    @property
+    def sites(self):
+        """The calls of layers that the graph is made of, as `Site`s."""
+        return sites_of(self)
+
+    def replay(self, inputs, positions, call):
+        """Runs through the graph without its caches.
+
+        Args:
+            inputs: Dictionary with all inputs, and no cache.
+            positions: What to pass to layers that take `positions`.
+            call: Function `(site, *args, **kwargs)` that stands in for each
+                call. Decoder blocks come without the cache in their arguments
+                and are to return hidden states.
+
+        Returns:
+            `(hidden_states, taps)`.
+        """
+        sites = iter(self.sites)
+
+        def operation_fn(operation):
+            if isinstance(operation, Positions):
+                return lambda *args, **kwargs: positions
+            if isinstance(operation, Weightless):
+                return lambda *args, **kwargs: None
+            site = next(sites)
+
+            def stand_in(*args, **kwargs):
+                with collecting_taps() as taps:
+                    x = dense(call(site, *args, **site.without_entries(kwargs)))
+                if site.block is None:
+                    return x
+                if isinstance(x, tuple):
+                    x, _ = x
+                entries = site.node.arguments.kwargs[
+                    site.layer.entries_argument
+                ]
+                tapped = [taps.get(part) for part in site.layer.tapped_parts]
+                return x, *[None] * (2 * len(entries)), *tapped
+
+            return stand_in
+
+        x, _, taps = super()._run_through_graph(
+            tree.flatten(inputs), operation_fn
+        )
+        # Of a block that is not called any more, there is nothing to tap.
+        return x, {name: y for name, y in taps.items() if y is not None}
+
+    def with_graph(self, wiring, hidden_states, taps, replaced):
+        """Makes a backbone of the same class and layers over another graph.
+
+        Args:
+            wiring: The `Wiring` under which the graph was made.
+            hidden_states: What it returns, symbolically.
+            taps: Dictionary of further symbolic outputs.
+            replaced: Dictionary from the `id()` of layers that are no longer
+                in the graph to those in their place. Attributes follow.
+
+        Returns:
+            The new backbone. This one is left as it is.
+        """
+        new = type(self).__new__(type(self))
+        new._set_graph(
+            wiring,
+            hidden_states,
+            taps,
+            name=self.name,
+            dtype=self.dtype_policy,
+        )
+        new._trainable = self._trainable
+        new._replaced_attributes = self._replaced_attributes
+        # What the constructor of the family set, but not how it was compiled.
+        skip = {*vars(new), "optimizer", "_compile_config", self.blocks_name}
+        in_graph = {id(operation) for operation in new.operations}
+        for name, value in attributes(self).items():
+            if name in skip:
+                continue
+            if id(value) in replaced and id(value) not in in_graph:
+                value = replaced[id(value)]
+                new._replaced_attributes |= {name}
+            setattr(new, name, value)
+        new._call_without_cache_first()
+        setattr(new, self.blocks_name, list(wiring.blocks))
+        new._edited = True
+        weight_paths.make_distinct(new, kept=self.weights)
+        if hasattr(new, "_lora_enabled_layers"):
+            # Upstream refers to layers by where they stand.
+            new._lora_enabled_layers = [
+                i
+                for i, layer in enumerate(
+                    x for x in new._flatten_layers(False) if x.weights
+                )
+                if getattr(layer, "lora_enabled", False)
+            ]
+        return new
+
+    def _call_without_cache_first(self):
+        """Calls the layers without a cache, on `input`.
+
+        Of layers that only this graph has, it becomes the first call, the one
+        that Keras means by `layer.output`. Layers of the backbone that was
+        edited keep theirs, which belongs to that backbone.
+        """
+        nodes = {x for nodes in self._nodes_by_depth.values() for x in nodes}
+        with replaying(None):
+            self._output_without_cache = self._without_cache(self.input)
+        for operation in self._operations:
+            calls = operation._inbound_nodes
+            if calls[0] not in nodes:
+                continue
+            calls.sort(key=lambda node: node in nodes)
+            for i, node in enumerate(calls):
+                for j, x in enumerate(node.outputs):
+                    x._keras_history = KerasHistory(operation, i, j)
+        self._nodes = {
+            make_node_key(x.operation, x.operation._inbound_nodes.index(x))
+            for x in nodes
+        }
+
+    def _without_cache(self, inputs, call=lambda operation: operation):
+        """Replays the graph symbolically with no cache in it, as upstream's.
+
+        Symbolic outputs cannot be `None`, so where no cache goes in, the
+        layers are called as upstream calls them.
+        """
+        return self.intercepted(
+            inputs,
+            lambda site, *args, **kwargs: call(site.layer)(*args, **kwargs),
+        )
+
+    def intercepted(self, inputs, call):
+        """Runs on inputs without a cache, with a say in every call.
+
+        Args:
+            inputs: Dictionary, as the model is called with.
+            call: As for `replay()`.
+
+        Returns:
+            Hidden states `(B, T, hidden_dim)`.
+        """
+        return self.replay(self._normalize(inputs), None, call)[0]
+
+    def _run_through_graph(
+        self, inputs, operation_fn=lambda op: op, call_fn=None
+    ):
+        # `keras.models.clone_model` replays the graph on `self.input`.
+        if isinstance(inputs, dict) and inputs.keys() == self.input.keys():
+            if call_fn is None:
+                return self._without_cache(inputs, operation_fn)
+            return self._without_cache(
+                inputs,
+                lambda op: functools.partial(call_fn, operation_fn(op)),
+            )
+        return super()._run_through_graph(inputs, operation_fn, call_fn)
+
+    # === Calling it ===
+
+    def _outputs_for(self, inputs, hidden_states, cache, taps):
+        outputs = super()._outputs_for(inputs, hidden_states, cache)
+        if not taps or _without_taps.get():
+            return outputs
+        return *(outputs if isinstance(outputs, tuple) else (outputs,)), taps
+
+    @plain_python
+    def __call__(self, inputs, *args, **kwargs):
+        inputs = self._normalize(inputs)
+        # Spelled out, too, for it has several outputs.
+        if self.taps and not _without_taps.get():
+            if isinstance(inputs["token_ids"], keras.KerasTensor):
+                if inputs["cache"][0][0] is None:
+                    return self.replay(inputs, None, Site.__call__)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # Its layers are, each for itself. TensorFlow cannot take the backbone
+        # as a whole, for inputs that are `None`.
+        return layer_call
+
+    @property
+    def output(self):
+        """The symbolic hidden states that follow from `input` alone."""
+        return self._output_without_cache
+
+    def export(
+        self,
+        filepath,
+        format="tf_saved_model",
+        verbose=None,
+        input_signature=None,
+        **kwargs,
+    ):
+        """Exports the backbone for inference outside of Keras.
+
+        Keras' method, with its arguments. Where Keras would export all inputs
+        of the graph as required ones, the signature is by default that of
+        upstream's backbone, `token_ids` and `padding_mask`.
+        """
+        if input_signature is None:
+            input_signature = [
+                {
+                    name: keras.InputSpec(
+                        shape=x.shape, dtype=x.dtype, name=name
+                    )
+                    for name, x in self.input.items()
+                }
+            ]
+        super().export(
+            filepath,
+            format=format,
+            verbose=verbose,
+            input_signature=input_signature,
+            **kwargs,
+        )
+
+    # === Files ===
+
+    def get_config(self):
+        quantized = policies(self._flatten_layers(include_self=False))
+        dtype = self.dtype_policy
+        if quantized and not isinstance(
+            dtype, keras.dtype_policies.DTypePolicyMap
+        ):
+            # Upstream's would not say of which dtype the other layers are.
+            dtype = keras.dtype_policies.DTypePolicyMap(dtype, quantized)
+            config = {
+                "name": self.name,
+                "trainable": self.trainable,
+                "dtype": keras.dtype_policies.serialize(dtype),
+            }
+        else:
+            config = super().get_config()
+        if self._edited:
+            # Upstream's constructors pass on what they do not know, together
+            # with outputs of their own: they refuse this, rather than build
+            # the model as if it had not been edited.
+            config["outputs"] = saved_graph.describe(self)
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        graph = config.pop("outputs", None)
+        backbone = super().from_config(config)
+        if graph is not None:
+            backbone = saved_graph.apply(backbone, graph)
+        use_own_policies(backbone)
+        return backbone
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes the weights, as `keras.Model.quantize()` does."""
+        with quantizing(self):
+            super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def save_lora_weights(self, filepath):
+        """Writes adapters, those of `enable_lora()` and those of surgery.
+
+        A file that is there already is replaced when the new one is complete.
+
+        Args:
+            filepath: Path that ends in `.lora.h5`.
+
+        Raises:
+            ValueError: If there are no adapters, or the path ends in something
+                else.
+        """
+        lora_file.save(self, filepath, super().save_lora_weights)
+
+    def load_lora_weights(self, filepath):
+        """Reads adapters into a model that was edited as the saved one was.
+
+        Those of `enable_lora()` are added if the model has none.
+
+        Args:
+            filepath: Path of a file that `save_lora_weights()` wrote, here or
+                in keras_hub.
+
+        Raises:
+            ValueError: If the file and the model have adapters in different
+                places or of different ranks. The model is left as it was.
+        """
+        lora_file.load(self, filepath, super().load_lora_weights)
+
+    def export_to_transformers(self, path):
+        """Exports the backbone in the format of Hugging Face Transformers.
+
+        Raises:
+            ValueError: If the backbone was edited, which that format has no
+                words for, or is of a family that upstream does not export.
+        """
+        self.refuse_edits("Transformers")
+        super().export_to_transformers(path)
+
+    def refuse_edits(self, reader):
+        """Raises a `ValueError` if the backbone was edited.
+
+        Args:
+            reader: str. Who would run it as if it had not been.
+        """
+        if self._edited:
+            raise ValueError(
+                "Expected a backbone that was not edited. Received: "
+                f"{self.name!r}, an edited one, which {reader} would run as if "
+                "it had not been. Use `save_to_preset()` or `save()`."
+            )
+
+    @classproperty
+    def presets(cls):
+        return drop_in.presets(cls)
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Loads a backbone from a preset that either package saved.
+
+        Takes what `keras_hub.models.Backbone.from_preset()` takes: a built-in
+        name, a hub handle, a local preset or Hugging Face directory; or the
+        path of a GGUF file. Called on a subclass of your own, returns one.
+        """
+        with drop_in.scope(*((cls,) if drop_in.family(cls) else ())):
+            loader = preset_loader(preset)
+            backbone_cls = drop_in.replacement(loader.check_backbone_class())
+            if issubclass(cls, backbone_cls):
+                backbone_cls = cls
+            if not issubclass(backbone_cls, cls):
+                raise ValueError(
+                    f"Expected a preset of a `{cls.__name__}`. Received: "
+                    f"preset={preset!r}, of a `{backbone_cls.__name__}`. Call "
+                    "`from_preset` on that class instead."
+                )
+            return loader.load_backbone(backbone_cls, load_weights, **kwargs)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        with drop_in.saving_preset(preset_dir) as folder:
+            super().save_to_preset(folder, max_shard_size=max_shard_size)

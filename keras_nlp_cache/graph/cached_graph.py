@@ -1,0 +1,227 @@
+"""A functional model with a cache among its inputs: how it is called."""
+
+import keras
+from keras import ops
+from keras import tree
+
+from keras_nlp_cache.graph.inputs import normalize
+
+
+def plain_python(function):
+    """Keeps TensorFlow's autograph from rewriting a function.
+
+    It would turn checks of Python values into graph operations.
+    """
+    if keras.config.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+def floating_dtype(name, dtype):
+    """The standard name of a dtype.
+
+    Raises:
+        ValueError: If it is not floating. `name` says which argument it was.
+    """
+    dtype = keras.backend.standardize_dtype(dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(
+            f"Expected `{name}` to be a floating dtype. Received: {dtype}."
+        )
+    return dtype
+
+
+class CallWithCache(keras.layers.Layer):
+    """A symbolic call of a model with a cache, in a graph of a user's.
+
+    Keras takes the number of a call's outputs from `layer.output`. That of the
+    model is its hidden states alone, that of this layer is what the call
+    returns.
+
+    Args:
+        model: A model that is a `CachedGraph`.
+    """
+
+    def __init__(self, model):
+        super().__init__(name=f"{model.name}_with_cache", autocast=False)
+        self.model = model
+
+    def call(self, inputs, training=None):
+        return self.model(inputs, training=training)
+
+    def compute_output_spec(self, inputs, training=None):
+        return self.model.compute_output_spec(inputs)
+
+
+class CachedGraph:
+    """Mixin for a functional model whose graph a `Wiring` made.
+
+    The model takes a dictionary in which all but `"token_ids"` may be left out,
+    and returns hidden states, with the cache if one came in.
+    """
+
+    @property
+    def max_positions(self):
+        """Number of positions the model can tell apart, `None` if any."""
+        return None
+
+    @plain_python
+    def make_cache(self, batch_size, max_length, dtype=None):
+        """Makes an empty cache.
+
+        Args:
+            batch_size: int. Number of sequences.
+            max_length: int. Number of slots, the longest sequence that fits.
+            dtype: Optional floating dtype. Defaults to the compute dtype.
+
+        Returns:
+            A tuple with one `(key, value)` pair per decoder block, each a
+            tensor of zeros `(batch_size, key_value_heads, max_length,
+            head_dim)`.
+
+        Raises:
+            ValueError: If a size is not a positive integer, if `max_length`
+                exceeds the positions of the model, or if `dtype` is not
+                floating.
+        """
+        self.check_cache_size(batch_size, max_length)
+        dtype = floating_dtype("dtype", dtype or self.compute_dtype)
+        return tuple(
+            tuple(
+                ops.zeros((batch_size, heads, max_length, dim), dtype=dtype)
+                for _ in range(2)
+            )
+            for heads, dim in self.cache_spec
+        )
+
+    def check_cache_size(self, batch_size, max_length):
+        """Raises what `make_cache()` raises for sizes that it cannot make."""
+        for name, size in (
+            ("batch_size", batch_size),
+            ("max_length", max_length),
+        ):
+            if ops.is_tensor(size):
+                continue  # Sizes are tensors in a TensorFlow graph.
+            if isinstance(size, bool) or not hasattr(size, "__index__"):
+                raise ValueError(
+                    f"Expected `{name}` to be an integer. Received: {size!r} "
+                    f"of type {type(size).__name__}."
+                )
+            if size < 1:
+                raise ValueError(
+                    f"Expected `{name}` to be 1 or more. Received: {size}."
+                )
+        if self.max_positions is not None and not ops.is_tensor(max_length):
+            if max_length > self.max_positions:
+                raise ValueError(
+                    "Expected `max_length` to be at most the "
+                    f"{self.max_positions} positions that the model learned "
+                    f"(`max_sequence_length`). Received: {max_length}."
+                )
+
+    @property
+    def cache_spec(self):
+        """One `(key_value_heads, head_dim)` per entry of the cache."""
+        return tuple(
+            (key.shape[1], key.shape[3])
+            for key, _ in self._inputs_struct["cache"]
+        )
+
+    @property
+    def takes_generated(self):
+        """Whether there is an optional input `generated`, as after some edits.
+
+        int, `(B, T)`, not 0 where the token that follows is generated.
+        """
+        return "generated" in self._inputs_struct
+
+    def _normalize(self, inputs):
+        further = ("generated",) if self.takes_generated else ()
+        return normalize(inputs, self.cache_spec, self.max_positions, further)
+
+    @plain_python
+    def __call__(self, inputs, *args, **kwargs):
+        inputs = self._normalize(inputs)
+        if isinstance(inputs["cache"][0][0], keras.KerasTensor):
+            return CallWithCache(self)(inputs, *args, **kwargs)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        # Again, since `stateless_call` does not come through `__call__`.
+        inputs = self._normalize(inputs)
+        return self._outputs_for(
+            inputs,
+            *super().call(inputs, training=training, mask=mask, **kwargs),
+        )
+
+    def _outputs_for(self, inputs, hidden_states, cache):
+        """What the model returns, of what its graph does."""
+        if inputs["cache"][0][0] is None:
+            return hidden_states
+        return hidden_states, cache
+
+    def compute_output_spec(self, inputs, training=None, mask=None):
+        """The hidden states, with the cache if one came in."""
+        inputs = self._normalize(inputs)
+
+        def spec(x):
+            shape = (*inputs["token_ids"].shape, *x.shape[2:])
+            return keras.KerasTensor(shape, dtype=x.dtype)
+
+        hidden_states, _, *further = self._outputs_struct
+        cache = tree.map_structure(
+            lambda x: x if x is None else keras.KerasTensor(x.shape, x.dtype),
+            inputs["cache"],
+        )
+        return self._outputs_for(
+            inputs,
+            spec(hidden_states),
+            cache,
+            *tree.map_structure(spec, further),
+        )
+
+    def _run_through_graph(
+        self, inputs, operation_fn=lambda op: op, call_fn=None
+    ):
+        # Keras' own runs on what `inputs` lists, and takes the number of a
+        # call's outputs from the first call of a layer, which for a block is
+        # one without a cache.
+        values = dict(zip(map(id, self._inputs), tree.flatten(inputs)))
+        for depth in sorted(self._nodes_by_depth, reverse=True):
+            for node in self._nodes_by_depth[depth]:
+                if any(id(x) not in values for x in node.input_tensors):
+                    continue
+                if node.is_input:
+                    continue
+                outputs = node.outputs
+                if call_fn is None:
+                    args, kwargs = node.arguments.fill_in(values)
+                    outputs = operation_fn(node.operation)(*args, **kwargs)
+                values.update(zip(map(id, node.outputs), tree.flatten(outputs)))
+        if any(id(x) not in values for x in self._outputs):
+            raise ValueError(
+                "Expected all outputs of the graph to be computed from its "
+                f"inputs, {[x.name for x in self._inputs]}. Received outputs "
+                "that depend on the inputs of another graph."
+            )
+        return tree.map_structure(lambda x: values[id(x)], self._outputs_struct)
+
+    def _standardize_inputs(self, inputs):
+        # Keras would cast each input to the dtype that the graph declares,
+        # and with it a cache made in another dtype on request.
+        return tree.flatten(inputs)
+
+    @property
+    def input(self):
+        """The symbolic inputs that upstream's backbone has too."""
+        return {
+            name: self._inputs_struct[name]
+            for name in ("token_ids", "padding_mask")
+        }
+
+    @property
+    def inputs(self):
+        """`input`, in a list."""
+        return tree.flatten(self.input)

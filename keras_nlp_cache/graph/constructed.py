@@ -1,0 +1,80 @@
+"""What a backbone looks for in the layers that upstream's constructor built."""
+
+import keras
+import keras_hub
+
+from keras_nlp_cache.blocks.cached_block import CachedBlock
+
+
+def check_blocks(backbone):
+    """Raises a `ValueError` if a block would not remember what it is told.
+
+    Args:
+        backbone: A backbone whose layers have been specialized.
+    """
+    for block in backbone.blocks:
+        if not isinstance(block, CachedBlock):
+            received = f"one of class {type(block).__name__!r}"
+        elif not block.remembering:
+            inside = sorted(
+                {
+                    type(layer).__name__
+                    for layer in block._flatten_layers(include_self=False)
+                }
+            )
+            received = (
+                f"block {block.name!r}, in which no layer does. It is made of "
+                f"{inside}"
+            )
+        else:
+            continue
+        raise ValueError(
+            f"Expected each of `{backbone.blocks_name}` of a "
+            f"{type(backbone).__name__!r} to be a decoder block that this "
+            "package knows, with a layer that remembers, such as attention. "
+            f"Received: {received}. The class in keras_hub is another one than "
+            "this package was written for, or a subclass: its module in "
+            "`keras_nlp_cache/models/` has to name the classes of block and "
+            "attention."
+        )
+
+
+def positioned_layers(layers):
+    """The layers that are to be told where tokens stand.
+
+    Args:
+        layers: Those of a backbone's graph.
+
+    Returns:
+        A list of those, other than decoder blocks, whose `call()` takes
+        `positions`.
+
+    Raises:
+        ValueError: If there are learned positions that cannot be told so.
+    """
+    found = [
+        layer
+        for layer in layers
+        if "positions" in getattr(layer, "call_signature_parameters", ())
+        and not isinstance(layer, CachedBlock)
+    ]
+    for layer in layers:
+        if layer not in found and learned_positions([layer]) is not None:
+            raise ValueError(
+                "Expected a layer with learned positions to take `positions` "
+                f"in its call. Received: {layer.name!r}, of class "
+                f"{type(layer).__name__!r}, whose call takes "
+                f"{layer.call_signature_parameters}. With a cache it would "
+                "take each token for the first."
+            )
+    return found
+
+
+def learned_positions(layers):
+    """How many positions the layers have an embedding for, `None` if any."""
+    for layer in layers:
+        if isinstance(layer, keras.layers.Layer):
+            for inner in layer._flatten_layers():
+                if isinstance(inner, keras_hub.layers.PositionEmbedding):
+                    return inner.sequence_length
+    return None

@@ -1,0 +1,94 @@
+"""The calls of which a backbone's graph is made."""
+
+import typing
+
+from keras_nlp_cache.blocks.cached_block import CachedBlock
+from keras_nlp_cache.cache.shared_inputs import Weightless
+
+
+class Site(typing.NamedTuple):
+    """One call of one layer in the graph of a backbone.
+
+    Args:
+        name: The layer's name, numbered from its second call on.
+        layer: The layer, or another Keras operation such as an addition.
+        call: int. How often the layer was called before.
+        block: int, how many calls of decoder blocks come before, for a decoder
+            block. `None` for any other layer.
+        shape: Shape of what it returns, without a cache.
+        node: What Keras knows of the call.
+    """
+
+    name: str
+    layer: typing.Any
+    call: int
+    block: typing.Any
+    shape: tuple
+    node: typing.Any
+
+    def __repr__(self):
+        block = "" if self.block is None else f", block {self.block}"
+        kind = type(self.layer).__name__
+        return f"Site({self.name}: {kind} -> {self.shape}{block})"
+
+    def __call__(self, *args, **kwargs):
+        """Calls the layer. What is tapped inside goes to the collector."""
+        output = self.layer(*args, **kwargs)
+        if self.block is not None and isinstance(output, tuple):
+            return output[0]
+        return output
+
+    def without_entries(self, arguments):
+        """The keyword arguments of the call but for the cache."""
+        if self.block is None:
+            return arguments
+        name = self.layer.entries_argument
+        return {k: v for k, v in arguments.items() if k != name}
+
+
+def sites_of(model):
+    """The calls of a backbone, in the order of their execution.
+
+    What stands in for the inputs, positions and masks is left out.
+    """
+    found, calls = [], {}
+    # Another layer may have the name that a second call would get.
+    taken = {layer.name for layer in model.operations}
+    first_entries = []
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        for node in model._nodes_by_depth[depth]:
+            layer = node.operation
+            if node.is_input or isinstance(layer, Weightless):
+                continue
+            call = calls.get(id(layer), 0)
+            calls[id(layer)] = call + 1
+            name, number = layer.name, call
+            while call and name in taken:
+                name = f"{layer.name}_{number}"
+                number += 1
+            taken.add(name)
+            entries = None
+            if isinstance(layer, CachedBlock):
+                entries = node.arguments.kwargs.get(layer.entries_argument)
+            first_entries.append(entries[0].key if entries else None)
+            found.append(
+                Site(
+                    name=name,
+                    layer=layer,
+                    call=call,
+                    block=None,
+                    shape=tuple(node.outputs[0].shape),
+                    node=node,
+                )
+            )
+    # Blocks were called in the order of their entries.
+    place = {
+        id(key): i for i, (key, _) in enumerate(model._inputs_struct["cache"])
+    }
+    order = sorted(place[id(x)] for x in first_entries if x is not None)
+    return tuple(
+        site
+        if key is None
+        else site._replace(block=order.index(place[id(key)]))
+        for site, key in zip(found, first_entries)
+    )

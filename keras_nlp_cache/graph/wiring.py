@@ -1,0 +1,217 @@
+"""How a cache is threaded through a graph.
+
+Each layer that remembers in a decoder block that is called through a `Wiring`
+gets an entry of its own, as one more pair of inputs, and the graph one more
+pair of outputs. Who builds the graph sees blocks that take and return what
+upstream's do.
+"""
+
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+from keras import tree
+
+from keras_nlp_cache.blocks.cached_block import CachedBlock
+from keras_nlp_cache.blocks.cached_block import first_argument
+from keras_nlp_cache.cache.layer_cache import LayerCache
+from keras_nlp_cache.cache.shared_inputs import AttentionMask
+from keras_nlp_cache.cache.shared_inputs import Distance
+from keras_nlp_cache.cache.shared_inputs import Positions
+
+
+def constant(x):
+    """Makes an array of a tensor that was computed for a graph.
+
+    Exported through TensorFlow, the tensor would become one more input.
+    """
+    if keras.config.backend() == "tensorflow" and ops.is_tensor(x):
+        return np.asarray(x.numpy())
+    return x
+
+
+class Wiring:
+    """The inputs of one graph, and the caches threaded through it.
+
+    Args:
+        dtype: Dtype policy of the layers that it adds to the graph.
+        graph: Optional `keras.Function`, a graph without a cache whose inputs
+            to take. Defaults to new ones.
+
+    Attributes:
+        inputs: Dictionary of the symbolic inputs, but for the caches.
+        positions: Symbolic int32 `(B or 1, T)`, for layers that take
+            `positions`.
+        blocks: The decoder blocks, in the order in which they were called. One
+            that was called twice stands there twice.
+    """
+
+    def __init__(self, dtype, graph=None):
+        self._dtype = dtype
+        self._graph = graph
+        self._caches = []
+        self._updated = []
+        self._masks = {}
+        self._distance = None
+        self.blocks = []
+        self.inputs = {
+            "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
+            "padding_mask": keras.Input(
+                (None,), dtype="int32", name="padding_mask", optional=True
+            ),
+            "cache_update_index": keras.Input(
+                batch_shape=(),
+                dtype="int32",
+                name="cache_update_index",
+                optional=True,
+            ),
+            "token_positions": keras.Input(
+                (None,), dtype="int32", name="token_positions", optional=True
+            ),
+            "attention_mask": keras.Input(
+                (None, None), dtype="bool", name="attention_mask", optional=True
+            ),
+        }
+        if graph is not None:
+            given = {x.name: x for x in graph.inputs}
+            given["padding_mask"]._keras_history.operation.optional = True
+            self.inputs.update(given)
+        self.positions = Positions(dtype=dtype, name="positions")(
+            self.inputs["token_ids"],
+            index=self.inputs["cache_update_index"],
+            token_positions=self.inputs["token_positions"],
+            attention_mask=self.inputs["attention_mask"],
+        )
+
+    @property
+    def generated(self):
+        """Symbolic int32 `(B, T)`, for layers that treat prompts otherwise.
+
+        Not 0 where the token that follows is generated. An input of the graph,
+        optional, from when it is first asked for.
+        """
+        if "generated" not in self.inputs:
+            self.inputs["generated"] = keras.Input(
+                (None,), dtype="int32", name="generated", optional=True
+            )
+        return self.inputs["generated"]
+
+    def thread(self, takes_positions=()):
+        """Threads caches through the graph that the inputs are of.
+
+        The layers are called once more. What they are called with and return
+        without a cache stays their first call, which is the one that Keras
+        means by `layer.output`.
+
+        Args:
+            takes_positions: Layers that take `positions`.
+
+        Returns:
+            The symbolic hidden states.
+        """
+
+        def call(operation, *args, **kwargs):
+            args, kwargs = tree.map_structure(constant, (args, kwargs))
+            if operation in takes_positions:
+                kwargs["positions"] = self.positions
+            if isinstance(operation, CachedBlock):
+                return self.call_block(operation, args, kwargs)
+            return operation(*args, **kwargs)
+
+        return self._graph._run_through_graph(
+            self._graph.inputs,
+            operation_fn=lambda operation: functools.partial(call, operation),
+        )
+
+    def call_block(self, block, args, kwargs):
+        """Calls a decoder block, with an entry for each layer that remembers.
+
+        Args:
+            block: A `CachedBlock`.
+            args: Its positional arguments, symbolic hidden states first.
+            kwargs: Its other arguments, without entries. The padding mask may
+                be left out.
+
+        Returns:
+            What the block returns without a cache, symbolically.
+        """
+        if len(args) < 2 and block.padding_argument is not None:
+            kwargs = {
+                block.padding_argument: self.inputs["padding_mask"],
+                **kwargs,
+            }
+        if not block.built:
+            block.build(first_argument(args, kwargs).shape)
+        kwargs[block.entries_argument] = tuple(
+            self._entry(layer) for layer in block.remembering
+        )
+        outputs, updated, *_ = block(*args, **kwargs)
+        self.blocks.append(block)
+        self._updated.extend(updated)
+        return outputs
+
+    def _entry(self, layer):
+        heads, head_dim = layer.key_value_shape
+        key, value = (
+            keras.Input(
+                (heads, None, head_dim),
+                dtype=layer.compute_dtype,
+                name=f"cache_{len(self._caches)}_{name}",
+                optional=True,
+            )
+            for name in ("key", "value")
+        )
+        self._caches.append((key, value))
+        return LayerCache(
+            key=key,
+            value=value,
+            index=self.inputs["cache_update_index"],
+            positions=self.positions,
+            mask=self._mask(layer.window),
+            distance=self._slot_distance() if layer.wants_distance else None,
+        )
+
+    def _slot_distance(self):
+        if self._distance is None:
+            self._distance = Distance(dtype=self._dtype, name="distance")(
+                self.positions,
+                padding_mask=self.inputs["padding_mask"],
+                key=self._caches[0][0],
+                index=self.inputs["cache_update_index"],
+                token_positions=self.inputs["token_positions"],
+            )
+        return self._distance
+
+    def _mask(self, window):
+        """The mask of all layers that have a window of this size, or none."""
+        if window not in self._masks:
+            name, positions = "mask", None
+            if window is not None:
+                name = f"mask_of_window_{window}"
+                positions = self.inputs["token_positions"]
+            self._masks[window] = AttentionMask(
+                window, dtype=self._dtype, name=name
+            )(
+                self.positions,
+                padding_mask=self.inputs["padding_mask"],
+                key=self._caches[0][0],
+                index=self.inputs["cache_update_index"],
+                attention_mask=self.inputs["attention_mask"],
+                token_positions=positions,
+            )
+        return self._masks[window]
+
+    def graph(self, hidden_states, *further):
+        """The inputs and outputs of the wired graph.
+
+        Args:
+            hidden_states: The symbolic hidden states that the graph returns.
+            *further: Nested structures of symbolic outputs beside those.
+
+        Returns:
+            `(inputs, outputs)`, where `outputs` is `(hidden_states, cache,
+            *further)`.
+        """
+        inputs = {**self.inputs, "cache": tuple(self._caches)}
+        return inputs, (hidden_states, tuple(self._updated), *further)

@@ -1,0 +1,1 @@
+"""Quantized weights, in a backbone that has a cache."""
