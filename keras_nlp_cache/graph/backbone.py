@@ -164,8 +164,13 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
 
         For families whose weights were trained on something else than what
         upstream computes, where an attribute of a layer makes the difference.
-        What is called with a cache and without one is then right.
+        What is computed with a cache and without one is then right.
         """
+        for block in self.blocks:
+            if getattr(block, "output_router_logits", False):
+                # The graph goes on with hidden states, and so does no other
+                # call of the block if it returns more.
+                block.output_router_logits = False
 
     @property
     def max_positions(self):

@@ -84,7 +84,7 @@ def describe(backbone):
                 "layer": layers.index(site.layer),
                 "args": serialize(site.node.arguments.args),
                 "kwargs": serialize(
-                    site.without_cache(site.node.arguments.kwargs)
+                    site.without_entries(site.node.arguments.kwargs)
                 ),
             }
             for site in sites

@@ -35,6 +35,9 @@ class FalconBackbone(keras_hub.models.FalconBackbone, CachedBackbone):
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs.
 
+    Differs from upstream, on purpose: `layer_norm_epsilon` holds in all blocks.
+    Upstream does not pass it on.
+
     Example:
 
     ```python
@@ -51,6 +54,12 @@ class FalconBackbone(keras_hub.models.FalconBackbone, CachedBackbone):
     Reference:
         https://arxiv.org/abs/2306.01116
     """
+
+    def mend(self):
+        for block in self.blocks:
+            block.layer_norm_epsilon = self.final_layernorm.epsilon
+            for norm in (block.input_layernorm, block.post_attention_layernorm):
+                norm.epsilon = self.final_layernorm.epsilon
 
 
 @replaces(keras_hub.models.FalconCausalLM)

@@ -47,6 +47,13 @@ class CachedGemmaAttention(
         return self._apply_rope(x, 0, positions=positions)
 
 
+def scale_as_trained(blocks):
+    """Tells attention how to scale, which upstream's blocks do not pass on."""
+    for block in blocks:
+        normalize = block.query_head_dim_normalize
+        block.attention.query_head_dim_normalize = normalize
+
+
 def gemma_parts(block):
     """What the blocks of Gemma 1, 2 and 3 call what they are made of."""
     parts = {}
@@ -85,9 +92,16 @@ class GemmaBackbone(keras_hub.models.GemmaBackbone, CachedBackbone):
     )
     ```
 
+    Differs from upstream, on purpose: with `query_head_dim_normalize=False`, as
+    in Gemma 2 27B, logits are scaled as the model was trained, and as that
+    argument says. Upstream does not pass it on.
+
     Reference:
         https://arxiv.org/abs/2403.08295, https://arxiv.org/abs/2408.00118
     """
+
+    def mend(self):
+        scale_as_trained(self.blocks)
 
 
 @replaces(keras_hub.models.GemmaCausalLM)

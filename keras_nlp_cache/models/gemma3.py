@@ -3,6 +3,7 @@
 import keras_hub
 from keras_hub.src.models.gemma3 import gemma3_attention
 from keras_hub.src.models.gemma3 import gemma3_decoder_block
+from keras_hub.src.models.gemma3 import gemma3_layers
 
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
@@ -10,6 +11,7 @@ from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.models.gemma import gemma_parts
 from keras_nlp_cache.models.gemma import GemmaAttention
+from keras_nlp_cache.models.gemma import scale_as_trained
 
 decoder_block(gemma3_decoder_block.Gemma3DecoderBlock, gemma_parts)
 
@@ -43,9 +45,21 @@ class Gemma3Backbone(keras_hub.models.Gemma3Backbone, CachedBackbone):
     )
     ```
 
+    Differs from upstream, on purpose: `query_head_dim_normalize=False`, as in
+    Gemma 3 27B, and `layer_norm_epsilon` hold in all blocks. Upstream does not
+    pass them on.
+
     Reference:
         https://arxiv.org/abs/2503.19786
     """
+
+    def mend(self):
+        scale_as_trained(self.blocks)
+        for block in self.blocks:
+            block.layer_norm_epsilon = self.layer_norm.epsilon
+            for layer in block._flatten_layers():
+                if isinstance(layer, gemma3_layers.RMSNormalization):
+                    layer.epsilon = self.layer_norm.epsilon
 
 
 @replaces(keras_hub.models.Gemma3CausalLM)

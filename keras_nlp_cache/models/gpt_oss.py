@@ -1,5 +1,7 @@
 """gpt-oss: learned sinks, windows, a mixture of experts."""
 
+import inspect
+
 import keras_hub
 from keras_hub.src.models.gpt_oss import gpt_oss_attention
 from keras_hub.src.models.gpt_oss import gpt_oss_decoder
@@ -25,7 +27,7 @@ class GptOssAttention(CachedAttention, gpt_oss_attention.GptOssAttention):
 
     @property
     def window(self):
-        # Upstream counts the positions before the query's own.
+        # What `GptOssBackbone.mend()` says.
         return self.sliding_window + 1 if self.sliding_window else None
 
 
@@ -36,6 +38,10 @@ class GptOssBackbone(keras_hub.models.GptOssBackbone, CachedBackbone):
     A drop-in replacement for `keras_hub.models.GptOssBackbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs.
+
+    Differs from upstream, on purpose: every other layer sees `sliding_window`
+    positions, beginning with the first, as the model was trained. Upstream
+    begins with the second, and has them see one more.
 
     Example:
 
@@ -54,6 +60,21 @@ class GptOssBackbone(keras_hub.models.GptOssBackbone, CachedBackbone):
     Reference:
         https://arxiv.org/abs/2508.10925
     """
+
+    def __init__(self, *args, **kwargs):
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        given.apply_defaults()
+        self._given_window = given.arguments["sliding_window"]
+        super().__init__(*args, **kwargs)
+
+    def mend(self):
+        super().mend()
+        for i, block in enumerate(self.blocks):
+            window = self._given_window if i % 2 == 0 else None
+            # Upstream's attention counts the positions before the query's own.
+            window = window and window - 1
+            block.sliding_window = window
+            block.self_attention_layer.sliding_window = window
 
 
 @replaces(keras_hub.models.GptOssCausalLM)

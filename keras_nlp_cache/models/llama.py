@@ -3,9 +3,11 @@
 import keras_hub
 from keras_hub.src.models.llama import llama_attention
 from keras_hub.src.models.llama import llama_decoder
+from keras_hub.src.models.llama import llama_rotary_embedding
 
 from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import decoder_block
+from keras_nlp_cache.blocks.specializing import Specialized
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
@@ -20,6 +22,17 @@ class LlamaAttention(CachedAttention, llama_attention.LlamaAttention):
     dropout_of_heads = "_dropout_layer"
 
 
+@replaces(llama_rotary_embedding.LlamaRotaryEmbedding)
+class LlamaRotaryEmbedding(
+    Specialized, llama_rotary_embedding.LlamaRotaryEmbedding
+):
+    """Rotary positions that may be scaled, all by the same factor."""
+
+    def _get_inverse_freq(self, rotary_dim):
+        # Upstream's overrides the method that would scale them.
+        return super()._get_inverse_freq(rotary_dim) / self.scaling_factor
+
+
 @replaces(keras_hub.models.LlamaBackbone)
 class LlamaBackbone(keras_hub.models.LlamaBackbone, CachedBackbone):
     """Llama with a cache in its graph.
@@ -27,6 +40,9 @@ class LlamaBackbone(keras_hub.models.LlamaBackbone, CachedBackbone):
     A drop-in replacement for `keras_hub.models.LlamaBackbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs.
+
+    Differs from upstream, on purpose: `rope_position_scaling_factor` scales
+    positions. Upstream's has no effect.
 
     Example:
 

@@ -13,8 +13,32 @@ from keras_nlp_cache.graph.backbone import CachedBackbone
 decoder_block(qwen_decoder.QwenTransformerDecoder)
 
 
+class WindowedAttention(CachedAttention):
+    """Attention of the Qwen families, whose window holds everywhere."""
+
+    def _compute_attention(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        cache_update_index=None,
+        **kwargs,
+    ):
+        # Upstream's code, which forgets the window where there is a fused
+        # operation.
+        if self.window is not None and attention_mask is not None:
+            attention_mask = self._mask_sliding_window(
+                attention_mask,
+                0 if cache_update_index is None else cache_update_index,
+            )
+        return super()._compute_attention(
+            query, key, value, attention_mask, cache_update_index, **kwargs
+        )
+
+
 @replaces(qwen_attention.QwenAttention)
-class QwenAttention(CachedAttention, qwen_attention.QwenAttention):
+class QwenAttention(WindowedAttention, qwen_attention.QwenAttention):
     """Grouped-query attention that remembers."""
 
     dropout_of_heads = "_dropout_layer"
@@ -27,6 +51,9 @@ class QwenBackbone(keras_hub.models.QwenBackbone, CachedBackbone):
     A drop-in replacement for `keras_hub.models.QwenBackbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs.
+
+    Differs from upstream, on purpose: `use_sliding_window_attention` holds on
+    all backends. Upstream forgets the window where Keras has fused attention.
 
     Example:
 

@@ -4,20 +4,32 @@ import keras_hub
 from keras_hub.src.models.qwen3 import qwen3_attention
 from keras_hub.src.models.qwen3 import qwen3_decoder
 
-from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.models.qwen import WindowedAttention
 
 decoder_block(qwen3_decoder.Qwen3TransformerDecoder)
 
 
 @replaces(qwen3_attention.Qwen3Attention)
-class Qwen3Attention(CachedAttention, qwen3_attention.Qwen3Attention):
+class Qwen3Attention(WindowedAttention, qwen3_attention.Qwen3Attention):
     """Grouped-query attention that remembers."""
 
     dropout_of_heads = "_dropout_layer"
+
+
+def normalize_as_trained(blocks):
+    """Gives the norms of queries and keys the epsilon of the others."""
+    for block in blocks:
+        attention = block._self_attention_layer
+        attention.layer_norm_epsilon = block.layer_norm_epsilon
+        for norm in (
+            attention._query_dense_layer_norm,
+            attention._key_dense_layer_norm,
+        ):
+            norm.epsilon = block.layer_norm_epsilon
 
 
 @replaces(keras_hub.models.Qwen3Backbone)
@@ -27,6 +39,10 @@ class Qwen3Backbone(keras_hub.models.Qwen3Backbone, CachedBackbone):
     A drop-in replacement for `keras_hub.models.Qwen3Backbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs.
+
+    Differs from upstream, on purpose: `layer_norm_epsilon` holds for queries
+    and keys, too, and `sliding_window_size` on all backends. Upstream forgets
+    the window where Keras has fused attention, on JAX and PyTorch.
 
     Example:
 
@@ -45,6 +61,9 @@ class Qwen3Backbone(keras_hub.models.Qwen3Backbone, CachedBackbone):
     Reference:
         https://arxiv.org/abs/2505.09388
     """
+
+    def mend(self):
+        normalize_as_trained(self.blocks)
 
 
 @replaces(keras_hub.models.Qwen3CausalLM)

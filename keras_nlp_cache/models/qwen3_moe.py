@@ -4,17 +4,20 @@ import keras_hub
 from keras_hub.src.models.qwen3_moe import qwen3_moe_attention
 from keras_hub.src.models.qwen3_moe import qwen3_moe_decoder
 
-from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.models.qwen import WindowedAttention
+from keras_nlp_cache.models.qwen3 import normalize_as_trained
 
 decoder_block(qwen3_moe_decoder.Qwen3MoeTransformerDecoder)
 
 
 @replaces(qwen3_moe_attention.Qwen3MoeAttention)
-class Qwen3MoeAttention(CachedAttention, qwen3_moe_attention.Qwen3MoeAttention):
+class Qwen3MoeAttention(
+    WindowedAttention, qwen3_moe_attention.Qwen3MoeAttention
+):
     """Grouped-query attention that remembers."""
 
     dropout_of_heads = "_dropout_layer"
@@ -27,6 +30,10 @@ class Qwen3MoeBackbone(keras_hub.models.Qwen3MoeBackbone, CachedBackbone):
     A drop-in replacement for `keras_hub.models.Qwen3MoeBackbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs.
+
+    Differs from upstream, on purpose: `layer_norm_epsilon` holds for queries
+    and keys, too, and `sliding_window_size` on all backends. Upstream forgets
+    the window where Keras has fused attention, on JAX and PyTorch.
 
     Example:
 
@@ -46,6 +53,10 @@ class Qwen3MoeBackbone(keras_hub.models.Qwen3MoeBackbone, CachedBackbone):
     Reference:
         https://arxiv.org/abs/2505.09388
     """
+
+    def mend(self):
+        super().mend()
+        normalize_as_trained(self.blocks)
 
 
 @replaces(keras_hub.models.Qwen3MoeCausalLM)

@@ -4,17 +4,17 @@ import keras_hub
 from keras_hub.src.models.qwen_moe import qwen_moe_attention
 from keras_hub.src.models.qwen_moe import qwen_moe_decoder
 
-from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.models.qwen import WindowedAttention
 
 decoder_block(qwen_moe_decoder.QwenMoeTransformerDecoder)
 
 
 @replaces(qwen_moe_attention.QwenMoeAttention)
-class QwenMoeAttention(CachedAttention, qwen_moe_attention.QwenMoeAttention):
+class QwenMoeAttention(WindowedAttention, qwen_moe_attention.QwenMoeAttention):
     """Grouped-query attention that remembers."""
 
     dropout_of_heads = "_dropout_layer"
@@ -27,6 +27,11 @@ class QwenMoeBackbone(keras_hub.models.QwenMoeBackbone, CachedBackbone):
     A drop-in replacement for `keras_hub.models.QwenMoeBackbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs.
+
+    Differs from upstream, on purpose: `use_sliding_window_attention` holds on
+    GPUs, too, where upstream forgets it. `decoder_sparse_step` and
+    `mlp_only_layers` are what upstream makes of them, which is not what the
+    model was trained with: each of its blocks takes itself for the first.
 
     Example:
 
