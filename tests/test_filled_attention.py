@@ -8,14 +8,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
+from keras_nlp_cache.attention.blockwise import block_size
 from keras_nlp_cache.attention.functions import attend
-from keras_nlp_cache.attention.functions import attend_filled
-from keras_nlp_cache.attention.functions import block_size
-from keras_nlp_cache.cache.layer_cache import causal_mask
-from keras_nlp_cache.cache.layer_cache import MASKED
+from keras_nlp_cache.cache.layer_cache import LayerCache
+from keras_nlp_cache.cache.masks import causal_mask
+from keras_nlp_cache.cache.masks import MASKED
+from keras_nlp_cache.generate.loops.access import loop_access
 
 BLOCK = block_size(256, 1)
 SLOTS = (BLOCK, 2 * BLOCK, 3 * BLOCK, 2 * BLOCK + 8)
+
+
+def attend_filled(index, query, key, **kwargs):
+    """Attends as a loop does that writes the tokens at a slot."""
+    cache = LayerCache(key=key, index=ops.convert_to_tensor(index, "int32"))
+    function = loop_access().attention(cache, query.shape[1]) or attend
+    return function(query=query, key=key, **kwargs)
 
 
 @settings(deadline=None, max_examples=20)
@@ -25,9 +33,13 @@ SLOTS = (BLOCK, 2 * BLOCK, 3 * BLOCK, 2 * BLOCK + 8)
     length=st.sampled_from([1, 3]),
     soft_cap=st.sampled_from([None, 5.0]),
     window=st.sampled_from([None, 7]),
+    has_sink=st.booleans(),
+    has_bias=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_equal(slots, filled, length, soft_cap, window, seed):
+def test_equal(
+    slots, filled, length, soft_cap, window, has_sink, has_bias, seed
+):
     index = round(filled * (slots - length))
     rng = np.random.default_rng(seed)
     query = rng.normal(size=(2, length, 4, 8)).astype("float32")
@@ -37,12 +49,21 @@ def test_equal(slots, filled, length, soft_cap, window, seed):
     query, key, value = map(ops.convert_to_tensor, (query, key, value))
     mask = causal_mask(index, length, slots, window)[None, None]
     kwargs = dict(query=query, key=key, value=value, mask=mask, scale=0.35)
-    expected = attend(**kwargs, soft_cap=soft_cap)
-    actual = attend_filled(
-        **kwargs,
-        soft_cap=soft_cap,
-        filled=ops.convert_to_tensor(index + length, "int32"),
-    )
+    further = {
+        "soft_cap": soft_cap,
+        "sink": rng.normal(size=4).astype("float32") if has_sink else None,
+        "bias": (
+            rng.normal(size=(1, 4, length, slots)).astype("float32")
+            if has_bias
+            else None
+        ),
+    }
+    further = {
+        name: ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
+        for name, x in further.items()
+    }
+    expected = attend(**kwargs, **further)
+    actual = attend_filled(index, **kwargs, **further)
     np.testing.assert_allclose(
         ops.convert_to_numpy(actual),
         ops.convert_to_numpy(expected),
@@ -58,12 +79,12 @@ def test_a_query_that_sees_nothing(dtype):
     mask = np.zeros((1, 1, 2, 2 * BLOCK), "float32")
     mask[:, :, 1] = MASKED
     output = attend_filled(
+        BLOCK + 1,
         query=query,
         key=x,
         value=x,
         mask=ops.convert_to_tensor(mask),
         scale=1.0,
-        filled=ops.convert_to_tensor(BLOCK + 3, "int32"),
     )
     assert keras.backend.standardize_dtype(output.dtype) == dtype
     output = ops.convert_to_numpy(ops.cast(output, "float32"))
@@ -91,12 +112,12 @@ def test_an_accelerator_does_not_wait_for_the_host(monkeypatch):
         mask = causal_mask(index, 2, 2 * BLOCK)[None, None]
         return ops.convert_to_numpy(
             attend_filled(
+                index,
                 query=ops.ones((1, 2, 4, 4)),
                 key=x,
                 value=x,
                 mask=mask,
                 scale=1.0,
-                filled=ops.convert_to_tensor(BLOCK, "int32"),
             )
         )
 

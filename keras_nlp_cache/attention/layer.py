@@ -1,44 +1,21 @@
-"""Attention layers that remember: how those of upstream come to have a cache.
+"""Attention layers that remember: project, rotate, update, attend, project.
 
-`attend.AttendsThroughCache` says what such a layer does: project, rotate,
-update the cache, attend, project. Here is what upstream's layers call what that
-takes. A model family subclasses `CachedAttention` together with upstream's
-layer and states only what it does or calls otherwise.
+`CachedAttention.attend_through()` reads in that order. What it takes is found
+under the names that upstream's layers have for it. A model family subclasses
+`CachedAttention` together with upstream's layer and states only what it does or
+calls otherwise.
 """
-
-import string
 
 import keras
 from keras import ops
 
-from keras_nlp_cache.attention.functions import AttendsThroughCache
+from keras_nlp_cache.attention.functions import attend
 from keras_nlp_cache.attention.remembering import Remembers
 from keras_nlp_cache.blocks import block_call
-from keras_nlp_cache.blocks.cached_block import first_argument
-from keras_nlp_cache.blocks.sharing import share
+from keras_nlp_cache.blocks.block_call import first_argument
 from keras_nlp_cache.blocks.specializing import Specialized
-from keras_nlp_cache.cache.layer_cache import is_owned
+from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.layer_cache import LayerCache
-
-
-def in_order_of_kernel(equation):
-    """The same einsum of a dense layer, its axes named as the kernel has them.
-
-    JAX contracts axes in the order of their names. Where the kernel has them in
-    another, XLA transposes it, at every decode step.
-
-    Args:
-        equation: str, such as `"bquh,uhm->bqm"`.
-
-    Returns:
-        str, such as `"deab,abc->dec"`.
-    """
-    inputs, kernel, _ = equation.replace("->", ",").split(",")
-    names = dict.fromkeys(kernel + inputs)
-    return equation.translate(
-        str.maketrans(dict(zip(names, string.ascii_lowercase)))
-    )
-
 
 # What upstream's attention layers call what they are made of.
 _PROJECTIONS = {
@@ -57,14 +34,31 @@ _HAS_WINDOW = ("use_sliding_window_attention",)
 _WINDOW = ("sliding_window", "_sliding_window", "sliding_window_size")
 
 
-class CachedAttention(Specialized, Remembers, AttendsThroughCache):
+class CachedAttention(Specialized, Remembers):
     """Mixin that gives an upstream attention layer an entry in the cache.
 
     Placed before the upstream class in the bases of a layer of the same name.
     All that it needs to know it finds under the names that upstream's layers
     agree on, or says when the backbone is constructed what it looked for.
 
-    Attributes, beside those of `AttendsThroughCache`, for a family to set:
+    Attributes that a family may set:
+        key_value_shape: `(key_value_heads, head_dim)` of the keys and of the
+            values.
+        project: Method `(x, positions) -> (query, key, value)`, from
+            `(B, T, hidden_dim)` and int32 `(B or 1, T)`. Rotates query and key
+            if the family does. The query is `(B, T, query_heads, head_dim)`,
+            key and value are `(B, T, key_value_heads, head_dim)`.
+        scale: float. Multiplies the attention logits.
+        soft_cap: Optional float. See `attend()`.
+        window: Optional int. How many positions a query sees, its own
+            included.
+        weights_dropout: Optional callable, applied to the attention weights.
+        sink: Optional tensor `(query_heads,)`. See `attend()`.
+        logits_bias: Optional method from how far behind the query each slot
+            is, int32 `(B or 1, T, S)`, to the `bias` of `attend()`. Goes with
+            `wants_distance`.
+        merge_heads: Method from `(B, T, query_heads, head_dim)` to
+            `(B, T, hidden_dim)`.
         projections: Dictionary from `"query"`, `"key"`, `"value"` and
             `"output"` to the attributes that hold the layers which project to
             these, and from all heads to the output.
@@ -84,6 +78,8 @@ class CachedAttention(Specialized, Remembers, AttendsThroughCache):
             the output projection. The cache stays as it is.
     """
 
+    sink = None
+    logits_bias = None
     merges_heads = False
     dropout_of_weights = None
     dropout_of_heads = None
@@ -194,6 +190,47 @@ class CachedAttention(Specialized, Remembers, AttendsThroughCache):
 
     # === What it does ===
 
+    def attend_through(self, x, cache, index=None):
+        """Attends to what a cache remembers, and to the new tokens.
+
+        Args:
+            x: Tensor `(B, T, hidden_dim)`.
+            cache: A `LayerCache` in use, or a bare `(key, value)` pair.
+            index: int scalar, the slot of the first token. Goes with a pair.
+
+        Returns:
+            `(output, (key, value))`, with a pair of `None` if the cache has
+            no memory.
+        """
+        length = ops.shape(x)[1]
+        if not isinstance(cache, LayerCache):
+            cache = LayerCache.of_pair(cache, index, length, self.window)
+        query, key, value = self.project(x, cache.positions)
+        remembered = cache.update(
+            ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
+        )
+        # Few families have these, and few functions know them.
+        further = {}
+        if self.sink is not None:
+            further["sink"] = self.sink
+        if self.logits_bias is not None:
+            further["bias"] = self.logits_bias(cache.distance)
+        function = getattr(self, "replaced_attention", None)
+        function = function or access().attention(cache, length) or attend
+        x = function(
+            query=query,
+            key=remembered.key,
+            value=remembered.value,
+            mask=cache.mask,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            dropout=self.weights_dropout,
+            **further,
+        )
+        if cache.key is None:
+            return self.merge_heads(x), (None, None)
+        return self.merge_heads(x), (remembered.key, remembered.value)
+
     def project(self, x, positions):
         query, key, value = (
             self.projection(name)(x) for name in ("query", "key", "value")
@@ -225,15 +262,7 @@ class CachedAttention(Specialized, Remembers, AttendsThroughCache):
             x = dropout(x)
         if self.merges_heads:
             x = ops.reshape(x, (*ops.shape(x)[:2], -1))
-        dense = self.projection("output")
-        # Surgery may have put another layer there. Everywhere but in a loop,
-        # sums are in upstream's order.
-        if is_owned() and type(dense) is keras.layers.EinsumDense:
-            if keras.config.backend() == "jax":
-                dense = share(
-                    dense, equation=in_order_of_kernel(dense.equation)
-                )
-        return dense(x)
+        return access().project(self.projection("output"), x)
 
     def call(self, *args, **kwargs):
         """Attends through the cache of the call under way, or as upstream.
@@ -266,11 +295,6 @@ class CachedAttention(Specialized, Remembers, AttendsThroughCache):
         return LayerCache.without_memory(
             attention_mask, ops.shape(x)[1], self.window
         )
-
-    def attention_function(self, cache, length):
-        if hasattr(self, "replaced_attention"):
-            return self.replaced_attention
-        return super().attention_function(cache, length)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         # What becomes of its entry would not leave what is computed again. The

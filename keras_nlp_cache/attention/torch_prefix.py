@@ -7,7 +7,7 @@ no values. So the operator is captured as a whole, and looks when it runs.
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from keras_nlp_cache.cache.layer_cache import MASKED
+from keras_nlp_cache.cache.masks import MASKED
 
 _LIBRARY = torch.library.Library("keras_nlp_cache", "DEF")
 _LIBRARY.define(

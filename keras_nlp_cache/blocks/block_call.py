@@ -19,6 +19,15 @@ _current = contextvars.ContextVar("keras_nlp_cache_block_call", default=None)
 _collected = contextvars.ContextVar("keras_nlp_cache_taps", default=None)
 
 
+def first_argument(args, kwargs):
+    """The sequence, all that upstream's layers agree to take first.
+
+    They name it `query`, `hidden_states`, `decoder_sequence` or `x`, and some
+    are called by keyword.
+    """
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 class BlockCall:
     """One call of a decoder block.
 

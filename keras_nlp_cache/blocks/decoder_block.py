@@ -10,13 +10,13 @@ import functools
 import inspect
 
 import keras
+from keras import tree
 
 from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.attention.remembering import Remembers
 from keras_nlp_cache.blocks import block_call
+from keras_nlp_cache.blocks.block_call import first_argument
 from keras_nlp_cache.blocks.block_parts import find_parts
-from keras_nlp_cache.blocks.cached_block import CachedBlock
-from keras_nlp_cache.blocks.cached_block import first_argument
 from keras_nlp_cache.blocks.sharing import attributes
 from keras_nlp_cache.blocks.specializing import specialize_within
 from keras_nlp_cache.blocks.specializing import Specialized
@@ -25,7 +25,7 @@ from keras_nlp_cache.drop_in import stand_in
 from keras_nlp_cache.graph.replaying import active_wiring
 
 
-class DecoderBlock(Specialized, CachedBlock):
+class DecoderBlock(Specialized):
     """Mixin that gives an upstream decoder block entries in a cache.
 
     `decoder_block()` makes the class for a block of upstream's.
@@ -45,12 +45,15 @@ class DecoderBlock(Specialized, CachedBlock):
         What upstream's block does. With `entries`, a pair of that and a tuple
         of `(key, value)` pairs, updated.
 
-    Attributes, beside those of `CachedBlock`:
+    Attributes:
+        padding_argument: Name of the `call()` argument that takes the padding
+            mask, `None` if there is none.
         own_parts: Method that returns a dictionary like `parts`, with what
             this family calls otherwise than others.
     """
 
     own_arguments = ("entries",)
+    padding_argument = None
 
     def own_parts(self):
         return {}
@@ -73,8 +76,11 @@ class DecoderBlock(Specialized, CachedBlock):
 
         cls.build = build
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, autocast=False, **kwargs)
+
     def on_specialized(self):
-        # See `CachedBlock.__call__`.
+        # The constructor of this class did not run.
         self.autocast = False
         specialize_within(self._layers)
 
@@ -82,6 +88,7 @@ class DecoderBlock(Specialized, CachedBlock):
 
     @property
     def remembering(self):
+        """The layers inside that remember, in an order that stays."""
         return [
             layer
             for layer in self._flatten_layers(include_self=False)
@@ -152,6 +159,18 @@ class DecoderBlock(Specialized, CachedBlock):
                 kwargs.pop("entries", None)
                 self._check_fits(first_argument(args, kwargs))
                 return wiring.call_block(self, args, kwargs)
+        # Keras casts all float arguments to the compute dtype. Hidden states
+        # should be, a cache should not: it may have been made in another
+        # dtype on request, and casting it would copy it at every step.
+        entries = kwargs.pop("entries", None)
+        args, kwargs = tree.map_structure(
+            lambda x: self.dtype_policy.convert_input(
+                x, True, self.input_dtype
+            ),
+            (args, kwargs),
+        )
+        if entries is not None:
+            kwargs["entries"] = entries
         outputs = super().__call__(*args, **kwargs)
         if isinstance(first_argument(args, kwargs), keras.KerasTensor):
             if self.tapped_parts:
@@ -180,19 +199,29 @@ class DecoderBlock(Specialized, CachedBlock):
         block_call.collect(call.taps)
         return *(outputs if entries is not None else (outputs,)), call.taps
 
-    def compute_output_spec(self, *args, **kwargs):
-        outputs = super().compute_output_spec(*args, **kwargs)
+    def compute_output_spec(self, *args, entries=None, **kwargs):
+        """What the block returns, for all families and with all it may take."""
         hidden_states = first_argument(args, kwargs)
-        entries, slots = kwargs.get("entries"), hidden_states.shape[1]
-        if entries is not None:
-            key = entries[0].key
-            slots = None if key is None else key.shape[2]
+        outputs, slots = self.upstream_spec(*args, **kwargs), None
+        if entries is None:
+            outputs, slots = (outputs,), hidden_states.shape[1]
+        else:
+            pairs = tuple((entry.key, entry.value) for entry in entries)
+            if pairs[0][0] is not None:
+                slots = pairs[0][0].shape[2]
+            outputs = outputs, tree.map_structure(_spec, pairs)
         taps = {
             tap.part: tap.tap_spec(hidden_states, slots) for tap in self._taps()
         }
-        if not taps:
-            return outputs
-        return *(outputs if entries is not None else (outputs,)), taps
+        if taps:
+            return *outputs, taps
+        return outputs if entries is not None else outputs[0]
+
+    def upstream_spec(self, *args, **kwargs):
+        """What upstream's block returns: hidden states like those it takes."""
+        return keras.KerasTensor(
+            first_argument(args, kwargs).shape, dtype=self.compute_dtype
+        )
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """The call, to be computed again for a gradient.
@@ -262,6 +291,10 @@ class DecoderBlock(Specialized, CachedBlock):
                 else:
                     config[name] = keras.saving.serialize_keras_object(value)
         return config
+
+
+def _spec(x):
+    return None if x is None else keras.KerasTensor(x.shape, x.dtype)
 
 
 def decoder_block(upstream, own_parts=None):

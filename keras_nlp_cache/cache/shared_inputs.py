@@ -9,12 +9,12 @@ upstream's own code then does all that is to be done.
 import keras
 from keras import ops
 
-from keras_nlp_cache.cache.layer_cache import additive
-from keras_nlp_cache.cache.layer_cache import causal_mask
-from keras_nlp_cache.cache.layer_cache import MASKED
-from keras_nlp_cache.cache.layer_cache import slot_distance
-from keras_nlp_cache.cache.layer_cache import slot_positions
-from keras_nlp_cache.cache.layer_cache import slots
+from keras_nlp_cache.cache.masks import additive
+from keras_nlp_cache.cache.masks import causal_mask
+from keras_nlp_cache.cache.masks import MASKED
+from keras_nlp_cache.cache.slots import slot_distance
+from keras_nlp_cache.cache.slots import slot_positions
+from keras_nlp_cache.cache.slots import slots
 
 
 class Weightless(keras.layers.Layer):

@@ -13,13 +13,14 @@ from keras_hub.src.utils.pipeline_model import PipelineModel
 from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
-from keras_nlp_cache.cache.layer_cache import is_owned
-from keras_nlp_cache.cache.layer_cache import owned_cache
+from keras_nlp_cache.cache.access import access
+from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.files.preset_loader import preset_loader
 from keras_nlp_cache.generate import loops
 from keras_nlp_cache.generate import prompts
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate import scoring
+from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.batch import generate_batch
 from keras_nlp_cache.generate.loops.generation import Conditions
 from keras_nlp_cache.generate.loops.generation import supports
@@ -183,12 +184,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         return found
 
     def _logits(self, hidden_states):
-        embedding = self.backbone.token_embedding
-        if is_owned() and keras.config.backend() == "tensorflow":
-            from keras_nlp_cache.generate.loops import tensorflow_products
-
-            return tensorflow_products.logits(embedding, hidden_states)
-        return embedding(hidden_states, reverse=True)
+        return access().logits(self.backbone.token_embedding, hidden_states)
 
     def _build_cache(self, token_ids):
         # Called by upstream's `generate_step()`, which fills the cache here
@@ -213,7 +209,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         if self.overridden("_build_cache", "call_with_cache"):
             # They may keep the cache.
             return super().generate_step(inputs, stop_token_ids)
-        with owned_cache():
+        with accessing(loop_access()):
             return super().generate_step(inputs, stop_token_ids)
 
     def compile(self, *args, cache_dtype=None, **kwargs):

@@ -234,9 +234,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                     return x
                 if isinstance(x, tuple):
                     x, _ = x
-                entries = site.node.arguments.kwargs[
-                    site.layer.entries_argument
-                ]
+                entries = site.node.arguments.kwargs["entries"]
                 tapped = [taps.get(part) for part in site.layer.tapped_parts]
                 return x, *[None] * (2 * len(entries)), *tapped
 

@@ -3,7 +3,7 @@
 import keras
 import keras_hub
 
-from keras_nlp_cache.blocks.cached_block import CachedBlock
+from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 
 
 def check_blocks(backbone):
@@ -13,7 +13,7 @@ def check_blocks(backbone):
         backbone: A backbone whose layers have been specialized.
     """
     for block in backbone.blocks:
-        if not isinstance(block, CachedBlock):
+        if not isinstance(block, DecoderBlock):
             received = f"one of class {type(block).__name__!r}"
         elif not block.remembering:
             inside = sorted(
@@ -56,7 +56,7 @@ def positioned_layers(layers):
         layer
         for layer in layers
         if "positions" in getattr(layer, "call_signature_parameters", ())
-        and not isinstance(layer, CachedBlock)
+        and not isinstance(layer, DecoderBlock)
     ]
     for layer in layers:
         if layer not in found and learned_positions([layer]) is not None:

@@ -2,7 +2,7 @@
 
 import typing
 
-from keras_nlp_cache.blocks.cached_block import CachedBlock
+from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 from keras_nlp_cache.cache.shared_inputs import Weightless
 
 
@@ -42,8 +42,7 @@ class Site(typing.NamedTuple):
         """The keyword arguments of the call but for the cache."""
         if self.block is None:
             return arguments
-        name = self.layer.entries_argument
-        return {k: v for k, v in arguments.items() if k != name}
+        return {k: v for k, v in arguments.items() if k != "entries"}
 
 
 def sites_of(model):
@@ -68,8 +67,8 @@ def sites_of(model):
                 number += 1
             taken.add(name)
             entries = None
-            if isinstance(layer, CachedBlock):
-                entries = node.arguments.kwargs.get(layer.entries_argument)
+            if isinstance(layer, DecoderBlock):
+                entries = node.arguments.kwargs.get("entries")
             first_entries.append(entries[0].key if entries else None)
             found.append(
                 Site(

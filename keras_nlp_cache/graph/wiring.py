@@ -13,8 +13,8 @@ import numpy as np
 from keras import ops
 from keras import tree
 
-from keras_nlp_cache.blocks.cached_block import CachedBlock
-from keras_nlp_cache.blocks.cached_block import first_argument
+from keras_nlp_cache.blocks.block_call import first_argument
+from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 from keras_nlp_cache.cache.layer_cache import LayerCache
 from keras_nlp_cache.cache.shared_inputs import AttentionMask
 from keras_nlp_cache.cache.shared_inputs import Distance
@@ -115,7 +115,7 @@ class Wiring:
             args, kwargs = tree.map_structure(constant, (args, kwargs))
             if operation in takes_positions:
                 kwargs["positions"] = self.positions
-            if isinstance(operation, CachedBlock):
+            if isinstance(operation, DecoderBlock):
                 return self.call_block(operation, args, kwargs)
             return operation(*args, **kwargs)
 
@@ -128,7 +128,7 @@ class Wiring:
         """Calls a decoder block, with an entry for each layer that remembers.
 
         Args:
-            block: A `CachedBlock`.
+            block: A `DecoderBlock`.
             args: Its positional arguments, symbolic hidden states first.
             kwargs: Its other arguments, without entries. The padding mask may
                 be left out.
@@ -143,7 +143,7 @@ class Wiring:
             }
         if not block.built:
             block.build(first_argument(args, kwargs).shape)
-        kwargs[block.entries_argument] = tuple(
+        kwargs["entries"] = tuple(
             self._entry(layer) for layer in block.remembering
         )
         outputs, updated, *_ = block(*args, **kwargs)

@@ -4,7 +4,7 @@ import inspect
 
 import keras
 
-from keras_nlp_cache.blocks.cached_block import first_argument
+from keras_nlp_cache.blocks.block_call import first_argument
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 from keras_nlp_cache.blocks.specializing import specialize
 from keras_nlp_cache.drop_in import stand_in

@@ -5,7 +5,7 @@ import contextlib
 import keras
 
 from keras_nlp_cache.blocks.block_call import collecting_taps
-from keras_nlp_cache.blocks.cached_block import first_argument
+from keras_nlp_cache.blocks.block_call import first_argument
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.replaying import replaying

@@ -11,8 +11,9 @@ from keras_hub.samplers import GreedySampler
 from keras_hub.samplers import Sampler
 from keras_hub.samplers import SpeculativeSampler
 
-from keras_nlp_cache.cache.layer_cache import owned_cache
-from keras_nlp_cache.cache.layer_cache import start_at
+from keras_nlp_cache.cache.access import accessing
+from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.speculative import verify_step
 
 # The fewest slots of a cache. Sizes are powers of two, so that texts of similar
@@ -231,6 +232,7 @@ class Loop:
 
     Attributes:
         sampler: What picks tokens.
+        access: The `Access` to its cache.
         compilations: int. How many functions were compiled so far.
         tokens_per_piece: int. How many tokens `steps()` generates at a time.
     """
@@ -245,6 +247,7 @@ class Loop:
     def __init__(self, lm):
         self.lm = lm
         self.sampler = token_sampler(lm.sampler)
+        self.access = loop_access()
         self.variables = lm.variables
         self._made_for = self._conditions()
 
@@ -372,7 +375,7 @@ class Loop:
         return self._prefill_more(token_ids, given, length, cache, 0)
 
     def _prefill_more(self, token_ids, given, length, cache, start):
-        with owned_cache():
+        with accessing(self.access):
             for at in range(start, length - 1, self.chunk):
                 end = min(at + self.chunk, int(length) - 1)
                 _, cache = self.lm.read(token_ids[:, at:end], cache, at)
@@ -397,11 +400,11 @@ class Loop:
             yield generation
 
     def _step(self, call, generation, stop_token_ids):
-        with owned_cache():
+        with accessing(self.access):
             return decode_step(self.sampler, call, generation, stop_token_ids)
 
     def _verify(self, generation, drafted, count, limit, stop_token_ids):
-        with owned_cache():
+        with accessing(self.access):
             return verify_step(
                 self.sampler,
                 self._make_call(count + 1),
@@ -502,7 +505,7 @@ class CompiledLoop(Loop):
             tokens = ops.slice(token_ids, start_at(0, at), (batch, chunk))
             return self.lm.read(tokens, cache, at)[1]
 
-        with owned_cache():
+        with accessing(self.access):
             cache = ops.fori_loop(
                 0, (length - 1 - start + chunk - 1) // chunk, body, cache
             )

@@ -10,7 +10,7 @@ sampled ones have its distribution.
 import numpy as np
 from keras import ops
 
-from keras_nlp_cache.cache.layer_cache import start_at
+from keras_nlp_cache.cache.slots import start_at
 
 
 def verify_step(sampler, call, generation, drafted, count, limit, stops):

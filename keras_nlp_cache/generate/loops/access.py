@@ -1,0 +1,116 @@
+"""How the decode loop of each backend reads and writes its own cache.
+
+What is made for a text as long as it may become is read as far as it is in use,
+and written in place: on PyTorch into the tensors themselves, on JAX and
+TensorFlow by the compiler, which sees that nothing else needs the old ones.
+"""
+
+import functools
+import string
+
+import keras
+from keras import ops
+
+from keras_nlp_cache.attention.blockwise import attend_in_blocks
+from keras_nlp_cache.blocks.sharing import share
+from keras_nlp_cache.cache.access import Access
+from keras_nlp_cache.cache.slots import slots
+from keras_nlp_cache.cache.slots import start_at
+
+
+def loop_access():
+    """The `Access` of loops on this backend."""
+    if keras.config.backend() == "torch":
+        return TorchAccess()
+    if keras.config.backend() == "tensorflow":
+        return TensorFlowAccess()
+    return JaxAccess()
+
+
+class XLAAccess(Access):
+    """Access for loops that XLA compiles.
+
+    On an accelerator each block of slots would wait for the host to say whether
+    there is another, and all slots are read.
+    """
+
+    def write(self, entry, update, index):
+        update = ops.cast(update, entry.dtype)
+        return ops.slice_update(entry, start_at(0, 0, index, 0), update)
+
+    def attention(self, cache, length):
+        if cache.key is None or self.on_an_accelerator():
+            return None
+        filled = ops.cast(cache.index, "int32") + length
+        return functools.partial(attend_in_blocks, filled=filled)
+
+    def on_an_accelerator(self):
+        """Whether what is compiled runs on something else than a CPU."""
+        raise NotImplementedError
+
+
+class JaxAccess(XLAAccess):
+    """Access for loops on JAX."""
+
+    def on_an_accelerator(self):
+        import jax
+
+        return jax.default_backend() != "cpu"
+
+    def project(self, dense, x):
+        # Surgery may have put another layer there.
+        if type(dense) is keras.layers.EinsumDense:
+            dense = share(dense, equation=in_order_of_kernel(dense.equation))
+        return dense(x)
+
+
+class TensorFlowAccess(XLAAccess):
+    """Access for loops on TensorFlow.
+
+    Writes in an operation of XLA's that has no gradient.
+    """
+
+    def on_an_accelerator(self):
+        import tensorflow as tf
+
+        return bool(tf.config.list_logical_devices("GPU"))
+
+    def logits(self, embedding, hidden_states):
+        from keras_nlp_cache.generate.loops import tensorflow_products
+
+        return tensorflow_products.logits(embedding, hidden_states)
+
+
+class TorchAccess(Access):
+    """Access for loops on PyTorch."""
+
+    def write(self, entry, update, index):
+        where = ops.cast(slots(index, update.shape[2]), "int64")
+        return entry.index_copy_(2, where, ops.cast(update, entry.dtype))
+
+    def attention(self, cache, length):
+        from keras_nlp_cache.attention.torch_prefix import attend_prefix
+
+        if cache.key is None:
+            return None
+        filled = ops.cast(cache.index, "int32") + length
+        return functools.partial(attend_prefix, filled=filled)
+
+
+def in_order_of_kernel(equation):
+    """The same einsum of a dense layer, its axes named as the kernel has them.
+
+    JAX contracts axes in the order of their names. Where the kernel has them in
+    another, XLA transposes it, at every decode step.
+
+    Args:
+        equation: str, such as `"bquh,uhm->bqm"`.
+
+    Returns:
+        str, such as `"deab,abc->dec"`.
+    """
+    inputs, kernel, _ = equation.replace("->", ",").split(",")
+    names = dict.fromkeys(kernel + inputs)
+    return equation.translate(
+        str.maketrans(dict(zip(names, string.ascii_lowercase)))
+    )
