@@ -27,7 +27,7 @@ from keras_nlp_cache.generate.loops.generation import supports
 from keras_nlp_cache.generate.session import Session
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.backbone import without_taps
-from keras_nlp_cache.graph.cached_graph import floating_dtype
+from keras_nlp_cache.graph.calling import floating_dtype
 from keras_nlp_cache.quantization.quantizing import layer_structure
 from keras_nlp_cache.quantization.quantizing import leaving_out
 from keras_nlp_cache.quantization.quantizing import quantizing

@@ -5,8 +5,8 @@ import keras
 from keras_nlp_cache.generate.prompts import is_int
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.backbone import without_taps
-from keras_nlp_cache.graph.cached_graph import floating_dtype
-from keras_nlp_cache.graph.cached_graph import plain_python
+from keras_nlp_cache.graph.calling import floating_dtype
+from keras_nlp_cache.graph.calling import plain_python
 
 
 class StepModel(keras.Model):

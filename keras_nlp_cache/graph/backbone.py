@@ -28,10 +28,10 @@ from keras_nlp_cache.cache.shared_inputs import Positions
 from keras_nlp_cache.cache.shared_inputs import Weightless
 from keras_nlp_cache.files import lora_file
 from keras_nlp_cache.files.preset_loader import preset_loader
-from keras_nlp_cache.graph import saved_graph
+from keras_nlp_cache.graph import saving
 from keras_nlp_cache.graph import weight_paths
-from keras_nlp_cache.graph.cached_graph import CachedGraph
-from keras_nlp_cache.graph.cached_graph import plain_python
+from keras_nlp_cache.graph.calling import CachedGraph
+from keras_nlp_cache.graph.calling import plain_python
 from keras_nlp_cache.graph.constructed import check_blocks
 from keras_nlp_cache.graph.constructed import learned_positions
 from keras_nlp_cache.graph.constructed import positioned_layers
@@ -433,7 +433,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             # Upstream's constructors pass on what they do not know, together
             # with outputs of their own: they refuse this, rather than build
             # the model as if it had not been edited.
-            config["outputs"] = saved_graph.describe(self)
+            config["outputs"] = saving.describe(self)
         return config
 
     @classmethod
@@ -442,7 +442,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         graph = config.pop("outputs", None)
         backbone = super().from_config(config)
         if graph is not None:
-            backbone = saved_graph.apply(backbone, graph)
+            backbone = saving.apply(backbone, graph)
         use_own_policies(backbone)
         return backbone
 

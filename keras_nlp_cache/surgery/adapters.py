@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 from keras_nlp_cache.attention.functions import attend
-from keras_nlp_cache.graph.saved_graph import deserialize_layer
-from keras_nlp_cache.graph.saved_graph import serialize_layer
+from keras_nlp_cache.graph.saving import deserialize_layer
+from keras_nlp_cache.graph.saving import serialize_layer
 
 
 class AroundProjection(keras.layers.Layer):

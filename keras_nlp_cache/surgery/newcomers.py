@@ -10,7 +10,7 @@ import keras
 from keras_nlp_cache.blocks.sharing import copy
 from keras_nlp_cache.blocks.sharing import share
 from keras_nlp_cache.graph import weight_paths
-from keras_nlp_cache.graph.saved_graph import weights_of
+from keras_nlp_cache.graph.saving import weights_of
 
 
 class Newcomers:

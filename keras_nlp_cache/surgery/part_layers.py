@@ -12,8 +12,8 @@ from keras_nlp_cache.attention.functions import attention_weights
 from keras_nlp_cache.blocks import block_call
 from keras_nlp_cache.blocks.block_call import BlockTap
 from keras_nlp_cache.blocks.block_call import InBlock
-from keras_nlp_cache.graph.saved_graph import deserialize_layer
-from keras_nlp_cache.graph.saved_graph import serialize_layer
+from keras_nlp_cache.graph.saving import deserialize_layer
+from keras_nlp_cache.graph.saving import serialize_layer
 
 
 class _Holder(keras.layers.Layer):
