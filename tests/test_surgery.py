@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from keras_nlp_cache import surgery
-from keras_nlp_cache.blocks.sharing import attributes
+from keras_nlp_cache.layers.sharing import attributes
 from tests.edits import assert_greedy_after
 from tests.edits import assert_unchanged
 from tests.edits import BLOCKS

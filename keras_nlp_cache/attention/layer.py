@@ -10,12 +10,12 @@ import keras
 from keras import ops
 
 from keras_nlp_cache.attention.functions import attend
-from keras_nlp_cache.attention.remembering import Remembers
-from keras_nlp_cache.blocks import block_call
-from keras_nlp_cache.blocks.block_call import first_argument
-from keras_nlp_cache.blocks.specializing import Specialized
 from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.layer_cache import LayerCache
+from keras_nlp_cache.layers import block_call
+from keras_nlp_cache.layers.block_call import first_argument
+from keras_nlp_cache.layers.remembering import Remembers
+from keras_nlp_cache.layers.specializing import Specialized
 
 # What upstream's attention layers call what they are made of.
 _PROJECTIONS = {

@@ -13,16 +13,16 @@ import keras
 from keras import tree
 
 from keras_nlp_cache.attention.layer import CachedAttention
-from keras_nlp_cache.attention.remembering import Remembers
-from keras_nlp_cache.blocks import block_call
-from keras_nlp_cache.blocks.block_call import first_argument
 from keras_nlp_cache.blocks.block_parts import find_parts
-from keras_nlp_cache.blocks.sharing import attributes
-from keras_nlp_cache.blocks.specializing import specialize_within
-from keras_nlp_cache.blocks.specializing import Specialized
+from keras_nlp_cache.blocks.replaying import active_wiring
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.drop_in import stand_in
-from keras_nlp_cache.graph.replaying import active_wiring
+from keras_nlp_cache.layers import block_call
+from keras_nlp_cache.layers.block_call import first_argument
+from keras_nlp_cache.layers.remembering import Remembers
+from keras_nlp_cache.layers.sharing import attributes
+from keras_nlp_cache.layers.specializing import specialize_within
+from keras_nlp_cache.layers.specializing import Specialized
 
 
 class DecoderBlock(Specialized):

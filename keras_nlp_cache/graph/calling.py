@@ -33,6 +33,17 @@ def floating_dtype(name, dtype):
     return dtype
 
 
+def dense(x):
+    """Corrects what Keras says of a symbolic product with a number.
+
+    It calls it sparse (`keras.ops.multiply` in 3.15), and layers that infer
+    their output shape from it then fail.
+    """
+    if isinstance(x, keras.KerasTensor):
+        x._sparse = False
+    return x
+
+
 class CallWithCache(keras.layers.Layer):
     """A symbolic call of a model with a cache, in a graph of a user's.
 

@@ -14,14 +14,14 @@ import contextvars
 import keras
 from keras import tree
 
-from keras_nlp_cache.blocks.block_call import collecting_taps
-from keras_nlp_cache.blocks.sharing import share
-from keras_nlp_cache.blocks.sharing import shared_from
-from keras_nlp_cache.blocks.sharing import sublayers
-from keras_nlp_cache.graph import weight_paths
-from keras_nlp_cache.graph.replaying import dense
-from keras_nlp_cache.graph.replaying import replaying
+from keras_nlp_cache.blocks.replaying import replaying
+from keras_nlp_cache.graph.calling import dense
 from keras_nlp_cache.graph.wiring import Wiring
+from keras_nlp_cache.layers import weight_paths
+from keras_nlp_cache.layers.block_call import collecting_taps
+from keras_nlp_cache.layers.sharing import share
+from keras_nlp_cache.layers.sharing import shared_from
+from keras_nlp_cache.layers.sharing import sublayers
 from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.quantization.quantizing import policies
 

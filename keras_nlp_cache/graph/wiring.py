@@ -13,12 +13,12 @@ import numpy as np
 from keras import ops
 from keras import tree
 
-from keras_nlp_cache.blocks.block_call import first_argument
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 from keras_nlp_cache.cache.layer_cache import LayerCache
 from keras_nlp_cache.cache.shared_inputs import AttentionMask
 from keras_nlp_cache.cache.shared_inputs import Distance
 from keras_nlp_cache.cache.shared_inputs import Positions
+from keras_nlp_cache.layers.block_call import first_argument
 
 
 def constant(x):

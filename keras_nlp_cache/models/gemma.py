@@ -8,10 +8,10 @@ from keras_hub.src.models.gemma import rms_normalization
 
 from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import decoder_block
-from keras_nlp_cache.blocks.specializing import Specialized
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.layers.specializing import Specialized
 
 
 @replaces(rms_normalization.RMSNormalization)

@@ -7,10 +7,10 @@ from keras_hub.src.models.llama import llama_rotary_embedding
 
 from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import decoder_block
-from keras_nlp_cache.blocks.specializing import Specialized
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.layers.specializing import Specialized
 
 decoder_block(llama_decoder.LlamaTransformerDecoder)
 

@@ -2,8 +2,8 @@
 
 import keras_hub
 
-from keras_nlp_cache.blocks.specializing import specialize
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.layers.specializing import specialize
 from keras_nlp_cache.models.llama import LlamaBackbone
 from keras_nlp_cache.models.llama import LlamaCausalLM
 

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
-from keras_nlp_cache.blocks.specializing import specialize
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.layers.specializing import specialize
 
 
 def derive_logits(embedding):

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_nlp_cache.attention.functions import attend
+from keras_nlp_cache.graph.lora_file import Adapter
 from keras_nlp_cache.graph.saving import deserialize_layer
 from keras_nlp_cache.graph.saving import serialize_layer
 
@@ -39,7 +40,7 @@ class AroundProjection(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_nlp_cache")
-class LowRankAdapter(AroundProjection):
+class LowRankAdapter(AroundProjection, Adapter):
     """Adds a trainable product of two thin matrices to a projection (LoRA).
 
     It starts as the projection alone, since the second matrix starts at zero.

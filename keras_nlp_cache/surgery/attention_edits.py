@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_nlp_cache.blocks.sharing import share
+from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.surgery import newcomers
 from keras_nlp_cache.surgery.adapters import AttentionSink

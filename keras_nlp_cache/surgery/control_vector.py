@@ -10,8 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache.blocks.replaying import active_wiring
 from keras_nlp_cache.graph.backbone import CachedBackbone
-from keras_nlp_cache.graph.replaying import active_wiring
 from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.surgery import vector_files
 from keras_nlp_cache.surgery.positionwise import Positionwise

@@ -4,11 +4,11 @@ import inspect
 
 import keras
 
-from keras_nlp_cache.blocks.block_call import first_argument
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
-from keras_nlp_cache.blocks.specializing import specialize
 from keras_nlp_cache.drop_in import stand_in
 from keras_nlp_cache.graph.sites import Site
+from keras_nlp_cache.layers.block_call import first_argument
+from keras_nlp_cache.layers.specializing import specialize
 from keras_nlp_cache.surgery import part_edits
 from keras_nlp_cache.surgery.newcomers import Newcomers
 from keras_nlp_cache.surgery.parts import EditedBlocks

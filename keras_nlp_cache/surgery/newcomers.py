@@ -7,10 +7,10 @@ copies of its weights.
 
 import keras
 
-from keras_nlp_cache.blocks.sharing import copy
-from keras_nlp_cache.blocks.sharing import share
-from keras_nlp_cache.graph import weight_paths
 from keras_nlp_cache.graph.saving import weights_of
+from keras_nlp_cache.layers import weight_paths
+from keras_nlp_cache.layers.sharing import copy
+from keras_nlp_cache.layers.sharing import share
 
 
 class Newcomers:

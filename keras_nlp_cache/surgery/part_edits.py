@@ -5,7 +5,7 @@ Each is, or makes, a function `(block, part)` that returns the edited block.
 
 import keras
 
-from keras_nlp_cache.blocks.sharing import share
+from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.surgery.adapters import AttentionSink
 from keras_nlp_cache.surgery.part_layers import BranchStart
 from keras_nlp_cache.surgery.part_layers import Chain

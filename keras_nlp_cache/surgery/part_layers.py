@@ -9,11 +9,11 @@ from keras import ops
 
 from keras_nlp_cache.attention.functions import attend
 from keras_nlp_cache.attention.functions import attention_weights
-from keras_nlp_cache.blocks import block_call
-from keras_nlp_cache.blocks.block_call import BlockTap
-from keras_nlp_cache.blocks.block_call import InBlock
 from keras_nlp_cache.graph.saving import deserialize_layer
 from keras_nlp_cache.graph.saving import serialize_layer
+from keras_nlp_cache.layers import block_call
+from keras_nlp_cache.layers.block_call import BlockTap
+from keras_nlp_cache.layers.block_call import InBlock
 
 
 class _Holder(keras.layers.Layer):

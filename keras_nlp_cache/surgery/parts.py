@@ -7,9 +7,9 @@ import typing
 
 import keras
 
-from keras_nlp_cache.blocks.sharing import share
-from keras_nlp_cache.graph import weight_paths
 from keras_nlp_cache.graph.sites import Site
+from keras_nlp_cache.layers import weight_paths
+from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.surgery.part_layers import OnResidual
 from keras_nlp_cache.surgery.part_layers import Tap
 from keras_nlp_cache.surgery.positionwise import check_layer

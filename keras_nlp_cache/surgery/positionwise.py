@@ -17,9 +17,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_nlp_cache.blocks.block_call import first_argument
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 from keras_nlp_cache.cache.masks import causal_mask
+from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.surgery.adapters import AttentionSink
 from keras_nlp_cache.surgery.adapters import LowRankAdapter
 from keras_nlp_cache.surgery.adapters import ScaledHeads

@@ -4,12 +4,12 @@ import contextlib
 
 import keras
 
-from keras_nlp_cache.blocks.block_call import collecting_taps
-from keras_nlp_cache.blocks.block_call import first_argument
+from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
-from keras_nlp_cache.graph.replaying import replaying
 from keras_nlp_cache.graph.wiring import Wiring
+from keras_nlp_cache.layers.block_call import collecting_taps
+from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.surgery.positionwise import check_positionwise
 

@@ -12,10 +12,10 @@ import keras
 from keras import ops
 
 from keras_nlp_cache.attention.blockwise import attend_in_blocks
-from keras_nlp_cache.blocks.sharing import share
 from keras_nlp_cache.cache.access import Access
 from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.layers.sharing import share
 
 
 def loop_access():

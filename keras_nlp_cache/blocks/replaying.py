@@ -7,8 +7,6 @@ decoder blocks find a cache of their own.
 import contextlib
 import contextvars
 
-import keras
-
 _active = contextvars.ContextVar("keras_nlp_cache_wiring", default=None)
 
 
@@ -29,14 +27,3 @@ def replaying(wiring):
 def active_wiring():
     """The `Wiring` of the graph that is being replayed, or `None`."""
     return _active.get()
-
-
-def dense(x):
-    """Corrects what Keras says of a symbolic product with a number.
-
-    It calls it sparse (`keras.ops.multiply` in 3.15), and layers that infer
-    their output shape from it then fail.
-    """
-    if isinstance(x, keras.KerasTensor):
-        x._sparse = False
-    return x

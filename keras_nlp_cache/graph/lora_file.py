@@ -8,9 +8,13 @@ import h5py
 from keras import ops
 
 from keras_nlp_cache.files import atomic_file
-from keras_nlp_cache.graph import weight_paths
+from keras_nlp_cache.layers import weight_paths
 
 _GROUP = "adapters"
+
+
+class Adapter:
+    """Mixin for layers whose weights `down` and `up` are an adapter's."""
 
 
 def save(backbone, path, save_keras_lora):
@@ -152,12 +156,10 @@ def _compare(path, what, saved, has):
 
 def _inserted(backbone):
     # It is an edit of this package's, which is built on backbones.
-    from keras_nlp_cache.surgery.adapters import LowRankAdapter
-
     return {
         weight_paths.parent(layer.down.path): layer
         for layer in backbone._flatten_layers(include_self=False)
-        if isinstance(layer, LowRankAdapter)
+        if isinstance(layer, Adapter)
     }
 
 

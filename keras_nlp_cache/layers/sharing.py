@@ -5,7 +5,7 @@ import functools
 import keras
 from keras import ops
 
-from keras_nlp_cache.graph import weight_paths
+from keras_nlp_cache.layers import weight_paths
 
 # State of its own that a layer keeps beside its attributes: where it stands in
 # graphs, what its methods close over, and what Keras tracks of it.
