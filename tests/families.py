@@ -64,6 +64,26 @@ class Family:
     prefix: str
     config: tuple
 
+    @property
+    def decodes_wrong(self):
+        """Whether upstream's steps are not what its own forward pass says.
+
+        It rotates the query of each step as that of the first position.
+        """
+        return self.prefix == "GPTNeoX"
+
+    @property
+    def measures_distance(self):
+        """Whether it matters how far apart in the text tokens stand.
+
+        Beside what rotated positions say: windows and linear biases count the
+        positions between a token and those of earlier calls.
+        """
+        has_window = any(
+            name.startswith("sliding_w") for name, _ in self.config
+        )
+        return has_window or self.prefix in ("Bloom", "Falcon")
+
     def ours(self, kind):
         return getattr(models, self.prefix + kind)
 
@@ -92,11 +112,19 @@ class Family:
     @functools.cached_property
     def lm_pair(self):
         """One of our tasks and upstream's, without a preprocessor."""
-        ours, upstream = self.pair
-        return (
-            self.ours("CausalLM")(backbone=ours, preprocessor=None),
-            self.upstream("CausalLM")(backbone=upstream, preprocessor=None),
+        ours, upstream = (
+            cls(backbone=backbone, preprocessor=None)
+            for cls, backbone in zip(
+                (self.ours("CausalLM"), self.upstream("CausalLM")), self.pair
+            )
         )
+        if self.prefix == "Gemma3":
+            # Upstream's returns images, of which there are none.
+            normalize = upstream._normalize_generate_outputs
+            upstream._normalize_generate_outputs = lambda outputs, *args: (
+                normalize([_without_none(x) for x in outputs], *args)
+            )
+        return ours, upstream
 
     def text_lm(self):
         """One of our tasks with a preprocessor, greedy, to be changed."""
@@ -113,6 +141,10 @@ class Family:
             self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
             sequence_length=sequence_length,
         )
+
+
+def _without_none(x):
+    return {name: value for name, value in x.items() if value is not None}
 
 
 def _family(name, prefix, config, **kwargs):
@@ -178,7 +210,7 @@ FAMILIES += (
     _family("gpt_oss", "GptOss", _LLAMA, num_experts=4, sliding_window=64),
     _family("gpt_neo_x", "GPTNeoX", _HEADS, max_sequence_length=64),
     _family("bloom", "Bloom", _HEADS),
-    _family("falcon", "Falcon", _FALCON),
+    _family("falcon", "Falcon", _FALCON, intermediate_dim=64),
     _family(
         "gemma3",
         "Gemma3",

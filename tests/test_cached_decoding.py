@@ -168,8 +168,8 @@ def assert_equal_with_all_inputs(family, sizes, seed, kind):
     rng = np.random.default_rng(seed)
     token_ids = random_tokens(2, LENGTH, seed)
     positions = np.sort(rng.integers(0, 30, (2, LENGTH)), axis=-1)
-    if "sliding_window_size" in dict(family.config):
-        # A cache does not remember gaps, and a window counts them.
+    if family.measures_distance:
+        # A cache does not remember gaps.
         positions = positions[:, :1] + np.arange(LENGTH)
     seen = rng.random((2, LENGTH, LENGTH)) < 0.7
     seen |= np.eye(LENGTH, dtype=bool)

@@ -6,6 +6,7 @@ import tensorflow as tf
 from keras import ops
 from parameterized import parameterized
 
+from tests.edits import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
 from tests.families import every_family
@@ -17,7 +18,8 @@ from tests.families import random_tokens
 LENGTH = 16
 PROMPTS = {
     "token_ids": random_tokens(3, LENGTH) * padding_mask([4, 9, 6], LENGTH),
-    "padding_mask": padding_mask([4, 9, 6], LENGTH),
+    # Gemma 3 of keras_hub takes no integers.
+    "padding_mask": padding_mask([4, 9, 6], LENGTH).astype(bool),
 }
 SAMPLERS = {
     "greedy": lambda: keras_hub.samplers.GreedySampler(),
@@ -54,6 +56,9 @@ def assert_same_tokens(family, sampler):
     ours, upstream = generate_both(
         family.lm_pair, PROMPTS, sampler, stop_token_ids=None
     )
+    if family.decodes_wrong:
+        assert_greedy_after(PROMPTS, ours["token_ids"], family.lm_pair[0])
+        return
     np.testing.assert_array_equal(ours["token_ids"], upstream["token_ids"])
     np.testing.assert_array_equal(
         ours["padding_mask"], upstream["padding_mask"]

@@ -16,6 +16,7 @@ ORDER = (
     "layers",
     "cache",
     "attention",
+    "experts",
     "blocks",
     "quantization",
     "graph",

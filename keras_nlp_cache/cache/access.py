@@ -17,7 +17,19 @@ from keras_nlp_cache.cache.slots import start_at
 
 
 class Access:
-    """Access to a cache that belongs to the caller: nothing is modified."""
+    """Access to a cache that belongs to the caller: nothing is modified.
+
+    Of weights, those that not all tokens need are copied.
+
+    Attributes:
+        most_choices: int. How often tokens may choose experts, for each expert
+            there is, for it to be quicker to compute those that were chosen.
+        experts: What computes chosen experts, `None` for
+            `experts.mixture.together()`.
+    """
+
+    most_choices = 1
+    experts = None
 
     def write(self, entry, update, index):
         """Writes keys or values into slots.

@@ -137,10 +137,10 @@ class Wiring:
             What the block returns without a cache, symbolically.
         """
         if len(args) < 2 and block.padding_argument is not None:
-            kwargs = {
-                block.padding_argument: self.inputs["padding_mask"],
-                **kwargs,
-            }
+            # Last, since hidden states may come by keyword, too.
+            kwargs.setdefault(
+                block.padding_argument, self.inputs["padding_mask"]
+            )
         if not block.built:
             block.build(first_argument(args, kwargs).shape)
         kwargs["entries"] = tuple(

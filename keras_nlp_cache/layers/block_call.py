@@ -41,6 +41,8 @@ class BlockCall:
         entries: Dictionary from the `id()` of layers to the `LayerCache` that
             is theirs in this call. Empty where upstream's code attends.
         updated: Dictionary from the `id()` of layers to what became of it.
+        chosen: What tokens chose while experts are called of which not all are
+            needed, and else `None`.
     """
 
     def __init__(self, hidden_states, entries):
@@ -49,6 +51,7 @@ class BlockCall:
         self.taps = {}
         self.entries = entries
         self.updated = {}
+        self.chosen = None
 
     @property
     def is_cached(self):

@@ -9,6 +9,8 @@ from keras_hub.src.models.gpt_oss import gpt_oss_decoder
 from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.experts.mixture import ExpertBank
+from keras_nlp_cache.experts.mixture import SparseBlock
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
 
@@ -29,6 +31,19 @@ class GptOssAttention(CachedAttention, gpt_oss_attention.GptOssAttention):
     def window(self):
         # What `GptOssBackbone.mend()` says.
         return self.sliding_window + 1 if self.sliding_window else None
+
+
+@replaces(gpt_oss_decoder.GptOssExperts)
+class GptOssExperts(ExpertBank, gpt_oss_decoder.GptOssExperts):
+    """Experts that are computed if they were chosen."""
+
+
+@replaces(gpt_oss_decoder.GptOssSparseMoeBlock)
+class GptOssSparseMoeBlock(SparseBlock, gpt_oss_decoder.GptOssSparseMoeBlock):
+    """A router, and the experts it chooses."""
+
+    def router_scores(self, x):
+        return self.router.router_dense(x)
 
 
 @replaces(keras_hub.models.GptOssBackbone)

@@ -7,6 +7,8 @@ from keras_hub.src.models.mixtral import mixtral_decoder
 from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.experts.mixture import ExpertBank
+from keras_nlp_cache.experts.mixture import SparseBlock
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
 
@@ -20,6 +22,16 @@ class CachedMixtralAttention(
     """Grouped-query attention that remembers."""
 
     dropout_of_heads = "dropout_layer"
+
+
+@replaces(mixtral_decoder.MixtralMoeExperts)
+class MixtralMoeExperts(ExpertBank, mixtral_decoder.MixtralMoeExperts):
+    """Experts that are computed if they were chosen."""
+
+
+@replaces(mixtral_decoder.MixtralSparseMoeBlock)
+class MixtralSparseMoeBlock(SparseBlock, mixtral_decoder.MixtralSparseMoeBlock):
+    """A router, and the experts it chooses."""
 
 
 @replaces(keras_hub.models.MixtralBackbone)

@@ -6,6 +6,8 @@ from keras_hub.src.models.qwen3_moe import qwen3_moe_decoder
 
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.experts.mixture import ExpertBank
+from keras_nlp_cache.experts.mixture import SparseBlock
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.models.qwen import WindowedAttention
@@ -21,6 +23,16 @@ class Qwen3MoeAttention(
     """Grouped-query attention that remembers."""
 
     dropout_of_heads = "_dropout_layer"
+
+
+@replaces(qwen3_moe_decoder.Qwen3MoeExperts)
+class Qwen3MoeExperts(ExpertBank, qwen3_moe_decoder.Qwen3MoeExperts):
+    """Experts that are computed if they were chosen."""
+
+
+@replaces(qwen3_moe_decoder.Qwen3SparseMoeBlock)
+class Qwen3SparseMoeBlock(SparseBlock, qwen3_moe_decoder.Qwen3SparseMoeBlock):
+    """A router, and the experts it chooses."""
 
 
 @replaces(keras_hub.models.Qwen3MoeBackbone)

@@ -6,6 +6,8 @@ from keras_hub.src.models.qwen_moe import qwen_moe_decoder
 
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.experts.mixture import ExpertBank
+from keras_nlp_cache.experts.mixture import SparseBlock
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.models.qwen import WindowedAttention
@@ -18,6 +20,16 @@ class QwenMoeAttention(WindowedAttention, qwen_moe_attention.QwenMoeAttention):
     """Grouped-query attention that remembers."""
 
     dropout_of_heads = "_dropout_layer"
+
+
+@replaces(qwen_moe_decoder.QwenMoeExperts)
+class QwenMoeExperts(ExpertBank, qwen_moe_decoder.QwenMoeExperts):
+    """Experts that are computed if they were chosen."""
+
+
+@replaces(qwen_moe_decoder.QwenSparseMoeBlock)
+class QwenSparseMoeBlock(SparseBlock, qwen_moe_decoder.QwenSparseMoeBlock):
+    """A router, and the experts it chooses."""
 
 
 @replaces(keras_hub.models.QwenMoeBackbone)

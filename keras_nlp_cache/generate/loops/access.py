@@ -15,6 +15,8 @@ from keras_nlp_cache.attention.blockwise import attend_in_blocks
 from keras_nlp_cache.cache.access import Access
 from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.experts.mixture import one_by_one
+from keras_nlp_cache.experts.mixture import together
 from keras_nlp_cache.layers.sharing import share
 
 
@@ -27,7 +29,24 @@ def loop_access():
     return JaxAccess()
 
 
-class XLAAccess(Access):
+class LoopAccess(Access):
+    """Access for loops: weights are read where they lie, too.
+
+    To look which ones are needed, an accelerator would wait for the host, so
+    there they are copied.
+    """
+
+    @property
+    def most_choices(self):
+        # With 4, nearly all experts are chosen by some token.
+        return 1 if self.on_an_accelerator() else 4
+
+    def on_an_accelerator(self):
+        """Whether what is computed is computed on something else than a CPU."""
+        raise NotImplementedError
+
+
+class XLAAccess(LoopAccess):
     """Access for loops that XLA compiles.
 
     On an accelerator each block of slots would wait for the host to say whether
@@ -44,9 +63,9 @@ class XLAAccess(Access):
         filled = ops.cast(cache.index, "int32") + length
         return functools.partial(attend_in_blocks, filled=filled)
 
-    def on_an_accelerator(self):
-        """Whether what is compiled runs on something else than a CPU."""
-        raise NotImplementedError
+    @property
+    def experts(self):
+        return None if self.on_an_accelerator() else one_by_one
 
 
 class JaxAccess(XLAAccess):
@@ -75,14 +94,40 @@ class TensorFlowAccess(XLAAccess):
 
         return bool(tf.config.list_logical_devices("GPU"))
 
+    @property
+    def experts(self):
+        return None if self.on_an_accelerator() else _one_by_one_in_two_rows
+
     def logits(self, embedding, hidden_states):
         from keras_nlp_cache.generate.loops import tensorflow_products
 
         return tensorflow_products.logits(embedding, hidden_states)
 
 
-class TorchAccess(Access):
+def _one_by_one_in_two_rows(formula, hidden_states, chosen):
+    # Of one row and a slice, XLA makes one loop that adds up number by number,
+    # of two rows a product.
+    rows = hidden_states.shape[0]
+    if rows == 1:
+        hidden_states = ops.concatenate([hidden_states] * 2)
+    return one_by_one(formula, hidden_states, chosen)[:, :rows]
+
+
+class TorchAccess(LoopAccess):
     """Access for loops on PyTorch."""
+
+    def on_an_accelerator(self):
+        from keras.src.backend.torch.core import get_device
+
+        return get_device() != "cpu"
+
+    @property
+    def experts(self):
+        from keras_nlp_cache.experts.torch_product import product
+
+        if self.on_an_accelerator():
+            return None
+        return functools.partial(together, product=product)
 
     def write(self, entry, update, index):
         where = ops.cast(slots(index, update.shape[2]), "int64")

@@ -1,0 +1,1 @@
+"""Mixtures of experts, and how to read only those that were chosen."""
