@@ -34,6 +34,59 @@ def gemma(folder):
     return _random(folder, config, "GemmaForCausalLM")
 
 
+def qwen3(folder):
+    """The shape of Qwen 3 0.6B, with random weights and fewer words."""
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
+    return _random(folder, config, "Qwen3ForCausalLM")
+
+
+def gemma3(folder):
+    """The shape of Gemma 3 270M, with random weights."""
+    import transformers
+
+    config = transformers.Gemma3TextConfig(
+        vocab_size=262_144,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        query_pre_attn_scalar=256,
+    )
+    return _random(folder, config, "Gemma3ForCausalLM")
+
+
+def mixtral(folder):
+    """A small mixture of experts with random weights, two of eight chosen."""
+    import transformers
+
+    config = transformers.MixtralConfig(
+        vocab_size=32_000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+    return _random(folder, config, "MixtralForCausalLM")
+
+
 def _random(folder, config, name):
     import torch
     import transformers
@@ -53,4 +106,4 @@ def cache_bytes_per_slot(preset):
     return 2 * 4 * layers * head_dim * config.get("num_key_value_heads", heads)
 
 
-MODELS = {f.__name__: f for f in (gpt2, smollm2, gemma)}
+MODELS = {f.__name__: f for f in (gpt2, smollm2, gemma, qwen3, gemma3, mixtral)}
