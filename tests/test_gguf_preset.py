@@ -1,9 +1,11 @@
 """GGUF files are presets: the same tensors, logits and tokens."""
 
+import json
 import pathlib
 import shutil
 
 import gguf
+import keras
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -22,6 +24,7 @@ CLASSES = {
     "gpt2": "GPT2CausalLM",
     "gemma": "GemmaCausalLM",
     "gemma2": "GemmaCausalLM",
+    "gemma3": "Gemma3CausalLM",
     "llama": "LlamaCausalLM",
     "llama3": "Llama3CausalLM",
 }
@@ -96,6 +99,45 @@ def test_logits_and_tokens(name, tmp_path):
     assert ours.detokenize(ours("the fox")) == "the fox"
 
 
+def test_gemma_3_270m(gemma3_270m):
+    """The real weights, in four kinds of numbers, and a real vocabulary."""
+    file, folder = gemma3_270m
+    lm = models.CausalLM.from_preset(folder)
+    lm.compile(sampler="greedy")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype="float32"
+    )
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name
+    )
+    prompts = [
+        "The capital of France is",
+        "<start_of_turn>user\nWhat is the capital of France?<end_of_turn>\n"
+        "<start_of_turn>model\n",
+    ]
+    length = 40
+    answers = lm.generate(prompts, max_length=length, stop_token_ids=None)
+    tokenizer = lm.preprocessor.tokenizer
+    for prompt, answer in zip(prompts, answers):
+        token_ids = their_tokenizer(prompt, return_tensors="pt").input_ids
+        ours = [tokenizer.start_token_id, *np.array(tokenizer(prompt))]
+        assert token_ids[0].tolist() == ours
+        with torch.no_grad():
+            logits = theirs(token_ids).logits.numpy()
+            expected = theirs.generate(
+                token_ids,
+                max_length=length,
+                do_sample=False,
+                eos_token_id=None,
+            )
+        inputs = {"token_ids": token_ids.numpy().astype("int32")}
+        inputs["padding_mask"] = np.ones_like(inputs["token_ids"])
+        np.testing.assert_allclose(
+            to_numpy(lm(inputs)), logits, atol=1e-3, rtol=1e-4
+        )
+        assert answer == tokenizer.detokenize(expected[0, 1:].numpy())
+
+
 def test_a_backbone_from_a_file(tmp_path):
     gguf_files.write(tmp_path / "X.GGUF", "llama3")
     path = str(tmp_path / "X.GGUF")
@@ -109,8 +151,13 @@ def test_a_backbone_from_a_file(tmp_path):
 def test_the_config_is_that_of_the_model(name, tmp_path):
     model = gguf_files.write(tmp_path / "x.gguf", name)
     folder = gguf_preset.converted(tmp_path / "x.gguf")
-    config = transformers.AutoConfig.from_pretrained(folder).to_dict()
-    told = model.config.to_dict()
+    config, told = (
+        dict(keras.tree.flatten_with_path(x.to_dict()))
+        for x in (
+            transformers.AutoConfig.from_pretrained(folder),
+            model.config,
+        )
+    )
     unknown = {
         "_name_or_path",
         "architectures",
@@ -121,11 +168,51 @@ def test_the_config_is_that_of_the_model(name, tmp_path):
         "pad_token_id",
         "dtype",
     }
-    for key in told.keys() - unknown:
-        assert config[key] == pytest.approx(told[key]), key
+    for key in told:
+        if key[0] not in unknown:
+            assert config[key] == pytest.approx(told[key]), key
 
 
-def test_chat_templates_and_what_they_spell(tmp_path):
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_scale_queries_otherwise(name, layers, tmp_path):
+    path = tmp_path / "x.gguf"
+    model = gguf_files.random_model(name, num_hidden_layers=layers)
+    gguf_files.write(path, name, model)
+    config = json.loads(
+        pathlib.Path(gguf_preset.converted(path), "config.json").read_text()
+    )
+    # A width of 32, shared by 4 heads, which are wider than that.
+    assert config["query_pre_attn_scalar"] == 8
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_gemma_3_without_a_window(absent, tmp_path):
+    """Then all layers turn positions as the global ones do."""
+
+    def change(metadata, tensors):
+        del metadata["gemma3.attention.sliding_window"]
+        if not absent:
+            metadata["gemma3.attention.sliding_window"] = 0
+
+    path = tmp_path / "x.gguf"
+    model = gguf_files.random_model(
+        "gemma3", layer_types=["full_attention"] * 6
+    )
+    gguf_files.write(path, "gemma3", model, change=change)
+    token_ids = random_tokens(1, 12) % model.config.vocab_size
+    with torch.no_grad():
+        expected = model(torch.tensor(token_ids.astype("int64"))).logits
+    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    np.testing.assert_allclose(
+        to_numpy(models.CausalLM.from_preset(path)(inputs)),
+        expected.numpy(),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3"])
+def test_chat_templates_and_what_they_spell(name, tmp_path):
     """A control token of a sentencepiece vocabulary is found in text."""
     path = tmp_path / "x.gguf"
 
@@ -135,7 +222,7 @@ def test_chat_templates_and_what_they_spell(tmp_path):
         metadata["tokenizer.ggml.tokens"][-2] = "  "
         metadata["tokenizer.ggml.token_type"][-2] = 4
 
-    gguf_files.write(path, "gemma", change=change)
+    gguf_files.write(path, name, change=change)
     assert chat_prompt(path, "hi", start_token="<bos>") == "hi"
     assert chat_prompt(str(path), "hi") == "<bos>hi"
     tokenizer = models.CausalLM.from_preset(path).preprocessor.tokenizer
@@ -214,7 +301,7 @@ def merge_of_nothing(path):
 REFUSED = {
     "another architecture": (
         metadata(general__architecture="qwen2"),
-        r"\['gpt2', 'gemma', 'gemma2', 'llama'\].*'qwen2'",
+        r"\['gpt2', 'gemma', 'gemma2', 'gemma3', 'llama'\].*'qwen2'",
     ),
     "a control vector": (
         metadata(general__architecture="controlvector"),
@@ -247,6 +334,22 @@ REFUSED = {
     "Gemma with another base": (
         metadata("gemma2", gemma2__rope__freq_base=5e5),
         "freq_base`=10000.*500000",
+    ),
+    "Gemma 3 with another base": (
+        metadata("gemma3", gemma3__rope__freq_base=5e5),
+        "freq_base`=1000000.*500000",
+    ),
+    "Gemma 3 with another base of its local layers": (
+        metadata("gemma3", gemma3__rope__freq_base_swa=5e5),
+        "freq_base_swa`=10000.*500000",
+    ),
+    "Gemma 3 with as many global layers as local ones": (
+        metadata("gemma3", gemma3__attention__sliding_window_pattern=2),
+        "sliding_window_pattern`=6.*2",
+    ),
+    "Gemma 3 with positions scaled in another way": (
+        metadata("gemma3", gemma3__rope__scaling__type="yarn"),
+        "'yarn'",
     ),
     "heads that differ by layer": (
         metadata(llama__attention__head_count=[4, 2]),

@@ -329,6 +329,58 @@ def _gemma2_config(model):
     }
 
 
+def _gemma3_config(model):
+    common = _common_config(model, "Gemma3")
+    head_dim = model.take("attention.key_length")
+    model.take_only("attention.value_length", head_dim)
+    model.take_only("rope.dimension_count", head_dim)
+    # Keras has these three numbers built in.
+    model.take_only("rope.freq_base", 1000000)
+    model.take_only("rope.freq_base_swa", 10000)
+    model.take_only("attention.sliding_window_pattern", 6)
+    layers = common["num_hidden_layers"]
+    # Without a window all layers are as every sixth is with one.
+    window = model.take("attention.sliding_window", 0) or None
+    local = [bool(window) and i % 6 < 5 for i in range(layers)]
+    # As with Gemma 2, the largest alone scales by another number.
+    scalar = (
+        common["hidden_size"] // common["num_attention_heads"]
+        if layers == 62
+        else head_dim
+    )
+    return {
+        **common,
+        "model_type": "gemma3_text",
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": scalar,
+        "final_logit_softcapping": model.take("final_logit_softcapping", None),
+        "sliding_window": window,
+        "layer_types": [
+            "sliding_attention" if x else "full_attention" for x in local
+        ],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_theta": 1000000.0,
+                **_linear_scaling(model),
+            },
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+            },
+        },
+        "tie_word_embeddings": True,
+    }
+
+
+def _linear_scaling(model):
+    """By what the larger Gemma 3 divide the positions of global layers."""
+    model.take_only("rope.scaling.type", "none", "linear")
+    factor = model.take("rope.scaling.factor", 1.0)
+    if model.take("rope.scaling.type", "none") == "none":
+        return {"rope_type": "default"}
+    return {"rope_type": "linear", "factor": factor}
+
+
 def _gpt2_config(model):
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -404,6 +456,11 @@ _FOUR_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_SIX_NORMS = {
+    **_FOUR_NORMS,
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
 
 # For each: its config, its tensors, and whether its output matrix is always
 # that of the embeddings.
@@ -411,6 +468,7 @@ ARCHITECTURES = {
     "gpt2": (_gpt2_config, _GPT2, True),
     "gemma": (_gemma_config, _decoder(_minus_one, _TWO_NORMS), True),
     "gemma2": (_gemma2_config, _decoder(_minus_one, _FOUR_NORMS), True),
+    "gemma3": (_gemma3_config, _decoder(_minus_one, _SIX_NORMS), True),
     "llama": (
         _llama_config,
         _decoder(

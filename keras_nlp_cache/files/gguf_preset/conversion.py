@@ -17,7 +17,7 @@ from keras_nlp_cache.files.gguf_preset import architectures
 from keras_nlp_cache.files.gguf_preset import vocabulary
 
 # To be raised when the same file is to be converted to something else.
-_VERSION = 1
+_VERSION = 2
 # What is read of a file to tell it from others: 1 MiB, wherever it is large.
 _SAMPLES = 16
 _SAMPLE_BYTES = 2**16

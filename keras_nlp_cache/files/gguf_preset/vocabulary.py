@@ -3,7 +3,7 @@
 import json
 
 # What GGUF files say of a token.
-_CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 3, 4, 5, 6
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 
 
 def write(folder, model):
@@ -118,6 +118,9 @@ def _write_sentence_piece(folder, model, tokens, types, special):
     scores = model.field("tokenizer.ggml.scores", [0.0] * len(tokens))
     named = set(special.values())
     for i, (token, score, kind) in enumerate(zip(tokens, scores, types)):
+        if i == special["unk_token"]:
+            # Files of Gemma take it for one control token more.
+            kind = _UNKNOWN
         if kind == _CONTROL and i not in named:
             # Chat templates spell them out, and they have to be found.
             kind = _USER_DEFINED
@@ -143,5 +146,6 @@ _KINDS = {
     "gpt2": {"gpt2": "GPT2Tokenizer"},
     "gemma": {"llama": "GemmaTokenizer"},
     "gemma2": {"llama": "GemmaTokenizer"},
+    "gemma3": {"llama": "GemmaTokenizer"},
     "llama": {"gpt2": "PreTrainedTokenizerFast", "llama": "LlamaTokenizer"},
 }
