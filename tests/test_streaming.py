@@ -4,12 +4,15 @@ import itertools
 
 import keras_hub
 import numpy as np
+import pytest
 from hypothesis import example
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from keras_nlp_cache import models
 from keras_nlp_cache.generate.pieces import TextPieces
+from tests import text
 from tests.families import deep_families
 from tests.families import in_turn
 from tests.families import in_words
@@ -55,6 +58,67 @@ def test_text_is_that_of_generate(family):
     start = int(np.sum(np.array(x["padding_mask"])))
     expected = lm.generate(prompt, max_length=start + 12, strip_prompt=True)
     assert "".join(pieces) == expected
+
+
+# Whose tokenizer it takes, what it calls the ends of a text and of a turn, and
+# arguments of its tokenizer and its backbone.
+TURNS = {
+    "Gemma3": (
+        "Gemma",
+        ("<eos>", "<end_of_turn>"),
+        dict(has_vision_tokens=False),
+        dict(head_dim=8, image_size=None),
+    ),
+    "Phi3": ("Llama", ("<|endoftext|>", "<|end|>"), {}, {}),
+}
+
+
+@pytest.mark.parametrize("prefix", TURNS)
+def test_a_turn_ends_where_it_does_in_generate(prefix):
+    spelled_like, (end, turn_end), options, config = TURNS[prefix]
+    vocabulary = sentencepiece_model_pb2.ModelProto.FromString(
+        text.tokenizer_arguments(spelled_like)["proto"]
+    )
+    vocabulary.pieces[vocabulary.trainer_spec.eos_id].piece = end
+    backbone = getattr(models, f"{prefix}Backbone")(
+        vocabulary_size=len(vocabulary.pieces),
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=32,
+        intermediate_dim=48,
+        **config,
+    )
+    # The same on all backends, and an answer that does not repeat the prompt.
+    rng = np.random.default_rng(0)
+    for weight in backbone.weights:
+        weight.assign(rng.normal(size=weight.shape))
+
+    def make_lm():
+        tokenizer = getattr(keras_hub.models, f"{prefix}Tokenizer")(
+            proto=vocabulary.SerializeToString(), **options
+        )
+        preprocessor = getattr(
+            keras_hub.models, f"{prefix}CausalLMPreprocessor"
+        )(tokenizer=tokenizer, sequence_length=LENGTH)
+        lm = getattr(models, f"{prefix}CausalLM")(
+            backbone=backbone, preprocessor=preprocessor
+        )
+        lm.compile(sampler="greedy")
+        return lm
+
+    session = make_lm().start_session()
+    whole = session.send("the", 8, stop_token_ids=None)
+    prompt, answer = session.token_ids[:-8], session.token_ids[-8:]
+    new = next(x for x in answer[1:] if x > 3 and x not in prompt)
+    vocabulary.pieces[new].piece = turn_end
+    lm = make_lm()
+    streamed = "".join(lm.stream("the", 8))
+    assert len(streamed) < len(whole)
+    # Upstream leaves the end of a turn in its text.
+    assert streamed + turn_end == lm.generate(
+        "the", max_length=len(prompt) + 8, strip_prompt=True
+    )
 
 
 @deep_families

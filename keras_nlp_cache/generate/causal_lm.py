@@ -395,6 +395,14 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         finally:
             _assistant_model.reset(token)
 
+    def turn_end_id(self):
+        """The token at which upstream's `generate()` stops, beside the end.
+
+        Returns:
+            An int, or `None` if there is no such token.
+        """
+        return getattr(self.preprocessor.tokenizer, "end_token2_id", None)
+
     def stream(
         self,
         prompt,

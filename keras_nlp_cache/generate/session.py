@@ -135,7 +135,7 @@ class Session:
         check_truncation(truncation)
         token_ids, start = self._tokenize(text)
         _check_count(max_new_tokens)
-        stop = _stop_token_ids(self.lm.preprocessor.tokenizer, stop_token_ids)
+        stop = _stop_token_ids(self.lm, stop_token_ids)
         limit = self.lm.backbone.max_positions
         if limit is not None:
             before = len(self.token_ids)
@@ -169,7 +169,7 @@ class Session:
                 or there is not one to begin with; or as `send()`.
         """
         _check_count(max_new_tokens)
-        stops = _stop_token_ids(self.lm.preprocessor.tokenizer, stop_token_ids)
+        stops = _stop_token_ids(self.lm, stop_token_ids)
         token_ids = check_continuation(
             token_ids, self.lm.backbone, begun=len(self.token_ids) > 0
         )
@@ -331,15 +331,11 @@ class Session:
         return token_ids, len(start)
 
 
-def _stop_token_ids(tokenizer, stop_token_ids):
+def _stop_token_ids(lm, stop_token_ids):
     stop_token_ids = stop_tokens(stop_token_ids)
     if stop_token_ids == "auto":
-        names = ("end_token_id", "end_token2_id")
-        return tuple(
-            getattr(tokenizer, name)
-            for name in names
-            if hasattr(tokenizer, name)
-        )
+        ends = (lm.preprocessor.tokenizer.end_token_id, lm.turn_end_id())
+        return tuple(x for x in ends if x is not None)
     return stop_token_ids or ()
 
 

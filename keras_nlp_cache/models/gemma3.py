@@ -71,3 +71,6 @@ class Gemma3CausalLM(CausalLM, keras_hub.models.Gemma3CausalLM):
     """
 
     backbone_cls = Gemma3Backbone
+
+    def turn_end_id(self):
+        return self.preprocessor.tokenizer.token_to_id("<end_of_turn>")

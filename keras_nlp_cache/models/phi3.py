@@ -81,3 +81,7 @@ class Phi3CausalLM(CausalLM, keras_hub.models.Phi3CausalLM):
     """
 
     backbone_cls = Phi3Backbone
+
+    def turn_end_id(self):
+        # 0 is what all tokens are that the vocabulary has not.
+        return self.preprocessor.tokenizer.token_to_id("<|end|>") or None
