@@ -1,102 +1,70 @@
-"""The same random weights give the logits that transformers computes."""
+"""The same random weights give the logits and the words of transformers."""
 
 import keras
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from keras_nlp_cache import models
 from tests.families import compiled
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
+from tests.transformers_models import FAMILIES
+from tests.transformers_models import MAX_LENGTH
+from tests.transformers_models import PROMPT_LENGTH
 
-COMMON = dict(vocab_size=100, attn_implementation="eager")
-LLAMA = dict(
-    COMMON,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    rms_norm_eps=1e-6,
-)
-CONFIGS = {
-    "gpt2": transformers.GPT2Config(
-        **COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=32, n_inner=48
-    ),
-    "gemma": transformers.GemmaConfig(**LLAMA, head_dim=8),
-    "gemma2": transformers.Gemma2Config(
-        **LLAMA,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        sliding_window=4,
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=10.0,
-    ),
-    "llama": transformers.LlamaConfig(
-        **dict(LLAMA, rms_norm_eps=1e-3), tie_word_embeddings=False
-    ),
-    "llama3": transformers.LlamaConfig(
-        **LLAMA,
-        tie_word_embeddings=True,
-        rope_parameters=dict(
-            rope_type="llama3",
-            rope_theta=500000.0,
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=16,
-        ),
-    ),
-}
-CLASSES = {"gpt2": "GPT2", "gemma": "Gemma", "gemma2": "Gemma"}
+# Chosen so that no two words are nearly as likely, in any of the models.
+TOKEN_IDS = random_tokens(2, PROMPT_LENGTH, seed=7)
+TOLERANCE = dict(atol=1e-4, rtol=1e-4)
+# That every family has a class is what `test_coverage.py` asks.
+NAMES = [
+    name
+    for name, family in FAMILIES.items()
+    if hasattr(models, f"{family.prefix}CausalLM")
+]
 
 
-def save_random(name, folder):
-    config = CONFIGS[name]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(
-                0.2 * noise if parameter.ndim > 1 else 0.5 + 0.2 * noise
-            )
-    model.save_pretrained(folder)
-    return model
+@pytest.fixture(scope="module", params=NAMES)
+def pair(request, tmp_path_factory):
+    """A model of transformers, and ours that was read from its directory."""
+    family = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    family.save(folder)
+    return family, family.load(models, folder)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits(name, tmp_path):
-    theirs = save_random(name, tmp_path)
-    cls = getattr(models, CLASSES.get(name, "Llama3") + "Backbone")
-    backbone = cls.from_preset(str(tmp_path))
-    task = getattr(models, CLASSES.get(name, "Llama3") + "CausalLM")
-    lm = task(backbone, None)
-
-    token_ids = random_tokens(2, 12)
-    mask = padding_mask([12, 7], 12)
-    with torch.no_grad():
-        expected = theirs(
-            torch.tensor(token_ids.astype("int64")),
-            attention_mask=torch.tensor(mask),
-        ).logits.numpy()
+def test_logits(pair):
+    theirs, lm = pair
+    mask = padding_mask([PROMPT_LENGTH, PROMPT_LENGTH - 7], PROMPT_LENGTH)
+    expected = theirs.logits(TOKEN_IDS, mask)
     real = mask.astype(bool)
-    inputs = {"token_ids": token_ids, "padding_mask": mask}
+    inputs = {"token_ids": TOKEN_IDS, "padding_mask": mask}
     full = to_numpy(compiled(lm)(inputs))
-    np.testing.assert_allclose(full[real], expected[real], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(full[real], expected[real], **TOLERANCE)
 
-    cache = backbone.make_cache(2, 12)
+    cache = lm.backbone.make_cache(2, PROMPT_LENGTH)
     call_with_cache = compiled(lm.call_with_cache)
-    logits = []
-    for start, stop in ((0, 10), (10, 11), (11, 12)):
+    logits, start = [], 0
+    for length in (PROMPT_LENGTH - 2, 1, 1):
+        now = TOKEN_IDS[:, start : start + length]
         output, _, cache = call_with_cache(
-            keras.ops.convert_to_tensor(token_ids[:, start:stop]), cache, start
+            keras.ops.convert_to_tensor(now), cache, start
         )
         logits.append(to_numpy(output))
+        start += length
     logits = np.concatenate(logits, axis=1)
-    np.testing.assert_allclose(
-        logits[real], expected[real], atol=1e-4, rtol=1e-4
+    np.testing.assert_allclose(logits[real], expected[real], **TOLERANCE)
+
+
+def test_greedy_generation(pair):
+    theirs, lm = pair
+    room = ((0, 0), (0, MAX_LENGTH - PROMPT_LENGTH))
+    lm.compile(sampler="greedy")
+    output = lm.generate(
+        {
+            "token_ids": np.pad(TOKEN_IDS, room),
+            "padding_mask": np.pad(np.ones_like(TOKEN_IDS), room),
+        },
+        stop_token_ids=None,
     )
+    np.testing.assert_array_equal(output["token_ids"], theirs.greedy(TOKEN_IDS))

@@ -1,0 +1,661 @@
+"""Small random models of transformers, one or more for each family.
+
+Their options are chosen to matter: windows shorter than the prompts of the
+tests, positions that are rescaled, an epsilon that shows, keys that queries
+share, and every kind of layer that a family has.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+import safetensors.torch
+import torch
+import transformers
+
+PROMPT_LENGTH = 20
+NEW_TOKENS = 24
+MAX_LENGTH = PROMPT_LENGTH + NEW_TOKENS
+WINDOW = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A small model of transformers, and what reads it here.
+
+    Attributes:
+        prefix: What the names of the classes in `models` begin with.
+        config: The configuration of transformers.
+        arguments: Function from that to the arguments of a backbone, for
+            families that keras_hub has no converter for.
+        weights: Generator of pairs of a variable and its value, given a
+            backbone and a function that looks up a weight. As `arguments`.
+    """
+
+    prefix: str
+    config: transformers.PreTrainedConfig
+    arguments: callable = None
+    weights: callable = None
+
+    @functools.cached_property
+    def model(self):
+        """The model, made once, with weights that make attention matter."""
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(self.config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                scale = 0.5 if parameter.ndim > 1 else 0.3
+                if any(x in name for x in ("embed", "wte", "wpe")):
+                    # What the layers add is to outweigh the last token.
+                    scale = 0.2
+                value = scale * torch.randn_like(parameter)
+                if parameter.ndim == 1 and name.endswith(".weight"):
+                    value += 1
+                # As in a file of half precision, which a converter expects.
+                parameter.copy_(value.bfloat16())
+                if _is_packed(name, self.config):
+                    parameter.copy_(_Packed(parameter).values)
+        return model.eval()
+
+    def save(self, folder):
+        """Writes a directory as those of Hugging Face, without a tokenizer."""
+        folder = pathlib.Path(folder)
+        self.model.save_pretrained(folder)
+        path = folder / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        for name in [x for x in tensors if _is_packed(x, self.config)]:
+            packed = _Packed(tensors.pop(name))
+            tensors[f"{name}_blocks"] = packed.blocks
+            tensors[f"{name}_scales"] = packed.scales
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+    def load(self, models, folder):
+        """Returns the same model as a task of `models`.
+
+        Args:
+            models: A module, `keras_nlp_cache.models` or `keras_hub.models`.
+            folder: Where it was saved.
+        """
+        task = getattr(models, f"{self.prefix}CausalLM")
+        if self.arguments is None:
+            return task.from_preset(str(folder), preprocessor=None)
+        backbone = getattr(models, f"{self.prefix}Backbone")(
+            **self.arguments(self.config)
+        )
+        weights = self.model.state_dict()
+        unread = set(weights) - {"lm_head.weight"}
+
+        def read(name):
+            unread.discard(name)
+            return weights[name].numpy()
+
+        given = set()
+        for variable, value in self.weights(backbone, read):
+            variable.assign(np.reshape(value, variable.shape))
+            given.add(id(variable))
+        assert not unread, unread
+        assert all(id(x) in given for x in backbone.weights)
+        return task(backbone=backbone, preprocessor=None)
+
+    def logits(self, token_ids, padding_mask):
+        with torch.no_grad():
+            return self.model(
+                torch.tensor(token_ids).long(),
+                attention_mask=torch.tensor(padding_mask).long(),
+            ).logits.numpy()
+
+    def greedy(self, token_ids):
+        """Token ids with those that transformers itself continues them by."""
+        token_ids = torch.tensor(token_ids).long()
+        return self.model.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        ).numpy()
+
+
+class _Packed:
+    """Numbers of four bits each, 32 of which share a scale of eight bits.
+
+    Args:
+        tensor: Float tensor `(experts, inputs, outputs)`, of numbers which
+            are rounded to some that can be packed.
+    """
+
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    exponent = -3
+
+    def __init__(self, tensor):
+        values = tensor.float().mT / 2**self.exponent
+        codes = (values.abs()[..., None] - self.magnitudes).abs().argmin(-1)
+        rounded = self.magnitudes[codes] * values.sign()
+        self.values = (rounded * 2**self.exponent).mT.contiguous()
+        codes = (codes + 8 * (values < 0)).to(torch.uint8)
+        codes = codes.unflatten(-1, (-1, 16, 2))
+        self.blocks = codes[..., 0] + 16 * codes[..., 1]
+        self.scales = torch.full(
+            self.blocks.shape[:-1], 127 + self.exponent, dtype=torch.uint8
+        )
+
+
+def _is_packed(name, config):
+    # GPT-OSS is published so, and the converter reads nothing else.
+    return config.model_type == "gpt_oss" and name.endswith(
+        ("gate_up_proj", "down_proj")
+    )
+
+
+# Families without a converter. A linear layer of transformers has its outputs
+# first, those of keras_hub last, some of them in two dimensions.
+
+
+def _linear(layer, read, name):
+    yield layer.kernel, read(f"{name}.weight").T
+    if layer.bias is not None:
+        yield layer.bias, read(f"{name}.bias")
+
+
+def _norm(layer, read, name):
+    yield layer.gamma, read(f"{name}.weight")
+    yield layer.beta, read(f"{name}.bias")
+
+
+def _fused(layers, read, name):
+    """Query, key and value for each head, in one matrix."""
+    heads, size = layers[0].bias.shape
+    kernel = read(f"{name}.weight").reshape(heads, 3, size, -1)
+    bias = read(f"{name}.bias").reshape(heads, 3, size)
+    for i, layer in enumerate(layers):
+        yield layer.kernel, np.moveaxis(kernel[:, i], -1, 0)
+        yield layer.bias, bias[:, i]
+
+
+def _opt_arguments(config):
+    return dict(
+        vocabulary_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        hidden_dim=config.hidden_size,
+        intermediate_dim=config.ffn_dim,
+        max_sequence_length=config.max_position_embeddings,
+        dropout=0.0,
+    )
+
+
+def _opt_weights(backbone, read):
+    embeddings = backbone.embeddings
+    yield (
+        embeddings.token_embedding.embeddings,
+        read("model.decoder.embed_tokens.weight"),
+    )
+    yield (
+        embeddings.position_embedding.position_embeddings,
+        # Two rows are for what is padded.
+        read("model.decoder.embed_positions.weight")[2:],
+    )
+    for i, block in enumerate(backbone.transformer_layers):
+        name = f"model.decoder.layers.{i}"
+        attention = block._self_attention_layer
+        for layer, part in (
+            (attention.query_dense, "self_attn.q_proj"),
+            (attention.key_dense, "self_attn.k_proj"),
+            (attention.value_dense, "self_attn.v_proj"),
+            (attention.output_dense, "self_attn.out_proj"),
+            (block._feedforward_intermediate_dense, "fc1"),
+            (block._feedforward_output_dense, "fc2"),
+        ):
+            yield from _linear(layer, read, f"{name}.{part}")
+        for layer, part in (
+            (block._self_attention_layer_norm, "self_attn_layer_norm"),
+            (block._feedforward_layer_norm, "final_layer_norm"),
+        ):
+            yield from _norm(layer, read, f"{name}.{part}")
+    yield from _norm(
+        backbone.layer_norm, read, "model.decoder.final_layer_norm"
+    )
+
+
+def _bloom_arguments(config):
+    return dict(
+        vocabulary_size=config.vocab_size,
+        num_layers=config.n_layer,
+        num_heads=config.n_head,
+        hidden_dim=config.hidden_size,
+        intermediate_dim=4 * config.hidden_size,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+    )
+
+
+def _bloom_weights(backbone, read):
+    name = "transformer"
+    yield (
+        backbone.token_embedding.embeddings,
+        read(f"{name}.word_embeddings.weight"),
+    )
+    yield from _norm(
+        backbone.embeddings_layer_norm,
+        read,
+        f"{name}.word_embeddings_layernorm",
+    )
+    for i, block in enumerate(backbone.transformer_layers):
+        part = f"{name}.h.{i}"
+        attention = block._self_attention_layer
+        yield from _fused(
+            (
+                attention._query_dense,
+                attention._key_dense,
+                attention._value_dense,
+            ),
+            read,
+            f"{part}.self_attention.query_key_value",
+        )
+        yield from _linear(
+            attention._output_dense, read, f"{part}.self_attention.dense"
+        )
+        yield from _linear(
+            block._mlp_intermediate_dense, read, f"{part}.mlp.dense_h_to_4h"
+        )
+        yield from _linear(
+            block._mlp_output_dense, read, f"{part}.mlp.dense_4h_to_h"
+        )
+        yield from _norm(
+            block._pre_attention_layernorm, read, f"{part}.input_layernorm"
+        )
+        yield from _norm(
+            block._post_attention_layernorm,
+            read,
+            f"{part}.post_attention_layernorm",
+        )
+    yield from _norm(backbone.layer_norm, read, f"{name}.ln_f")
+
+
+def _falcon_arguments(config):
+    return dict(
+        vocabulary_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        hidden_dim=config.hidden_size,
+        intermediate_dim=config.ffn_hidden_size,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+    )
+
+
+def _falcon_weights(backbone, read):
+    name = "transformer"
+    yield (
+        backbone.token_embedding.embeddings,
+        read(f"{name}.word_embeddings.weight"),
+    )
+    for i, block in enumerate(backbone.transformer_layers):
+        part = f"{name}.h.{i}"
+        attention = block.attention_layer
+        yield from _fused(
+            (attention.query_dense, attention.key_dense, attention.value_dense),
+            read,
+            f"{part}.self_attention.query_key_value",
+        )
+        yield from _linear(
+            attention.output_dense, read, f"{part}.self_attention.dense"
+        )
+        yield from _linear(
+            block.dense_h_to_4h, read, f"{part}.mlp.dense_h_to_4h"
+        )
+        yield from _linear(
+            block.dense_4h_to_h, read, f"{part}.mlp.dense_4h_to_h"
+        )
+        yield from _norm(block.input_layernorm, read, f"{part}.input_layernorm")
+        yield from _norm(
+            block.post_attention_layernorm,
+            read,
+            f"{part}.post_attention_layernorm",
+        )
+    yield from _norm(backbone.final_layernorm, read, f"{name}.ln_f")
+
+
+def _gpt_neo_x_arguments(config):
+    rope = config.rope_parameters
+    return dict(
+        vocabulary_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        hidden_dim=config.hidden_size,
+        intermediate_dim=config.intermediate_size,
+        rotary_percentage=rope["partial_rotary_factor"],
+        rotary_max_wavelength=rope["rope_theta"],
+        layer_norm_epsilon=config.layer_norm_eps,
+        max_sequence_length=config.max_position_embeddings,
+    )
+
+
+def _gpt_neo_x_weights(backbone, read):
+    embedding = backbone.token_embedding
+    yield embedding.embeddings, read("gpt_neox.embed_in.weight")
+    if not embedding.tie_weights:
+        yield embedding.reverse_embeddings, read("lm_head.weight").T
+    for i, block in enumerate(backbone.transformer_layers):
+        name = f"gpt_neox.layers.{i}"
+        attention = block._self_attention_layer
+        for layer, part in (
+            (attention._qkv_dense, "attention.query_key_value"),
+            (attention._output_dense, "attention.dense"),
+            (block._feedforward_intermediate_dense, "mlp.dense_h_to_4h"),
+            (block._feedforward_output_dense, "mlp.dense_4h_to_h"),
+        ):
+            yield from _linear(layer, read, f"{name}.{part}")
+        for layer, part in (
+            (block._self_attention_layer_norm, "input_layernorm"),
+            (block._feedforward_layer_norm, "post_attention_layernorm"),
+        ):
+            yield from _norm(layer, read, f"{name}.{part}")
+    yield from _norm(backbone.layer_norm, read, "gpt_neox.final_layer_norm")
+
+
+def _phi3_arguments(config):
+    rope = config.rope_parameters
+    scaled = rope["rope_type"] != "default"
+    return dict(
+        vocabulary_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        hidden_dim=config.hidden_size,
+        intermediate_dim=config.intermediate_size,
+        num_query_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        layer_norm_epsilon=config.rms_norm_eps,
+        max_sequence_length=config.max_position_embeddings,
+        pretraining_sequence_length=config.original_max_position_embeddings,
+        rope_max_wavelength=rope["rope_theta"],
+        rope_scaling_type="su" if scaled else None,
+        rope_scaling_short_factor=rope.get("short_factor"),
+        rope_scaling_long_factor=rope.get("long_factor"),
+    )
+
+
+def _phi3_weights(backbone, read):
+    yield (
+        backbone.token_embedding.embeddings,
+        read("model.embed_tokens.weight"),
+    )
+    yield (
+        backbone.token_embedding.reverse_embeddings,
+        read("lm_head.weight").T,
+    )
+    for i, block in enumerate(backbone.transformer_layers):
+        name = f"model.layers.{i}"
+        attention = block.attention
+        layers = attention.query_dense, attention.key_dense
+        layers += (attention.value_dense,)
+        sizes = [int(np.prod(x.kernel.shape[1:])) for x in layers]
+        kernels = np.split(
+            read(f"{name}.self_attn.qkv_proj.weight"), np.cumsum(sizes[:2])
+        )
+        for layer, kernel in zip(layers, kernels, strict=True):
+            yield layer.kernel, kernel.T
+        gate, up = np.split(read(f"{name}.mlp.gate_up_proj.weight"), 2)
+        yield block.feedforward_gate_dense.kernel, gate.T
+        yield block.feedforward_intermediate_dense.kernel, up.T
+        yield from _linear(
+            attention.output_dense, read, f"{name}.self_attn.o_proj"
+        )
+        yield from _linear(
+            block.feedforward_output_dense, read, f"{name}.mlp.down_proj"
+        )
+        for norm in ("pre_attention_layernorm", "post_attention_layernorm"):
+            theirs = norm.replace("pre_attention", "input")
+            yield getattr(block, norm).scale, read(f"{name}.{theirs}.weight")
+    yield backbone.layer_norm.scale, read("model.norm.weight")
+
+
+_COMMON = dict(
+    vocab_size=100,
+    attn_implementation="eager",
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+_LLAMA = dict(
+    _COMMON,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    # Larger than what is built in anywhere.
+    rms_norm_eps=1e-3,
+)
+_HEADS = dict(_LLAMA, head_dim=16)
+# Upstream has no other epsilon for these.
+_GEMMA = dict(_HEADS, rms_norm_eps=1e-6)
+_ROPE = dict(rope_type="default", rope_theta=1000.0)
+_MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+_WINDOW = dict(use_sliding_window=True, sliding_window=WINDOW)
+
+
+def _llama3():
+    return transformers.LlamaConfig(
+        **_LLAMA,
+        tie_word_embeddings=True,
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=500000.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        ),
+    )
+
+
+def _phi3(original_max_position_embeddings):
+    """Whose positions are scaled otherwise from that length on."""
+    return Family(
+        "Phi3",
+        transformers.Phi3Config(
+            **_LLAMA,
+            original_max_position_embeddings=original_max_position_embeddings,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=1000.0,
+                short_factor=[1.0, 1.1, 1.2, 1.3],
+                long_factor=[1.5, 2.0, 3.0, 5.0],
+            ),
+        ),
+        _phi3_arguments,
+        _phi3_weights,
+    )
+
+
+def _gemma2(query_pre_attn_scalar):
+    return Family(
+        "Gemma",
+        transformers.Gemma2Config(
+            **_GEMMA,
+            query_pre_attn_scalar=query_pre_attn_scalar,
+            sliding_window=WINDOW,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=10.0,
+        ),
+    )
+
+
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2",
+        transformers.GPT2Config(
+            **_COMMON,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            n_inner=48,
+        ),
+    ),
+    "opt": Family(
+        "OPT",
+        transformers.OPTConfig(
+            **_COMMON,
+            hidden_size=32,
+            num_hidden_layers=2,
+            ffn_dim=48,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        ),
+        _opt_arguments,
+        _opt_weights,
+    ),
+    "bloom": Family(
+        "Bloom",
+        transformers.BloomConfig(
+            **_COMMON,
+            hidden_size=48,
+            n_layer=2,
+            # Slopes are another formula for what is not a power of two.
+            n_head=6,
+            layer_norm_epsilon=1e-3,
+        ),
+        _bloom_arguments,
+        _bloom_weights,
+    ),
+    "falcon": Family(
+        "Falcon",
+        transformers.FalconConfig(
+            # Its eager attention adds the slopes twice.
+            **dict(_COMMON, attn_implementation="sdpa"),
+            hidden_size=48,
+            num_hidden_layers=2,
+            # Of 12 heads or more, it rounds the slopes to bfloat16.
+            num_attention_heads=6,
+            ffn_hidden_size=40,
+            layer_norm_epsilon=1e-3,
+            alibi=True,
+            multi_query=False,
+            parallel_attn=False,
+            bias=True,
+        ),
+        _falcon_arguments,
+        _falcon_weights,
+    ),
+    "gpt_neo_x": Family(
+        "GPTNeoX",
+        transformers.GPTNeoXConfig(
+            **_COMMON,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            layer_norm_eps=1e-3,
+            rope_parameters=dict(_ROPE, partial_rotary_factor=0.5),
+            # All that keras_hub knows.
+            hidden_act="gelu_fast",
+            tie_word_embeddings=True,
+        ),
+        _gpt_neo_x_arguments,
+        _gpt_neo_x_weights,
+    ),
+    "llama": Family(
+        "Llama3",
+        transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=False),
+    ),
+    "llama3": Family("Llama3", _llama3()),
+    "mistral": Family(
+        "Mistral",
+        transformers.MistralConfig(
+            **_HEADS, sliding_window=WINDOW, rope_parameters=_ROPE
+        ),
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        transformers.MixtralConfig(
+            **_LLAMA,
+            sliding_window=WINDOW,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters=_ROPE,
+        ),
+    ),
+    "qwen": Family(
+        "Qwen",
+        transformers.Qwen2Config(
+            **_LLAMA, **_WINDOW, max_window_layers=0, rope_parameters=_ROPE
+        ),
+    ),
+    "qwen_moe": Family(
+        "QwenMoe",
+        transformers.Qwen2MoeConfig(
+            **_LLAMA,
+            **_MOE,
+            **_WINDOW,
+            layer_types=["sliding_attention"] * 2,
+            shared_expert_intermediate_size=40,
+            rope_parameters=_ROPE,
+        ),
+    ),
+    "qwen3": Family(
+        "Qwen3",
+        transformers.Qwen3Config(
+            **_HEADS, **_WINDOW, max_window_layers=0, rope_parameters=_ROPE
+        ),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        transformers.Qwen3MoeConfig(
+            **_HEADS,
+            **_MOE,
+            **_WINDOW,
+            # The first layer has no experts.
+            decoder_sparse_step=2,
+            norm_topk_prob=True,
+            rope_parameters=_ROPE,
+        ),
+    ),
+    "phi3": _phi3(MAX_LENGTH),
+    "phi3_long": _phi3(PROMPT_LENGTH - 1),
+    "gemma": Family("Gemma", transformers.GemmaConfig(**_GEMMA)),
+    "gemma2": _gemma2(16),
+    # The largest one divides by the root of the hidden size for each head.
+    "gemma2_27b": _gemma2(8),
+    "gemma3": Family(
+        "Gemma3",
+        transformers.Gemma3TextConfig(
+            # The sixth layer is the first without a window.
+            **dict(_GEMMA, num_hidden_layers=6),
+            query_pre_attn_scalar=8,
+            sliding_window=WINDOW,
+            rope_parameters=dict(
+                sliding_attention=dict(rope_type="default", rope_theta=10000.0),
+                full_attention=dict(
+                    rope_type="linear", factor=8.0, rope_theta=1000000.0
+                ),
+            ),
+        ),
+    ),
+    "gpt_oss": Family(
+        "GptOss",
+        transformers.GptOssConfig(
+            **dict(_HEADS, intermediate_size=32),
+            sliding_window=WINDOW,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=150000.0,
+                factor=32.0,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=False,
+                original_max_position_embeddings=4096,
+            ),
+        ),
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        transformers.SmolLM3Config(
+            # The fourth layer is the first that does not rotate.
+            **dict(_LLAMA, num_hidden_layers=4),
+            rope_parameters=_ROPE,
+        ),
+    ),
+}
