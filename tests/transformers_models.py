@@ -612,7 +612,7 @@ FAMILIES = {
         ),
     ),
     "phi3": _phi3(MAX_LENGTH),
-    "phi3_long": _phi3(PROMPT_LENGTH - 1),
+    "phi3_long": _phi3(PROMPT_LENGTH - 4),
     "gemma": Family("Gemma", transformers.GemmaConfig(**_GEMMA)),
     "gemma2": _gemma2(16),
     # The largest one divides by the root of the hidden size for each head.
