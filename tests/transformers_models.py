@@ -429,6 +429,7 @@ _HEADS = dict(_LLAMA, head_dim=16)
 # Upstream has no other epsilon for these.
 _GEMMA = dict(_HEADS, rms_norm_eps=1e-6)
 _ROPE = dict(rope_type="default", rope_theta=1000.0)
+_LINEAR = dict(rope_type="linear", rope_theta=1000.0, factor=4.0)
 _MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 _WINDOW = dict(use_sliding_window=True, sliding_window=WINDOW)
 
@@ -563,7 +564,7 @@ FAMILIES = {
     "mistral": Family(
         "Mistral",
         transformers.MistralConfig(
-            **_HEADS, sliding_window=WINDOW, rope_parameters=_ROPE
+            **_HEADS, sliding_window=WINDOW, rope_parameters=_LINEAR
         ),
     ),
     "mixtral": Family(
@@ -573,13 +574,13 @@ FAMILIES = {
             sliding_window=WINDOW,
             num_local_experts=4,
             num_experts_per_tok=2,
-            rope_parameters=_ROPE,
+            rope_parameters=_LINEAR,
         ),
     ),
     "qwen": Family(
         "Qwen",
         transformers.Qwen2Config(
-            **_LLAMA, **_WINDOW, max_window_layers=0, rope_parameters=_ROPE
+            **_LLAMA, **_WINDOW, max_window_layers=0, rope_parameters=_LINEAR
         ),
     ),
     "qwen_moe": Family(
@@ -590,13 +591,13 @@ FAMILIES = {
             **_WINDOW,
             layer_types=["sliding_attention"] * 2,
             shared_expert_intermediate_size=40,
-            rope_parameters=_ROPE,
+            rope_parameters=_LINEAR,
         ),
     ),
     "qwen3": Family(
         "Qwen3",
         transformers.Qwen3Config(
-            **_HEADS, **_WINDOW, max_window_layers=0, rope_parameters=_ROPE
+            **_HEADS, **_WINDOW, max_window_layers=0, rope_parameters=_LINEAR
         ),
     ),
     "qwen3_moe": Family(
@@ -605,10 +606,8 @@ FAMILIES = {
             **_HEADS,
             **_MOE,
             **_WINDOW,
-            # The first layer has no experts.
-            decoder_sparse_step=2,
             norm_topk_prob=True,
-            rope_parameters=_ROPE,
+            rope_parameters=_LINEAR,
         ),
     ),
     "phi3": _phi3(MAX_LENGTH),

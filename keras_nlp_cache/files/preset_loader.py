@@ -16,13 +16,9 @@ from keras_hub.src.utils.transformers.preset_loader import (
 )
 
 from keras_nlp_cache.files import gguf_preset
+from keras_nlp_cache.files import hugging_face
 
 _SENTENCE_PIECE = "tokenizer.model"
-# Which epsilon upstream's blocks have, whatever a config says.
-_BUILT_IN_EPSILON = {
-    keras_hub.models.GPT2Backbone: ("layer_norm_epsilon", 1e-5),
-    keras_hub.models.GemmaBackbone: ("rms_norm_eps", 1e-6),
-}
 
 
 def preset_loader(preset):
@@ -46,39 +42,14 @@ def preset_loader(preset):
 class _HuggingFaceLoader(TransformersPresetLoader):
     def __init__(self, preset, config):
         super().__init__(preset, config)
-        if config["model_type"] != "llama":
-            return
-        if check_file_exists(preset, _SENTENCE_PIECE):
-            # Upstream takes all for Llama 3, and this for its tokenizer.
-            self.converter = _LLAMA
-        rope = config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            # What Transformers 5 calls it.
-            config["rope_scaling"] = config.get("rope_scaling") or rope
+        if config["model_type"] == "llama":
+            if check_file_exists(preset, _SENTENCE_PIECE):
+                # Upstream takes all for Llama 3, and this for its tokenizer.
+                self.converter = _LLAMA
 
     def load_backbone(self, cls, load_weights, **kwargs):
-        for backbone_cls, (key, epsilon) in _BUILT_IN_EPSILON.items():
-            if issubclass(cls, backbone_cls):
-                self._check_epsilon(key, epsilon)
-        told = {}
-        if issubclass(cls, keras_hub.models.LlamaBackbone):
-            told["layer_norm_epsilon"] = self.config.get("rms_norm_eps")
-        if issubclass(cls, keras_hub.models.GPT2Backbone):
-            told["intermediate_dim"] = self.config.get("n_inner")
-        told = {
-            name: value for name, value in told.items() if value is not None
-        }
+        told = hugging_face.arguments(self.config)
         return super().load_backbone(cls, load_weights, **{**told, **kwargs})
-
-    def _check_epsilon(self, key, built_in):
-        epsilon = self.config.get(key, built_in)
-        # Some files have it in single precision.
-        if abs(epsilon - built_in) > 1e-6 * built_in:
-            raise ValueError(
-                f"Expected `{key}` to be {built_in}, which Keras has built "
-                f"into {self.config['model_type']} models. Received: "
-                f"{epsilon}. Choose another preset."
-            )
 
 
 # Llama 1 and 2: the graph of Llama 3 with another tokenizer.
