@@ -1,5 +1,6 @@
 """What the documentation shows runs, and its commands are CI's."""
 
+import ast
 import importlib
 import inspect
 import itertools
@@ -167,6 +168,44 @@ def test_contributing(namespace):
     x = to_numpy(x)
     np.testing.assert_allclose(x, to_numpy(after(inputs)), atol=1e-5, rtol=1e-5)
     assert np.abs(x - to_numpy(before(inputs))).max() > 1e-3
+
+
+def test_the_family_in_contributing_is_one():
+    """What it shows is all that there is to the module."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    (shown,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    module = ROOT / "keras_nlp_cache" / "models" / "mistral.py"
+    assert code(shown) == code(module.read_text("utf-8"))
+
+
+def is_code(node):
+    """Whether a statement is neither an import nor a docstring."""
+    if isinstance(node, ast.Expr):
+        return not isinstance(node.value, ast.Constant)
+    return not isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def code(source):
+    """A module without imports and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if hasattr(node, "body"):
+            node.body = [x for x in node.body if is_code(x)]
+    return ast.dump(tree)
+
+
+def test_no_family_is_long():
+    """A module says what differs, in forty lines of code at most."""
+    folder = ROOT / "keras_nlp_cache" / "models"
+    for path in set(folder.glob("*.py")) - {folder / "__init__.py"}:
+        source = path.read_text("utf-8")
+        lines = {
+            i for i, line in enumerate(source.splitlines(), 1) if line.strip()
+        }
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.stmt) and not is_code(node):
+                lines -= set(range(node.lineno, node.end_lineno + 1))
+        assert len(lines) <= 40, path.name
 
 
 def test_picture():
