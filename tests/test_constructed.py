@@ -95,6 +95,25 @@ def test_a_dropout_that_nobody_spoke_of(after_building):
         gemma.backbone()
 
 
+def test_a_norm_that_nobody_spoke_of(after_building):
+    def normalize(layer):
+        layer.q_norm = keras.layers.LayerNormalization(name="q_norm")
+        layer.q_norm.build((None, None, 4, 8))
+
+    after_building(llama_attention.LlamaAttention, normalize)
+    with pytest.raises(ValueError, match="'q_norm'.*query_norm"):
+        LLAMA.backbone()
+
+
+def test_weights_that_nobody_spoke_of(after_building):
+    def weigh(layer):
+        layer.sinks = layer.add_weight(shape=(4,), name="sinks")
+
+    after_building(llama_attention.LlamaAttention, weigh)
+    with pytest.raises(ValueError, match="its own weights.*sink"):
+        LLAMA.backbone()
+
+
 def test_attention_of_another_class(monkeypatch):
     class NewAttention(llama_attention.LlamaAttention):
         pass

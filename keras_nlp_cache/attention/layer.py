@@ -98,26 +98,37 @@ class CachedAttention(Specialized, Remembers):
         ):
             if not all(isinstance(x, int | float) for x in value):
                 self._fail_to_find(what, (), f"{what} to be {value}")
-        known = [self.rotary] if self._rotates_as_usual() else []
-        for name in (self.dropout_of_heads, self.dropout_of_weights):
-            known.append(None if name is None else getattr(self, name))
-        for layer in self._flatten_layers(include_self=False):
+        if self._trainable_variables and self.sink is None:
+            self._fail_to_find("said what its own weights are", ("sink",))
+        self._check_layers()
+
+    def _check_layers(self):
+        """Raises a `ValueError` for layers inside that would not be called."""
+        names = (self.dropout_of_heads, self.dropout_of_weights)
+        known = [getattr(self, name) for name in names if name is not None]
+        projects_as_usual = type(self).project is CachedAttention.project
+        if projects_as_usual:
+            known += [self.projection(part) for part in self.projections]
+            known += [self._find(_QUERY_NORM), self._find(_KEY_NORM)]
+            if type(self).rotate is CachedAttention.rotate:
+                known.append(self.rotary)
+        for layer in self._layers:
             if any(layer is x for x in known):
                 continue
-            if "Rotary" in type(layer).__name__ and self._rotates_as_usual():
-                self._fail_to_find("its rotary embedding", _ROTARY)
             if isinstance(layer, keras.layers.Dropout):
                 self._fail_to_find(
                     f"said what layer {layer.name!r} is",
                     ("dropout_of_weights", "dropout_of_heads"),
                 )
-
-    def _rotates_as_usual(self):
-        cls = type(self)
-        return (
-            cls.project is CachedAttention.project
-            and cls.rotate is CachedAttention.rotate
-        )
+            if not projects_as_usual:
+                continue
+            if "Rotary" in type(layer).__name__ and layer is not self.rotary:
+                self._fail_to_find("its rotary embedding", _ROTARY)
+            if layer.weights:
+                self._fail_to_find(
+                    f"said what layer {layer.name!r} is",
+                    (*self.projections, *_QUERY_NORM, *_KEY_NORM),
+                )
 
     def _fail_to_find(self, what, names, found="none of these"):
         raise ValueError(
