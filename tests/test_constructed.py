@@ -8,6 +8,7 @@ import keras
 import keras_hub
 import pytest
 from keras_hub.src.models.gemma import gemma_attention
+from keras_hub.src.models.gemma3 import gemma3_vision_encoder
 from keras_hub.src.models.llama import llama_attention
 from keras_hub.src.models.llama import llama_decoder
 
@@ -158,6 +159,42 @@ def test_learned_positions_that_cannot_be_told(monkeypatch):
     gpt2 = next(x for x in FAMILIES if x.name == "gpt2")
     with pytest.raises(ValueError, match="learned positions.*`positions`"):
         gpt2.backbone()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            dict(
+                is_embedding_model=True,
+                embedding_dim=8,
+                pooling_intermediate_dim=8,
+            ),
+            "returns hidden states.*pooled_output",
+        ),
+        (dict(use_bidirectional_attention=True), "Attention to what follows"),
+    ],
+)
+def test_a_gemma_3_of_another_kind(arguments, words):
+    gemma3 = next(x for x in FAMILIES if x.name == "gemma3")
+    with pytest.raises(ValueError, match=words):
+        gemma3.backbone(**arguments)
+
+
+def test_a_gemma_3_that_sees():
+    gemma3 = next(x for x in FAMILIES if x.name == "gemma3")
+    vision = gemma3_vision_encoder.Gemma3VisionEncoder(
+        image_size=16,
+        patch_size=4,
+        pool_size=4,
+        num_layers=1,
+        num_heads=1,
+        hidden_dim=8,
+        intermediate_dim=8,
+        output_dim=32,
+    )
+    with pytest.raises(ValueError, match="'token_ids'.*'images'"):
+        gemma3.backbone(vision_encoder=vision)
 
 
 def test_every_attention_layer_is_found_by_its_class():

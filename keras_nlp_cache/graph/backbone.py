@@ -31,6 +31,7 @@ from keras_nlp_cache.graph.calling import CachedGraph
 from keras_nlp_cache.graph.calling import dense
 from keras_nlp_cache.graph.calling import plain_python
 from keras_nlp_cache.graph.constructed import check_blocks
+from keras_nlp_cache.graph.constructed import check_graph
 from keras_nlp_cache.graph.constructed import learned_positions
 from keras_nlp_cache.graph.constructed import positioned_layers
 from keras_nlp_cache.graph.sites import Site
@@ -139,6 +140,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 "Expected a backbone of at least one decoder block. Received: "
                 f"{type(self).__name__} with `num_layers=0`."
             )
+        check_graph(self, inputs, outputs)
         graph = keras.Function(inputs, outputs)
         layers = [
             x for x in graph.operations if isinstance(x, keras.layers.Layer)

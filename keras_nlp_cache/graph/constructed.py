@@ -6,6 +6,29 @@ import keras_hub
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 
 
+def check_graph(backbone, inputs, outputs):
+    """Raises a `ValueError` for a graph that is not one from text to states.
+
+    Args:
+        backbone: The backbone that upstream constructs.
+        inputs: What upstream's graph takes.
+        outputs: What it returns.
+    """
+    expected = {"token_ids", "padding_mask"}
+    received = None
+    if not isinstance(inputs, dict) or set(inputs) != expected:
+        received = f"inputs {sorted(inputs)}"
+    elif not isinstance(outputs, keras.KerasTensor):
+        received = f"outputs {sorted(outputs)}"
+    if received:
+        raise ValueError(
+            f"Expected a {type(backbone).__name__!r} that takes "
+            f"{sorted(expected)} and returns hidden states, which is what this "
+            f"package gives a cache. Received one with {received}. Models of "
+            "images and of embeddings are keras_hub's."
+        )
+
+
 def check_blocks(backbone):
     """Raises a `ValueError` if a block would not remember what it is told.
 

@@ -54,6 +54,11 @@ class Gemma3Backbone(keras_hub.models.Gemma3Backbone, CachedBackbone):
     """
 
     def mend(self):
+        if any(x.attention.use_bidirectional_attention for x in self.blocks):
+            raise ValueError(
+                "Expected `use_bidirectional_attention` to be `False`. "
+                "Received: True. Attention to what follows has no cache."
+            )
         scale_as_trained(self.blocks)
         for block in self.blocks:
             block.layer_norm_epsilon = self.layer_norm.epsilon
