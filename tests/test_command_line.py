@@ -50,7 +50,7 @@ def test_info(capsys):
         keras_nlp_cache.__version__,
         keras.__version__,
         f"backend          {keras.config.backend()}",
-        "GPT2, Gemma, Llama, Llama3",
+        *{family.prefix for family in FAMILIES},
     ):
         assert words in out
 

@@ -10,6 +10,7 @@ from keras import ops
 import keras_nlp_cache
 from keras_nlp_cache import surgery
 from tests.families import decode
+from tests.families import deep_families
 from tests.families import deep_suites
 from tests.families import every_family
 from tests.families import FAMILIES
@@ -201,6 +202,28 @@ def test_an_edited_model(mode):
 
 
 @every_family
+def test_layer_structure_is_the_model(family):
+    """Layers that are called in turn make of tokens what the model does."""
+    lm = family.lm_pair[0]
+    outputs = []
+
+    def call(site, *args, **kwargs):
+        x = site(*args, **kwargs)
+        if site.block is not None:
+            outputs.append(x)
+        return x
+
+    lm.backbone.intercepted({"token_ids": TOKENS}, call)
+    structure = lm.get_quantization_layer_structure("gptq")
+    (prepare,) = structure["pre_block_layers"]
+    x = prepare(ops.convert_to_tensor(TOKENS))
+    for layer in structure["sequential_blocks"]:
+        x = layer(x)
+    np.testing.assert_allclose(to_numpy(x), to_numpy(outputs[-1]), atol=1e-5)
+
+
+# Upstream's leaves positions, norms and scales out for some of the others.
+@deep_families
 def test_layer_structure(family):
     ours, upstream = family.lm_pair
     assert ours.get_quantization_layer_structure("int8") is None

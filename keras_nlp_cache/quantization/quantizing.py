@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras.src.quantizers.utils import should_quantize_layer
 
+from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.quantization.logits import derive_logits
 
 
@@ -151,7 +152,7 @@ def layer_structure(backbone):
         nonlocal previous, blocks
         x = site(*args, **kwargs)
         if (site.block is not None or layers) and blocks:
-            if layers and args[0] is not previous:
+            if layers and first_argument(args, kwargs) is not previous:
                 raise ValueError(
                     "Expected each layer between the decoder blocks to take "
                     "what the one before it returns, for GPTQ and AWQ to "
@@ -169,7 +170,7 @@ def layer_structure(backbone):
     def until_first_block(token_ids):
         def call(site, *args, **kwargs):
             if site.block is not None:
-                raise _Stop(args[0])
+                raise _Stop(first_argument(args, kwargs))
             return site(*args, **kwargs)
 
         try:
