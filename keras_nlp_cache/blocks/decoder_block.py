@@ -19,6 +19,7 @@ from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.drop_in import stand_in
 from keras_nlp_cache.layers import block_call
 from keras_nlp_cache.layers.block_call import first_argument
+from keras_nlp_cache.layers.block_call import sequence_first
 from keras_nlp_cache.layers.remembering import Remembers
 from keras_nlp_cache.layers.sharing import attributes
 from keras_nlp_cache.layers.specializing import specialize_within
@@ -153,6 +154,7 @@ class DecoderBlock(Specialized):
     # === Calling it ===
 
     def __call__(self, *args, **kwargs):
+        args, kwargs = sequence_first(self, args, kwargs)
         wiring = active_wiring()
         if wiring is not None and kwargs.get("entries") is None:
             if isinstance(first_argument(args, kwargs), keras.KerasTensor):

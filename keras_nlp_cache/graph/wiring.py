@@ -7,6 +7,7 @@ upstream's do.
 """
 
 import functools
+import inspect
 
 import keras
 import numpy as np
@@ -19,6 +20,7 @@ from keras_nlp_cache.cache.shared_inputs import AttentionMask
 from keras_nlp_cache.cache.shared_inputs import Distance
 from keras_nlp_cache.cache.shared_inputs import Positions
 from keras_nlp_cache.layers.block_call import first_argument
+from keras_nlp_cache.layers.block_call import sequence_first
 
 
 def constant(x):
@@ -136,8 +138,9 @@ class Wiring:
         Returns:
             What the block returns without a cache, symbolically.
         """
+        args, kwargs = sequence_first(block, args, kwargs)
+        kwargs = self._of_signature(block, kwargs)
         if len(args) < 2 and block.padding_argument is not None:
-            # Last, since hidden states may come by keyword, too.
             kwargs.setdefault(
                 block.padding_argument, self.inputs["padding_mask"]
             )
@@ -150,6 +153,20 @@ class Wiring:
         self.blocks.append(block)
         self._updated.extend(updated)
         return outputs
+
+    @staticmethod
+    def _of_signature(block, kwargs):
+        """Those of the keyword arguments that the block has a name for.
+
+        Some of upstream's backbones pass on to their blocks what they were
+        made with, such as a name, which a block that takes anything ignores.
+        """
+        named = {
+            x.name
+            for x in inspect.signature(block.call).parameters.values()
+            if x.kind is not x.VAR_KEYWORD
+        }
+        return {name: x for name, x in kwargs.items() if name in named}
 
     def _entry(self, layer):
         heads, head_dim = layer.key_value_shape

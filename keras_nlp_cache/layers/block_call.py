@@ -28,6 +28,17 @@ def first_argument(args, kwargs):
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def sequence_first(block, args, kwargs):
+    """The same arguments of a decoder block, with its sequence by place.
+
+    A keyword may stand behind others.
+    """
+    if args:
+        return args, kwargs
+    kwargs = dict(kwargs)
+    return (kwargs.pop(block.call_signature_parameters[0]),), kwargs
+
+
 class BlockCall:
     """One call of a decoder block.
 
