@@ -68,6 +68,9 @@ class CachedAttention(Specialized, Remembers):
             attention weights, `None` without such.
         dropout_of_heads: Name of the attribute that holds the dropout of what
             heads return, before it is projected, `None` without such.
+        drops_output: bool. Whether there is a dropout behind the output
+            projection, inside of the layer. What surgery puts between the two
+            then is not behind the attention.
         returns_cache: bool. Whether upstream's layer returns a pair even
             without a cache.
 
@@ -83,6 +86,7 @@ class CachedAttention(Specialized, Remembers):
     merges_heads = False
     dropout_of_weights = None
     dropout_of_heads = None
+    drops_output = False
     returns_cache = False
 
     # === What it is made of ===

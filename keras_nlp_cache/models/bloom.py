@@ -25,6 +25,16 @@ class BloomAttention(CachedAttention, bloom_attention.BloomAttention):
     logits_bias = alibi_bias
     wants_distance = True
 
+    @property
+    def drops_output(self):
+        return bool(self._dropout_layer.rate)
+
+    def on_specialized(self):
+        super().on_specialized()
+        # Upstream builds it when it first attends, though there is nothing to
+        # build, and Keras does not quantize a model with a layer that is not.
+        self._alibi_layer.built = True
+
     def merge_heads(self, x):
         return self._dropout_layer(super().merge_heads(x))
 

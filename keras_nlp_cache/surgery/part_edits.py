@@ -105,6 +105,7 @@ def tap(block, part):
         return block
     if part.part == WEIGHTS:
         return _tap_weights(block, part)
+    _refuse_dropped(block, part)
     _, returns = part.shapes
     return change_part(
         block,
@@ -132,6 +133,7 @@ def _tap_weights(block, part):
 
 
 def _on_residual(block, part, layer, on_sum):
+    _refuse_dropped(block, part)
     return change_part(
         block,
         part,
@@ -180,10 +182,27 @@ def _replace_branch(block, part, layer):
     put(
         part.part,
         lambda old: InsteadOfBranch(
-            layer, part.part, **_named(block, old, "replaced")
+            layer,
+            part.part,
+            _further(old, part.site.shape[-1]),
+            **_named(block, old, "replaced"),
         ),
     )
     return block
+
+
+def _further(old, hidden_dim):
+    """How many things the last layer of a branch returns beyond the first.
+
+    Args:
+        old: The layer. The projections before it are gone already.
+        hidden_dim: int. The size of what the branch takes.
+    """
+    if isinstance(old, InsteadOfBranch):
+        return old.further
+    x = keras.KerasTensor((1, 2, hidden_dim), old.compute_dtype)
+    outputs = old.compute_output_spec(x)
+    return len(outputs) - 1 if isinstance(outputs, tuple) else 0
 
 
 def _identity(block, old):
@@ -192,6 +211,17 @@ def _identity(block, old):
 
 def _named(block, old, suffix):
     return dict(dtype=block.compute_dtype, name=f"{old.name}_{suffix}")
+
+
+def _refuse_dropped(block, part):
+    attention = getattr(block, block.attention_name)
+    if part.part == RESIDUAL and attention.drops_output:
+        raise EditError(
+            f"Expected {part.name!r} to be known before the block goes on. "
+            f"Received: a block whose attention, {attention.name!r}, has a "
+            "dropout behind the last layer that an edit can reach. Construct "
+            "the backbone with `dropout=0`."
+        )
 
 
 def _refuse_weights(part):

@@ -1,7 +1,9 @@
 """Layers by which edits of a part of a decoder block come about.
 
 Each holds the layer whose place it takes, and does something before or after
-it. They add no weights of their own.
+it. They add no weights of their own. What the block's code passes by keyword
+goes to that layer. Of what it returns, they treat the first: a mixture of
+experts returns how it chose them, too.
 """
 
 import keras
@@ -54,14 +56,21 @@ class _Holder(keras.layers.Layer):
         return cls(*layers, **config)
 
 
+def _on_first(function, outputs):
+    """What a layer returned, with a function applied to the first of it."""
+    if isinstance(outputs, tuple):
+        return function(outputs[0]), *outputs[1:]
+    return function(outputs)
+
+
 @keras.saving.register_keras_serializable("keras_nlp_cache")
 class Chain(_Holder):
     """Calls one layer on what another returns."""
 
     held = ("first", "second")
 
-    def call(self, x, training=None):
-        return self.second(self.first(x))
+    def call(self, x, training=None, **kwargs):
+        return _on_first(self.second, self.first(x, **kwargs))
 
     def compute_output_shape(self, input_shape):
         return self.second.compute_output_shape(
@@ -91,8 +100,8 @@ class OnResidual(_Holder, InBlock):
         super().__init__(part, layer, **kwargs)
         self.on_sum = on_sum
 
-    def call(self, x, training=None):
-        x = self.part(x)
+    def call(self, x, training=None, **kwargs):
+        x = self.part(x, **kwargs)
         residual = ops.cast(block_call.current().hidden_states, x.dtype)
         if self.on_sum:
             x = residual + x
@@ -121,8 +130,8 @@ class BranchStart(_Holder, InBlock):
         super().__init__(part, **kwargs)
         self.branch = branch
 
-    def call(self, x, training=None):
-        x = self.part(x)
+    def call(self, x, training=None, **kwargs):
+        x = self.part(x, **kwargs)
         block_call.current().branch_inputs[self.branch] = x
         return x
 
@@ -141,25 +150,34 @@ class InsteadOfBranch(_Holder, InBlock):
         layer: The layer to call on what the branch starts from, `None` for a
             branch that adds nothing.
         branch: `"feedforward"`.
+        further: int. How many things the layer returned that was there before,
+            beyond the first. Each is now `None`.
         **kwargs: See `keras.layers.Layer`.
     """
 
     held = ("layer",)
 
-    def __init__(self, layer, branch, **kwargs):
+    def __init__(self, layer, branch, further=0, **kwargs):
         super().__init__(layer, **kwargs)
         self.branch = branch
+        self.further = further
 
-    def call(self, x, training=None):
+    def call(self, x, training=None, **kwargs):
         if self.layer is None:
-            return ops.zeros_like(block_call.current().hidden_states)
-        return self.layer(block_call.current().branch_inputs[self.branch])
+            x = ops.zeros_like(block_call.current().hidden_states)
+        else:
+            x = self.layer(block_call.current().branch_inputs[self.branch])
+        return (x, *[None] * self.further) if self.further else x
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "branch": self.branch}
+        return {
+            **super().get_config(),
+            "branch": self.branch,
+            "further": self.further,
+        }
 
 
 @keras.saving.register_keras_serializable("keras_nlp_cache")
@@ -189,8 +207,10 @@ class Tap(_Holder, BlockTap):
         self.part = part
         self.tapped_shape = tuple(shape)
 
-    def call(self, x, training=None):
-        x = self.layer(x)
+    def call(self, x, training=None, **kwargs):
+        return _on_first(self._tapped, self.layer(x, **kwargs))
+
+    def _tapped(self, x):
         call = block_call.current()
         if self.part == "residual" and call is not None:
             self.put(ops.cast(call.hidden_states, x.dtype) + x)

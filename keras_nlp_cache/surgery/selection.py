@@ -42,7 +42,12 @@ def select(model, where):
       `feedforward.gate` (where there is one), `feedforward.up` and
       `feedforward.down`,
     - and between the two there is `residual`, the sum of what came into the
-      block and of what attention added.
+      block and of what attention added. In GPT-NeoX, whose two branches start
+      from the same, `feedforward.norm` does not see it.
+
+    A mixture of experts is one `feedforward`, with no projections inside of
+    which an edit could reach, and some families have one projection,
+    `attention.query_key_value`, in place of three.
 
     Returns:
         A tuple of `Site`s and `Part`s, in the order in which the graph calls
