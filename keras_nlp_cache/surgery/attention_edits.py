@@ -20,6 +20,7 @@ from keras_nlp_cache.surgery.rewiring import EditError
 from keras_nlp_cache.surgery.rewiring import rewire_sites
 from keras_nlp_cache.surgery.selection import select_blocks
 
+_FURTHER = ("mask", "scale", "soft_cap", "dropout")
 PROJECTIONS = {
     "query": "attention.query",
     "key": "attention.key",
@@ -303,6 +304,11 @@ def _check_attention(new, attention, input_shape):
     heads, head_dim = attention.key_value_shape
     shape = (None, None, query_heads, head_dim)
     cache = keras.KerasTensor((None, heads, None, head_dim), new.compute_dtype)
+    further = {}
+    if attention.sink is not None:
+        further["sink"] = keras.KerasTensor((query_heads,))
+    if attention.logits_bias is not None:
+        further["bias"] = keras.KerasTensor((None, query_heads, None, None))
     try:
         received = new(
             query=keras.KerasTensor(shape, new.compute_dtype),
@@ -312,6 +318,7 @@ def _check_attention(new, attention, input_shape):
             scale=attention.scale,
             soft_cap=attention.soft_cap,
             dropout=None,
+            **further,
         ).shape
     except Exception as e:
         received = f"{type(e).__name__}: {e}"
@@ -319,6 +326,8 @@ def _check_attention(new, attention, input_shape):
         raise EditError(
             f"Expected the attention function {new.name!r} to turn queries of "
             f"shape {shape} and keys and values of shape {cache.shape} into an "
-            f"output of shape {shape}. Received: {received}."
+            f"output of shape {shape}. It is called with "
+            f"{['query', 'key', 'value', *_FURTHER, *further]}, by name. "
+            f"Received: {received}."
         )
-    check_attention(new, query_heads, heads, head_dim)
+    check_attention(new, query_heads, heads, head_dim, tuple(further))

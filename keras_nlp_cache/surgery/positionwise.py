@@ -151,7 +151,9 @@ def check_layer(layer, shape):
         raise ValueError(_mixes_positions(layer, layer.name))
 
 
-def check_attention(function, query_heads, key_value_heads, head_dim):
+def check_attention(
+    function, query_heads, key_value_heads, head_dim, further=()
+):
     """Checks a layer that stands in for `attend()`.
 
     Args:
@@ -159,6 +161,7 @@ def check_attention(function, query_heads, key_value_heads, head_dim):
         query_heads: int.
         key_value_heads: int.
         head_dim: int.
+        further: Which of `"sink"` and `"bias"` the layer is called with.
 
     Raises:
         ValueError: If what it returns for one query depends on the others, or
@@ -177,6 +180,8 @@ def check_attention(function, query_heads, key_value_heads, head_dim):
     key = tensor(1, key_value_heads, length + 1, head_dim)
     value = tensor(1, key_value_heads, length + 1, head_dim)
     query = rng.normal(size=(length, query_heads, head_dim))
+    sink = ops.cast(rng.normal(size=query_heads), "float32")
+    slope = ops.cast(rng.uniform(size=(query_heads, 1, 1)), "float32")
 
     def run(query, positions):
         rows, count = positions.shape
@@ -184,6 +189,8 @@ def check_attention(function, query_heads, key_value_heads, head_dim):
         slots = length + 1 if count == 1 else count
         mask = causal_mask(0, length, slots)
         mask = ops.take(mask, ops.reshape(positions, (-1,)), axis=0)
+        distance = positions[:, None, :, None] - np.arange(slots)
+        values = {"sink": sink, "bias": -slope * ops.cast(distance, "float32")}
         return [
             function(
                 query=ops.cast(query, function.compute_dtype),
@@ -193,6 +200,7 @@ def check_attention(function, query_heads, key_value_heads, head_dim):
                 scale=head_dim**-0.5,
                 soft_cap=None,
                 dropout=None,
+                **{name: values[name] for name in further},
             )
         ]
 
@@ -434,7 +442,7 @@ def _run(model, token_ids, noise, positions, kept):
         return x
 
     inputs = dict.fromkeys(model._inputs_struct)
-    inputs["cache"] = [None] * len(model.blocks) * 2
+    inputs["cache"] = [None] * len(model.cache_spec) * 2
     inputs["token_ids"] = ops.convert_to_tensor(token_ids, dtype="int32")
     positions = ops.convert_to_tensor(positions, dtype="int32")
     x, taps = model.replay(inputs, positions, call)
