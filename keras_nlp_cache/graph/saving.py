@@ -18,6 +18,7 @@ from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.graph.calling import dense
 from keras_nlp_cache.graph.wiring import Wiring
 from keras_nlp_cache.layers import weight_paths
+from keras_nlp_cache.layers import whole_config
 from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.layers.sharing import shared_from
@@ -79,6 +80,11 @@ def describe(backbone):
         return keras.saving.serialize_keras_object(x)
 
     with _described(_Describer(backbone._constructed)) as layers:
+        # What is inside of another layer is to be found there again, and may
+        # be called before it.
+        layers_called = dict.fromkeys(site.layer for site in sites)
+        for layer in sorted(layers_called, key=_layers_inside):
+            layers.index(layer)
         calls = [
             {
                 "layer": layers.index(site.layer),
@@ -104,6 +110,11 @@ def describe(backbone):
         "attributes": attributes,
         "takes_generated": backbone.takes_generated,
     }
+
+
+def _layers_inside(layer):
+    """The number of layers inside another one, the largest first in order."""
+    return -len(getattr(layer, "_flatten_layers", list)())
 
 
 def apply(backbone, graph):
@@ -151,9 +162,10 @@ def apply(backbone, graph):
                 x = dense(layer(*args, **kwargs))
             results[i] = tree.flatten(x)
             if taps:
-                # What stands for the cache of the block is in between.
+                # What stands for the entries of the block is in between.
                 tapped = (taps[part] for part in sorted(taps))
-                results[i] += [None, None, *tapped]
+                results[i] += [None] * 2 * len(layer.remembering)
+                results[i] += tapped
         replaced = {
             id(getattr(backbone, name)): layers[i]
             for name, i in graph["attributes"].items()
@@ -196,7 +208,7 @@ def serialize_layer(layer):
     """
     layers = _layers.get()
     if layers is None:
-        return keras.saving.serialize_keras_object(layer)
+        return whole_config.serialize(layer)
     return {"described": layers.index(layer)}
 
 
@@ -252,7 +264,7 @@ class _Describer:
         if id(layer) in self._known:
             return self._known[id(layer)]
         description = {
-            "layer": keras.saving.serialize_keras_object(layer),
+            "layer": whole_config.serialize(layer),
             # Where it is built, and what its weights are called there.
             "scope": weight_paths.parent(getattr(layer, "path", None)),
             "weights": [

@@ -1,28 +1,14 @@
 """Gemma 1 and 2: rotary positions, soft caps, sliding windows."""
 
-import keras
 import keras_hub
 from keras_hub.src.models.gemma import gemma_attention
 from keras_hub.src.models.gemma import gemma_decoder_block
-from keras_hub.src.models.gemma import rms_normalization
 
 from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
-from keras_nlp_cache.layers.specializing import Specialized
-
-
-@replaces(rms_normalization.RMSNormalization)
-class RMSNormalization(Specialized, rms_normalization.RMSNormalization):
-    """A norm with a config, for surgery to put it elsewhere and save it there.
-
-    Upstream's has none as soon as it is made with a dtype policy.
-    """
-
-    def get_config(self):
-        return {**keras.layers.Layer.get_config(self), "epsilon": self.epsilon}
 
 
 class GemmaAttention(CachedAttention):
