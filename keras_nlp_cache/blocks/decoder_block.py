@@ -18,12 +18,14 @@ from keras_nlp_cache.blocks.replaying import active_wiring
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.drop_in import stand_in
 from keras_nlp_cache.layers import block_call
+from keras_nlp_cache.layers import weight_paths
 from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.layers.block_call import sequence_first
 from keras_nlp_cache.layers.remembering import Remembers
 from keras_nlp_cache.layers.sharing import attributes
 from keras_nlp_cache.layers.specializing import specialize_within
 from keras_nlp_cache.layers.specializing import Specialized
+from keras_nlp_cache.layers.whole_config import with_arguments
 
 
 class DecoderBlock(Specialized):
@@ -84,6 +86,7 @@ class DecoderBlock(Specialized):
         # The constructor of this class did not run.
         self.autocast = False
         specialize_within(self._layers)
+        weight_paths.count_within(self)
 
     # === What is inside ===
 
@@ -278,21 +281,12 @@ class DecoderBlock(Specialized):
                 )
 
     def get_config(self):
-        # Some of upstream's forget an argument, or read an attribute that does
-        # not exist.
         upstream = type(self).__bases__[-1]
         try:
             config = super().get_config()
         except AttributeError:
             config = keras.layers.Layer.get_config(self)
-        for name in inspect.signature(upstream.__init__).parameters:
-            if name not in config and hasattr(self, name):
-                value = getattr(self, name)
-                if name == "activation":
-                    config[name] = keras.activations.serialize(value)
-                else:
-                    config[name] = keras.saving.serialize_keras_object(value)
-        return config
+        return with_arguments(config, self, upstream)
 
 
 def _spec(x):

@@ -6,8 +6,10 @@ came to have one path, the one that came later is given another.
 """
 
 import contextlib
+import re
 
 import keras
+from keras.src.utils import naming
 
 
 @contextlib.contextmanager
@@ -36,6 +38,70 @@ def unused(path, taken):
         i += 1
         unused = f"{before}_{i}/{name}" if before else f"{name}_{i}"
     return unused
+
+
+def count_within(block):
+    """Names layers inside a block as in a block that is all alone.
+
+    Keras names what upstream does not by the class, with a number that counts
+    all such layers of the process. The paths would be other ones in each model
+    that is built, and whatever is saved by them would not be found again.
+
+    Args:
+        block: A layer that is built.
+    """
+    layers = block._flatten_layers(include_self=False)
+    taken, paths = set(), {}
+    for layer in layers:
+        name, before = _automatic_name(layer), layer.path
+        if name is None or not before:
+            continue
+        inside, i = parent(before), 0
+        layer.name = name
+        while f"{inside}/{layer.name}" in taken:
+            i += 1
+            layer.name = f"{name}_{i}"
+        taken.add(f"{inside}/{layer.name}")
+        if before != f"{inside}/{layer.name}":
+            paths[before] = f"{inside}/{layer.name}"
+
+    def moved(path):
+        for before in sorted(paths, key=len, reverse=True):
+            if path == before or path.startswith(f"{before}/"):
+                path = paths[before] + path[len(before) :]
+        return path
+
+    if paths:
+        for layer in layers:
+            if layer.path:
+                layer._path = moved(layer.path)
+                layer._parent_path = parent(layer.path)
+        found = {id(v): (v, moved(v.path)) for v in block.variables}
+        assign(block, found)
+
+
+def pattern(path, layers):
+    """A regular expression for a path, however Keras may count.
+
+    Args:
+        path: str.
+        layers: Dictionary from paths to layers.
+
+    Returns:
+        str. The path itself if all on its way have names of their own.
+    """
+    names = path.split("/")
+    for i, name in enumerate(names):
+        layer = layers.get("/".join(names[: i + 1]))
+        if layer is not None and _automatic_name(layer) == name:
+            names[i] = rf"{name}(_\d+)?"
+    return "/".join(names)
+
+
+def _automatic_name(layer):
+    """The name that Keras gives a layer of that class, if it has this name."""
+    name = naming.to_snake_case(type(layer).__name__)
+    return name if re.fullmatch(rf"{name}(_\d+)?", layer.name) else None
 
 
 def make_distinct(model, kept):

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras.src.quantizers.utils import should_quantize_layer
 
+from keras_nlp_cache.layers import weight_paths
 from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.quantization.logits import derive_logits
 
@@ -35,9 +36,15 @@ def floating_policy(layer):
 
 
 def policies(layers):
-    """The dtype policies of quantized layers, by their paths."""
+    """The dtype policies of quantized layers, by their paths.
+
+    For a `keras.dtype_policies.DTypePolicyMap`, which takes patterns. A layer
+    that Keras names gets another number when it is built again.
+    """
+    layers = list(layers)
+    named = {layer.path: layer for layer in layers if layer.path}
     return {
-        layer.path: policy
+        weight_paths.pattern(layer.path, named): policy
         for layer in layers
         if isinstance(
             policy := _policy_of(layer),
