@@ -61,9 +61,15 @@ class GPTNeoXBackbone(keras_hub.models.GPTNeoXBackbone, CachedBackbone):
     )
     ```
 
+    Differs from upstream, on purpose: `enable_lora()` finds the projection that
+    there is. Upstream looks for those of other families, and trains nothing.
+
     Reference:
         https://arxiv.org/abs/2204.06745
     """
+
+    def default_lora_layer_names(self):
+        return ["query_key_value"]
 
 
 @replaces(keras_hub.models.GPTNeoXCausalLM)
