@@ -23,7 +23,9 @@ SPLIT = (5, 1, 2)
 @functools.cache
 def original(family):
     """A task of three blocks, made once for all tests, and not changed."""
-    return family.ours("CausalLM")(family.backbone(num_layers=BLOCKS), None)
+    return family.ours("CausalLM")(
+        backbone=family.backbone(num_layers=BLOCKS), preprocessor=None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,16 @@ def scale_odd(layer, x, *args, **kwargs):
     return x * 1.5 if layer.name.endswith("1") else x
 
 
+def query_of(model):
+    """The projection to the query, which may be one to more than that."""
+    parts = backbone_of(model).blocks[0].part_paths
+    fused = "attention.query_key_value" in parts
+    return "query_key_value" if fused else "query"
+
+
 def lora(model):
-    adapted = surgery.add_lora(model, slice(0, 2), 2, ["query", "output"])
+    projections = [query_of(model), "output"]
+    adapted = surgery.add_lora(model, slice(0, 2), 2, projections)
     rng = np.random.default_rng(1)
     for weight in adapted.weights:
         if weight.name == "up":

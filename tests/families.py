@@ -131,7 +131,8 @@ class Family:
         preprocessor = self.preprocessor()
         size = preprocessor.tokenizer.vocabulary_size()
         lm = self.ours("CausalLM")(
-            self.backbone(vocabulary_size=size), preprocessor
+            backbone=self.backbone(vocabulary_size=size),
+            preprocessor=preprocessor,
         )
         lm.compile(sampler="greedy")
         return lm

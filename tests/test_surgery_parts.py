@@ -79,7 +79,9 @@ def test_taps(family):
     taps = taps_of(backbone, *PARTS, "attention.norm", "feedforward.norm")
     assert_close(taps["residual"], taps["input"] + taps["attention"])
     assert_close(taps["output"], taps["residual"] + taps["feedforward"])
-    for branch, start in (("attention", "input"), ("feedforward", "residual")):
+    # GPT-NeoX has its branches side by side.
+    second = "input" if family.name == "gpt_neo_x" else "residual"
+    for branch, start in (("attention", "input"), ("feedforward", second)):
         norm = layer_of(backbone, f"{branch}.norm")
         expected = to_numpy(norm(ops.convert_to_tensor(taps[start])))
         assert_close(taps[f"{branch}.norm"], expected)
@@ -104,21 +106,25 @@ def test_attention_weights(family):
     """They are those by which the values are summed."""
     backbone = original(family).backbone
     mask = padding_mask([5, 8], LENGTH)
-    where = ["weights", "value", "query"]
+    attention = getattr(backbone.blocks[1], backbone.blocks[1].attention_name)
+    projections = [x for x in attention.projections if x != "output"]
+    where = ["weights", projections[-1]]
     tapped = surgery.tap(backbone, [f"block.1.attention.{x}" for x in where])
     _, taps = tapped({"token_ids": TOKENS, "padding_mask": mask})
     name = backbone.blocks[1].name
-    weights, value, query = (
-        to_numpy(taps[f"{name}.attention.{x}"]) for x in where
-    )
-    assert weights.shape == (2, query.shape[2], LENGTH, LENGTH)
-    assert_close(weights.sum(axis=-1), np.ones(weights.shape[:-1]))
+    weights, value = (to_numpy(taps[f"{name}.attention.{x}"]) for x in where)
+    # Where there is one projection to all three, the value is its end.
+    value = value[..., -attention.key_value_shape[1] :]
+    if attention.sink is None:
+        assert_close(weights.sum(axis=-1), np.ones(weights.shape[:-1]))
+    else:
+        assert weights.sum(axis=-1).max() < 0.999
+    assert weights.shape[2:] == (LENGTH, LENGTH)
     assert np.abs(np.triu(weights, 1)).max() == 0
     assert np.abs(weights[0, :, :, 5:]).max() == 0
-    heads = query.shape[2] // value.shape[2]
+    heads = weights.shape[1] // value.shape[2]
     value = np.repeat(value, heads, axis=2)
     summed = np.einsum("bhts,bshd->bthd", weights, value)
-    attention = getattr(backbone.blocks[1], backbone.blocks[1].attention_name)
     merged = to_numpy(attention.merge_heads(ops.convert_to_tensor(summed)))
     taps = surgery.tap(backbone, "block.1.attention.output")(
         {"token_ids": TOKENS, "padding_mask": mask}
@@ -289,7 +295,7 @@ def test_taps_symbolically(family):
 def test_training(family):
     """Gradients reach what was inserted, and what is around it."""
     lm = surgery.insert_after(
-        family.ours("CausalLM")(family.backbone(), None),
+        family.ours("CausalLM")(backbone=family.backbone(), preprocessor=None),
         "block.*.residual",
         lambda layer: keras.layers.Dense(
             32, kernel_initializer="identity", name=f"{layer.name}_inserted"

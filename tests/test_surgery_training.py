@@ -26,7 +26,9 @@ LEARNED = 7
 
 def task(family):
     """A task of its own for each test, since training changes it."""
-    return family.ours("CausalLM")(family.backbone(num_layers=2), None)
+    return family.ours("CausalLM")(
+        backbone=family.backbone(num_layers=2), preprocessor=None
+    )
 
 
 @in_turn("edit", ["insert_after", "add_lora"])

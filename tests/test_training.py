@@ -81,7 +81,9 @@ def test_generating_in_between(family):
     """Checkpointed blocks have caches, too."""
     names = [block.name for block in family.pair[0].blocks]
     with keras.RematScope(mode="list_of_layers", layer_names=names):
-        ours = family.ours("CausalLM")(family.backbone(), None)
+        ours = family.ours("CausalLM")(
+            backbone=family.backbone(), preprocessor=None
+        )
     # Upstream's may neither train nor generate in a scope.
     upstream = family.upstream("CausalLM")(
         family.upstream_backbone(ours.backbone), None
