@@ -1,6 +1,7 @@
 """Each family through all of surgery: one model with an edit of each kind."""
 
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ from keras import ops
 
 import keras_nlp_cache
 from keras_nlp_cache import surgery
+from keras_nlp_cache.attention.functions import attend
 from tests.edits import assert_greedy_after
 from tests.edits import BLOCKS
 from tests.edits import cached_forward
@@ -23,6 +25,16 @@ from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import to_numpy
 
+# What repeng calls them, in the words of transformers.
+MODEL_TYPES = {
+    "Gemma3": "gemma3_text",
+    "GPTNeoX": "gpt_neox",
+    "GptOss": "gpt_oss",
+    "Llama3": "llama",
+    "Qwen": "qwen2",
+    "QwenMoe": "qwen2_moe",
+    "Qwen3Moe": "qwen3_moe",
+}
 PROMPTS = {
     "token_ids": TOKENS * padding_mask([3, 5], LENGTH),
     "padding_mask": padding_mask([3, 5], LENGTH),
@@ -31,6 +43,14 @@ PROMPTS = {
 
 def assert_close(x, y):
     np.testing.assert_allclose(x, y, atol=5e-5, rtol=5e-4)
+
+
+def on_families(*names):
+    return pytest.mark.parametrize(
+        "family",
+        [x for x in FAMILIES if x.name in names],
+        ids=lambda x: x.name,
+    )
 
 
 @functools.cache
@@ -78,8 +98,12 @@ def edited_everywhere(family):
             1,
         ],
     )
-    vector = surgery.ControlVector({1: rng.normal(size=32)}, family.prefix)
-    return vector.apply(lm, 0.5)
+    hint = MODEL_TYPES.get(family.prefix, family.prefix.lower())
+    vector = surgery.ControlVector({1: rng.normal(size=32)}, hint)
+    with warnings.catch_warnings():
+        # It says so if a vector is for another family.
+        warnings.simplefilter("error", UserWarning)
+        return vector.apply(lm, 0.5)
 
 
 @every_family
@@ -100,6 +124,97 @@ def test_edited(family, tmp_path):
     ]
     assert loaded.taps == lm.backbone.taps
     assert_close(full_forward(loaded), full)
+
+
+@on_families("gpt2", "mixtral", "qwen_moe", "gpt_neo_x", "bloom")
+def test_quantized(family, tmp_path):
+    """Layers that Keras numbers are quantized again where they were."""
+    lm = family.ours("CausalLM")(backbone=family.backbone(), preprocessor=None)
+    lm.quantize("int8")
+    lm = surgery.add_lora(lm, 0, 2, [query_of(lm), "output"])
+    full = full_forward(lm.backbone)
+    assert_close(cached_forward(lm.backbone), full)
+    lm.save(tmp_path / "lm.keras")
+    loaded = keras_nlp_cache.load_model(tmp_path / "lm.keras").backbone
+    dtypes = [(w.path, w.dtype) for w in lm.backbone.weights]
+    assert [(w.path, w.dtype) for w in loaded.weights] == dtypes
+    assert sum(dtype == "int8" for _, dtype in dtypes) > 8
+    np.testing.assert_allclose(full_forward(loaded), full, atol=1e-5)
+
+
+class Attention(keras.layers.Layer):
+    """What `attend()` does, maybe without its mask."""
+
+    def __init__(self, sees_all=False):
+        super().__init__()
+        self.sees_all = sees_all
+
+    def call(
+        self,
+        query,
+        key,
+        value,
+        mask,
+        scale,
+        soft_cap,
+        dropout,
+        sink=None,
+        bias=None,
+    ):
+        mask = mask * 0 if self.sees_all else mask
+        return attend(
+            query, key, value, mask, scale, soft_cap, dropout, sink, bias
+        )
+
+    def compute_output_shape(self, query_shape, **shapes):
+        return query_shape
+
+
+class FewArguments(Attention):
+    def call(self, query, key, value, mask, scale, soft_cap, dropout):
+        return attend(query, key, value, mask, scale, soft_cap, dropout)
+
+
+@on_families("llama", "gpt_oss", "bloom", "falcon")
+def test_attention_functions(family):
+    """They get the sink or the biases of the family, and are checked so."""
+    backbone = original(family).backbone
+
+    def replaced(layer):
+        return surgery.replace_attention(backbone, 1, lambda _: layer)
+
+    assert_close(full_forward(replaced(Attention())), full_forward(backbone))
+    assert_close(cached_forward(replaced(Attention())), full_forward(backbone))
+    with pytest.raises(ValueError, match="treat each query alone"):
+        replaced(Attention(sees_all=True))
+    if family.name == "llama":
+        same = full_forward(replaced(FewArguments()))
+        return assert_close(same, full_forward(backbone))
+    name = "sink" if family.name == "gpt_oss" else "bias"
+    with pytest.raises(ValueError, match=f"called with .*{name}.*by name"):
+        replaced(FewArguments())
+
+
+@on_families("bloom")
+def test_residual_behind_a_dropout(family):
+    backbone = family.backbone(dropout=0.1)
+    for edit in (
+        surgery.tap,
+        surgery.remove,
+        lambda *args: surgery.insert_after(*args, dense),
+    ):
+        with pytest.raises(ValueError, match="dropout=0"):
+            edit(backbone, "block.0.residual")
+    edited = surgery.insert_after(backbone, "block.0.attention", dense)
+    assert_close(cached_forward(edited), full_forward(edited))
+
+
+@on_families("gpt_neo_x", "mixtral")
+def test_lora_of_keras(family):
+    backbone = family.backbone()
+    backbone.enable_lora(2)
+    trained = [w for w in backbone.trainable_weights if "lora" in w.name]
+    assert len(trained) == 4 * (1 if family.name == "gpt_neo_x" else 2)
 
 
 @every_family

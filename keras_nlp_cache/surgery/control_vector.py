@@ -526,10 +526,29 @@ def _hidden_dim(backbone):
     return shape[-1]
 
 
+# What transformers, and `repeng` with it, calls the families that are called
+# otherwise here.
+_WORDS = {
+    "gemma3": "gemma3_text",
+    "gptneox": "gpt_neox",
+    "gptoss": "gpt_oss",
+    "qwen": "qwen2",
+    "qwenmoe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
+
+
 def _family(hint):
     """What a family is called here, of what others call it."""
-    name = "".join(filter(str.isalnum, hint.lower()))
-    return {"llama3": "llama", "gemma2": "gemma"}.get(name, name)
+    name = _letters(hint)
+    ours = {_letters(theirs): ours for ours, theirs in _WORDS.items()}
+    return ours.get(
+        name, {"llama3": "llama", "gemma2": "gemma"}.get(name, name)
+    )
+
+
+def _letters(hint):
+    return "".join(filter(str.isalnum, hint.lower()))
 
 
 def _model_hint(backbone):
@@ -539,7 +558,8 @@ def _model_hint(backbone):
         for cls in type(backbone).__mro__
         if issubclass(cls, CachedBackbone) and cls is not CachedBackbone
     )
-    return family.__name__.removesuffix("Backbone").lower()
+    name = family.__name__.removesuffix("Backbone").lower()
+    return _WORDS.get(name, name)
 
 
 def _direction(block, x):
