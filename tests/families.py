@@ -223,6 +223,27 @@ FAMILIES += (
         use_sliding_window_attention=True,
         sliding_window_size=4,
     ),
+    _family(
+        "smollm3",
+        "SmolLM3",
+        dict(
+            vocabulary_size=VOCABULARY_SIZE,
+            num_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            hidden_dim=32,
+            intermediate_dim=48,
+            attention_bias=False,
+            attention_dropout=0.0,
+            mlp_bias=False,
+            rope_layer_enabled_list=[True, False],
+            layer_types=["full_attention", "full_attention"],
+            rope_theta=10000.0,
+            layer_norm_epsilon=1e-6,
+            max_position_embeddings=64,
+            partial_rotary_factor=1.0,
+        ),
+    ),
 )
 
 # Of what the core can meet, each has something that the others have not:

@@ -35,6 +35,8 @@ from keras_nlp_cache.models.qwen3_moe import Qwen3MoeBackbone
 from keras_nlp_cache.models.qwen3_moe import Qwen3MoeCausalLM
 from keras_nlp_cache.models.qwen_moe import QwenMoeBackbone
 from keras_nlp_cache.models.qwen_moe import QwenMoeCausalLM
+from keras_nlp_cache.models.smollm3 import SmolLM3Backbone
+from keras_nlp_cache.models.smollm3 import SmolLM3CausalLM
 
 __all__ = [
     "BloomBackbone",
@@ -72,4 +74,6 @@ __all__ = [
     "QwenCausalLM",
     "QwenMoeBackbone",
     "QwenMoeCausalLM",
+    "SmolLM3Backbone",
+    "SmolLM3CausalLM",
 ]
