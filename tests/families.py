@@ -378,7 +378,7 @@ def call_by_hand(block, x, pair, index):
         return block(x, **{name: pair, f"{name}_update_index": index})
     from keras_nlp_cache.cache.layer_cache import LayerCache
 
-    (layer,) = block.remembering
+    (layer,) = block.remembering()
     entry = LayerCache.of_pair(pair, index, x.shape[1], layer.window)
     x, (pair,) = block(x, entries=(entry,))
     return x, pair

@@ -26,7 +26,7 @@ LLAMA = next(x for x in FAMILIES if x.name == "llama")
 
 def upstream_attention(family):
     """The class of upstream's attention layers, and one of ours over it."""
-    (attention,) = family.pair[0].blocks[0].remembering
+    (attention,) = family.pair[0].blocks[0].remembering()
     return type(attention).__bases__[-1], attention
 
 

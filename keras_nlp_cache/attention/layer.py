@@ -115,7 +115,7 @@ class CachedAttention(Specialized, Remembers):
             known += [self.projection(part) for part in self.projections]
             known += [self._find(_QUERY_NORM), self._find(_KEY_NORM)]
             if type(self).rotate is CachedAttention.rotate:
-                known.append(self.rotary)
+                known.append(self.rotary())
         for layer in self._layers:
             if any(layer is x for x in known):
                 continue
@@ -126,7 +126,7 @@ class CachedAttention(Specialized, Remembers):
                 )
             if not projects_as_usual:
                 continue
-            if "Rotary" in type(layer).__name__ and layer is not self.rotary:
+            if "Rotary" in type(layer).__name__ and layer is not self.rotary():
                 self._fail_to_find("its rotary embedding", _ROTARY)
             if layer.weights:
                 self._fail_to_find(
@@ -169,7 +169,7 @@ class CachedAttention(Specialized, Remembers):
         shape = self.projection("key").compute_output_shape((None, None, None))
         return tuple(shape[2:])
 
-    @property
+    # No property: Keras lays files out by attributes that are layers.
     def rotary(self):
         """The layer that rotates queries and keys, or `None`."""
         return self._find(_ROTARY)
@@ -262,12 +262,12 @@ class CachedAttention(Specialized, Remembers):
             x: Tensor.
             positions: int32 tensor `(B or 1, T)`.
         """
-        if self.rotary is None:
+        if self.rotary() is None:
             return x
         size = self._find(_ROTARY_SIZE) or x.shape[-1]
         if size == x.shape[-1]:
-            return self.rotary(x, positions=positions)
-        turned = self.rotary(x[..., :size], positions=positions)
+            return self.rotary()(x, positions=positions)
+        turned = self.rotary()(x[..., :size], positions=positions)
         return ops.concatenate((turned, x[..., size:]), axis=-1)
 
     def merge_heads(self, x):

@@ -90,7 +90,7 @@ class DecoderBlock(Specialized):
 
     # === What is inside ===
 
-    @property
+    # No property: Keras lays files out by attributes that are layers.
     def remembering(self):
         """The layers inside that remember, in an order that stays."""
         return [
@@ -186,7 +186,7 @@ class DecoderBlock(Specialized):
         hidden_states = first_argument(args, kwargs)
         found = {}
         if entries is not None and any(x.in_use for x in entries):
-            found = dict(zip(map(id, self.remembering), entries, strict=True))
+            found = dict(zip(map(id, self.remembering()), entries, strict=True))
             # It speaks of slots, and our mask has it.
             kwargs.pop(self.padding_argument, None)
         with block_call.calling(hidden_states, found) as call:
@@ -196,7 +196,7 @@ class DecoderBlock(Specialized):
                 outputs,
                 tuple(
                     call.updated.get(id(layer), (entry.key, entry.value))
-                    for layer, entry in zip(self.remembering, entries)
+                    for layer, entry in zip(self.remembering(), entries)
                 ),
             )
         if not call.taps:

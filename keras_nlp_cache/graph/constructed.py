@@ -38,7 +38,7 @@ def check_blocks(backbone):
     for block in backbone.blocks:
         if not isinstance(block, DecoderBlock):
             received = f"one of class {type(block).__name__!r}"
-        elif not block.remembering:
+        elif not block.remembering():
             inside = sorted(
                 {
                     type(layer).__name__

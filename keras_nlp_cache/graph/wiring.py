@@ -147,7 +147,7 @@ class Wiring:
         if not block.built:
             block.build(first_argument(args, kwargs).shape)
         kwargs["entries"] = tuple(
-            self._entry(layer) for layer in block.remembering
+            self._entry(layer) for layer in block.remembering()
         )
         outputs, updated, *_ = block(*args, **kwargs)
         self.blocks.append(block)

@@ -6,6 +6,7 @@ from keras_hub.src.models.phi3 import phi3_attention
 from keras_hub.src.models.phi3 import phi3_decoder
 
 from keras_nlp_cache.attention.layer import CachedAttention
+from keras_nlp_cache.attention.rotation import rotated
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
@@ -21,7 +22,7 @@ class Phi3Attention(CachedAttention, phi3_attention.Phi3Attention):
     dropout_of_heads = "dropout_layer"
 
     def rotate(self, x, positions):
-        rotary = self.rotary
+        rotary = self.rotary()
         if self.rope_scaling_type is None:
             return super().rotate(x, positions)
         # Upstream's layer cannot be told positions of its own.
@@ -32,13 +33,7 @@ class Phi3Attention(CachedAttention, phi3_attention.Phi3Attention):
             ops.convert_to_tensor(rotary.inverese_freq_short_factor),
         )
         frequency = rotary._get_inverse_freq(x.shape[-1]) / factor
-        angle = ops.cast(positions, "float32")[:, :, None, None] * frequency
-        angle = ops.concatenate((angle, angle), axis=-1)
-        cosine, sine = (
-            ops.cast(f(angle) * rotary.embedding_scaling_factor, x.dtype)
-            for f in (ops.cos, ops.sin)
-        )
-        return rotary._apply_rotary_pos_emb(x, cosine, sine)
+        return rotated(x, positions, frequency, rotary.embedding_scaling_factor)
 
 
 @replaces(keras_hub.models.Phi3Backbone)

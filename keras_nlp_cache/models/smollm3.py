@@ -1,11 +1,12 @@
 """SmolLM3: rotary positions in three layers of four, grouped queries."""
 
+import keras
 import keras_hub
 from keras import ops
 from keras_hub.src.models.smollm3 import smollm3_layers
-from keras_hub.src.models.smollm3 import smollm3_utils
 
 from keras_nlp_cache.attention.layer import CachedAttention
+from keras_nlp_cache.attention.rotation import rotated
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
@@ -40,16 +41,9 @@ class SmolLM3Attention(CachedAttention, smollm3_layers.SmolLM3Attention):
             for name in ("query", "key", "value")
         )
         if self.use_rope:
-            rotary = self.rotary_embedding
-            angle = ops.cast(positions, "float32")[..., None] * rotary.inv_freq
-            angle = ops.concatenate((angle, angle), axis=-1)
-            cosine, sine = (
-                ops.cast(f(angle) * rotary.attention_scaling, x.dtype)
-                for f in (ops.cos, ops.sin)
-            )
-            query, key = smollm3_utils.apply_rotary_pos_emb(
-                query, key, cosine, sine, expansion_axis=2
-            )
+            frequency = self.rotary_embedding.inv_freq
+            query = rotated(query, positions, frequency)
+            key = rotated(key, positions, frequency)
         return query, key, value
 
 
@@ -60,6 +54,9 @@ class SmolLM3Backbone(keras_hub.models.SmolLM3Backbone, CachedBackbone):
     A drop-in replacement for `keras_hub.models.SmolLM3Backbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs.
+
+    Differs from upstream, on purpose: its layers have the `dtype` that is asked
+    for. Upstream does not pass it on.
 
     Example:
 
@@ -82,6 +79,14 @@ class SmolLM3Backbone(keras_hub.models.SmolLM3Backbone, CachedBackbone):
     Reference:
         https://huggingface.co/blog/smollm3
     """
+
+    def __init__(self, *args, dtype=None, **kwargs):
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(keras.dtype_policies.get(dtype))
+        try:
+            super().__init__(*args, dtype=dtype, **kwargs)
+        finally:
+            keras.config.set_dtype_policy(before)
 
 
 @replaces(keras_hub.models.SmolLM3CausalLM)
