@@ -49,9 +49,15 @@ FEATURES = {
     "in the scope of a `tf.distribute` strategy": "test_strategies::",
 }
 FAMILIES = {
-    "GPT-2": r"gpt2|GPT2",
-    "Gemma 1, 2": r"gemma2?|Gemma",
-    "Llama, Llama 3": r"llama3?|Llama3?",
+    "GPT-2, OPT": r"(?i)gpt2|opt",
+    "Llama 1 to 3, Mistral": r"(?i)llama3?|mistral",
+    "Gemma 1 to 3": r"(?i)gemma[23]?(_27b)?",
+    "Qwen 2, 3": r"(?i)qwen3?(_window)?",
+    "Phi-3, SmolLM3": r"(?i)phi3(_long)?|smollm3",
+    "BLOOM, Falcon, GPT-NeoX": r"(?i)bloom|falcon|gpt_?neo_?x",
+    "experts: Mixtral, Qwen MoE, gpt-oss": (
+        r"(?i)mixtral|qwen3?_?moe|gpt_?oss(_even)?"
+    ),
 }
 BACKENDS = {"jax": "J", "tensorflow": "T", "torch": "P"}
 
