@@ -50,7 +50,7 @@ _FALCON = {k: v for k, v in _HEADS.items() if k != "num_heads"}
 _FALCON["num_attention_heads"] = 4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One model family, with the arguments of a small model.
 
@@ -236,8 +236,8 @@ FAMILIES += (
             attention_bias=False,
             attention_dropout=0.0,
             mlp_bias=False,
-            rope_layer_enabled_list=[True, False],
-            layer_types=["full_attention", "full_attention"],
+            rope_layer_enabled_list=[True, False] * 3,
+            layer_types=["full_attention"] * 6,
             rope_theta=10000.0,
             layer_norm_epsilon=1e-6,
             max_position_embeddings=64,

@@ -113,8 +113,13 @@ def test_attention_weights(family):
     _, taps = tapped({"token_ids": TOKENS, "padding_mask": mask})
     name = backbone.blocks[1].name
     weights, value = (to_numpy(taps[f"{name}.attention.{x}"]) for x in where)
-    # Where there is one projection to all three, the value is its end.
-    value = value[..., -attention.key_value_shape[1] :]
+    # Where there is one projection to all three, the value is its end. Where
+    # there are no heads in what is projected, they lie in a row.
+    head_dim = attention.key_value_shape[1]
+    value = value.reshape(2, LENGTH, -1, value.shape[-1])
+    if len(attention.projections) == 4:
+        value = value.reshape(2, LENGTH, -1, head_dim)
+    value = value[..., -head_dim:]
     if attention.sink is None:
         assert_close(weights.sum(axis=-1), np.ones(weights.shape[:-1]))
     else:

@@ -127,7 +127,7 @@ def test_where_only_upstream_is_installed(family, tmp_path, monkeypatch):
         family.upstream("Backbone").from_config(config)
 
 
-@every_family
+@deep_suites
 def test_weights_files(family, tmp_path):
     edited = several_edits(original(family)).backbone
     edited.save_weights(tmp_path / "edited.weights.h5")

@@ -81,6 +81,11 @@ class DecoderBlock(Specialized):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, autocast=False, **kwargs)
+        # For its config, should upstream's code have kept something nowhere.
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            if name != "kwargs" and not hasattr(self, name):
+                setattr(self, name, value)
 
     def on_specialized(self):
         # The constructor of this class did not run.

@@ -519,7 +519,11 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         super().export_to_transformers(path)
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
-        """Quantizes the weights, as `keras.Model.quantize()` does."""
+        """Quantizes the weights, as `keras.Model.quantize()` does.
+
+        The experts of a mixture stay as they are: they are weights of a layer
+        that Keras cannot quantize. Their routers are quantized.
+        """
         if isinstance(self.preprocessor, keras.layers.Layer):
             # Keras would go through these, too, and refuse a tokenizer, which
             # is not built.

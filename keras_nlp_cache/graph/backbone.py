@@ -449,7 +449,11 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         return backbone
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
-        """Quantizes the weights, as `keras.Model.quantize()` does."""
+        """Quantizes the weights, as `keras.Model.quantize()` does.
+
+        The experts of a mixture stay as they are: they are weights of a layer
+        that Keras cannot quantize. Their routers are quantized.
+        """
         with quantizing(self):
             super().quantize(mode, config=config, filters=filters, **kwargs)
 

@@ -20,7 +20,7 @@ def with_arguments(config, layer, cls):
     Args:
         config: Dictionary.
         layer: The layer. Upstream's keep what they were made with in attributes
-            of the same names.
+            of the same names, and Keras keeps what is plain.
         cls: The class whose constructor it is.
 
     Returns:
@@ -33,8 +33,14 @@ def with_arguments(config, layer, cls):
     ]
     known = {"name", "trainable", "dtype"}.union(*names)
     config = {name: value for name, value in config.items() if name in known}
+    kept = getattr(layer, "_auto_config", None)
+    kept = {} if kept is None else kept.config
     for name in names[0]:
-        if name not in config and hasattr(layer, name):
+        if name in config:
+            continue
+        if name in kept and not hasattr(layer, name):
+            config[name] = kept[name]
+        elif hasattr(layer, name):
             value = getattr(layer, name)
             if name == "activation":
                 config[name] = keras.activations.serialize(value)
