@@ -105,6 +105,11 @@ class CachedAttention(Specialized, Remembers):
         if self._trainable_variables and self.sink is None:
             self._fail_to_find("said what its own weights are", ("sink",))
         self._check_layers()
+        for layer in self._flatten_layers(include_self=False):
+            if layer.weights and not layer.built:
+                # Its weights are there, but upstream builds it when it is first
+                # called, and Keras quantizes no model before.
+                layer.built = True
 
     def _check_layers(self):
         """Raises a `ValueError` for layers inside that would not be called."""

@@ -56,7 +56,8 @@ class SmolLM3Backbone(keras_hub.models.SmolLM3Backbone, CachedBackbone):
     called with beyond upstream's inputs.
 
     Differs from upstream, on purpose: its layers have the `dtype` that is asked
-    for. Upstream does not pass it on.
+    for, and `enable_lora()` finds their projections. Upstream does not pass the
+    one on, and looks for other names.
 
     Example:
 
@@ -87,6 +88,9 @@ class SmolLM3Backbone(keras_hub.models.SmolLM3Backbone, CachedBackbone):
             super().__init__(*args, dtype=dtype, **kwargs)
         finally:
             keras.config.set_dtype_policy(before)
+
+    def default_lora_layer_names(self):
+        return ["q_proj", "v_proj"]
 
 
 @replaces(keras_hub.models.SmolLM3CausalLM)
