@@ -27,9 +27,7 @@ HEADS = {"num_heads": 4, "num_query_heads": 8, "num_key_value_heads": 4}
 def make_lm(family, weights=None):
     config = dict(family.config)
     heads = {name: value for name, value in HEADS.items() if name in config}
-    lm = family.ours("CausalLM")(
-        backbone=family.backbone(**heads), preprocessor=None
-    )
+    lm = family.task(backbone=family.backbone(**heads), preprocessor=None)
     if weights is not None:
         lm.backbone.set_weights(weights)
     lm.compile(sampler="greedy")

@@ -23,7 +23,7 @@ SPLIT = (5, 1, 2)
 @functools.cache
 def original(family):
     """A task of three blocks, made once for all tests, and not changed."""
-    return family.ours("CausalLM")(
+    return family.task(
         backbone=family.backbone(num_layers=BLOCKS), preprocessor=None
     )
 

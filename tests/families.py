@@ -90,6 +90,15 @@ class Family:
     def upstream(self, kind):
         return getattr(keras_hub.models, self.prefix + kind)
 
+    def task(self, backbone, preprocessor=None):
+        """One of our tasks. Upstream does not order arguments in all alike."""
+        cls = self.ours("CausalLM")
+        return cls(backbone=backbone, preprocessor=preprocessor)
+
+    def upstream_task(self, backbone, preprocessor=None):
+        cls = self.upstream("CausalLM")
+        return cls(backbone=backbone, preprocessor=preprocessor)
+
     def backbone(self, **kwargs):
         """One of our backbones, with weights that make attention matter."""
         backbone = self.ours("Backbone")(**dict(self.config, **kwargs))
@@ -112,12 +121,8 @@ class Family:
     @functools.cached_property
     def lm_pair(self):
         """One of our tasks and upstream's, without a preprocessor."""
-        ours, upstream = (
-            cls(backbone=backbone, preprocessor=None)
-            for cls, backbone in zip(
-                (self.ours("CausalLM"), self.upstream("CausalLM")), self.pair
-            )
-        )
+        ours = self.task(self.pair[0])
+        upstream = self.upstream_task(self.pair[1])
         if self.prefix == "Gemma3":
             # Upstream's returns images, of which there are none.
             normalize = upstream._normalize_generate_outputs
@@ -130,7 +135,7 @@ class Family:
         """One of our tasks with a preprocessor, greedy, to be changed."""
         preprocessor = self.preprocessor()
         size = preprocessor.tokenizer.vocabulary_size()
-        lm = self.ours("CausalLM")(
+        lm = self.task(
             backbone=self.backbone(vocabulary_size=size),
             preprocessor=preprocessor,
         )

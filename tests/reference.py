@@ -32,7 +32,7 @@ def reference():
     for family in DEEP:
         backbone = family.upstream("Backbone")(**dict(family.config))
         randomize(backbone)
-        lm = family.upstream("CausalLM")(backbone, None)
+        lm = family.upstream_task(backbone, None)
         for name, sampler in SAMPLERS.items():
             lm.compile(sampler=sampler())
             output = lm.generate(prompts, stop_token_ids=None)

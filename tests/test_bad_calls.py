@@ -42,7 +42,7 @@ def model_without_start():
 
 @functools.cache
 def token_model():
-    lm = GPT2.ours("CausalLM")(GPT2.backbone(), None)
+    lm = GPT2.task(GPT2.backbone(), None)
     lm.compile(sampler="greedy")
     return lm
 
@@ -100,7 +100,7 @@ def load(function, path):
 
 def other_session(folder):
     """The file of a session of another model."""
-    other = GPT2.ours("CausalLM")(
+    other = GPT2.task(
         GPT2.backbone(
             vocabulary_size=text_model().backbone.vocabulary_size,
             hidden_dim=16,

@@ -305,7 +305,7 @@ def test_generate(family):
 @deep_families
 def test_generate_from_text(family):
     preprocessor = family.preprocessor()
-    lm = family.ours("CausalLM")(
+    lm = family.task(
         family.backbone(
             vocabulary_size=preprocessor.tokenizer.vocabulary_size()
         ),
@@ -324,7 +324,7 @@ def test_generate_from_text(family):
 @every_family
 def test_a_backbone_of_upstream(family):
     with pytest.raises(ValueError, match="`backbone`.*keras_nlp_cache.models"):
-        family.ours("CausalLM")(backbone=family.pair[1], preprocessor=None)
+        family.task(backbone=family.pair[1], preprocessor=None)
 
 
 def test_presets(tmp_path):

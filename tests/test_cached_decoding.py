@@ -235,7 +235,7 @@ def test_reduced_precision(family, dtype):
     ours = family.backbone(dtype=dtype)
     ours.set_weights(family.pair[0].get_weights())
     upstream = family.upstream_backbone(ours, dtype=dtype)
-    lm = family.upstream("CausalLM")(upstream, None)
+    lm = family.upstream_task(upstream, None)
     build_cache = compiled(lm._build_cache)
     call_with_cache = compiled(lm.call_with_cache)
     hidden_states, cache = build_cache(

@@ -63,7 +63,7 @@ def preset(tmp_path_factory):
         vocabulary_size=preprocessor.tokenizer.vocabulary_size()
     )
     path = tmp_path_factory.mktemp("presets") / "gpt2"
-    family.ours("CausalLM")(backbone, preprocessor).save_to_preset(path)
+    family.task(backbone, preprocessor).save_to_preset(path)
     return path
 
 

@@ -53,7 +53,7 @@ def lm_with_text(family, **kwargs):
     preprocessor = family.preprocessor()
     size = preprocessor.tokenizer.vocabulary_size()
     backbone = family.backbone(vocabulary_size=size, **kwargs)
-    lm = family.ours("CausalLM")(backbone, preprocessor)
+    lm = family.task(backbone, preprocessor)
     lm.compile(sampler="greedy")
     return lm
 

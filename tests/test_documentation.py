@@ -71,9 +71,7 @@ def namespace():
     family = FAMILIES[0]
     preprocessor = family.preprocessor()
     size = preprocessor.tokenizer.vocabulary_size()
-    lm = family.ours("CausalLM")(
-        family.backbone(vocabulary_size=size), preprocessor
-    )
+    lm = family.task(family.backbone(vocabulary_size=size), preprocessor)
     return {
         "keras": keras,
         "keras_hub": keras_hub,

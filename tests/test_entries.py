@@ -73,7 +73,7 @@ def lm(monkeypatch):
     monkeypatch.setattr(
         llama_backbone, "LlamaTransformerDecoder", TwoAttentionsDecoder
     )
-    yield LLAMA.ours("CausalLM")(backbone=LLAMA.backbone(), preprocessor=None)
+    yield LLAMA.task(backbone=LLAMA.backbone(), preprocessor=None)
     del drop_in._replacements[TwoAttentionsDecoder]
     name = object_registration.GLOBAL_CUSTOM_NAMES.pop(cls)
     del object_registration.GLOBAL_CUSTOM_OBJECTS[name]

@@ -103,8 +103,8 @@ def _lms_with_text(family):
         backbone, vocabulary_size=preprocessor.tokenizer.vocabulary_size()
     )
     return (
-        family.ours("CausalLM")(backbone, preprocessor),
-        family.upstream("CausalLM")(upstream, preprocessor),
+        family.task(backbone, preprocessor),
+        family.upstream_task(upstream, preprocessor),
     )
 
 

@@ -41,9 +41,7 @@ def generate(lm, lengths, max_length, stop_token_ids=None):
 
 def greedy_lm(family, **kwargs):
     """A task that no other test compiled anything for."""
-    lm = family.ours("CausalLM")(
-        backbone=family.backbone(**kwargs), preprocessor=None
-    )
+    lm = family.task(backbone=family.backbone(**kwargs), preprocessor=None)
     lm.compile(sampler="greedy", **XLA)
     return lm
 
@@ -436,7 +434,7 @@ def test_a_recorded_step_reads_the_same_memory_each_time(monkeypatch):
 
 @in_turn("run_eagerly", [False, True])
 def test_a_cache_of_another_dtype(family, run_eagerly):
-    lm = family.ours("CausalLM")(backbone=family.backbone(), preprocessor=None)
+    lm = family.task(backbone=family.backbone(), preprocessor=None)
     lm.compile(
         sampler="greedy", cache_dtype="bfloat16", run_eagerly=run_eagerly
     )

@@ -36,7 +36,7 @@ def donor(family, **kwargs):
     """Another task with layers of the same names and weights of its own."""
     backbone = family.backbone(num_layers=BLOCKS, **kwargs)
     randomize(backbone, seed=1)
-    return family.ours("CausalLM")(backbone=backbone, preprocessor=None)
+    return family.task(backbone=backbone, preprocessor=None)
 
 
 def merged(a, blocks):

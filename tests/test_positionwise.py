@@ -19,7 +19,7 @@ def _long_original():
     """A model with room for what acts far from the start of a text."""
     family = FAMILIES[0]
     backbone = family.backbone(max_sequence_length=LONG)
-    return family.ours("CausalLM")(backbone, None)
+    return family.task(backbone, None)
 
 
 class Function(keras.layers.Layer):

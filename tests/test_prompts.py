@@ -170,7 +170,7 @@ def test_what_is_cut(family):
 
 def test_the_text_is_upstreams_if_cut_on_the_right():
     lm = GPT2.text_lm()
-    theirs = GPT2.upstream("CausalLM")(
+    theirs = GPT2.upstream_task(
         GPT2.upstream_backbone(
             lm.backbone, vocabulary_size=lm.backbone.vocabulary_size
         ),
@@ -185,7 +185,7 @@ def test_the_text_is_upstreams_if_cut_on_the_right():
 
 @pytest.mark.parametrize("truncation", ["left", "right"])
 def test_what_is_cut_of_token_ids(truncation):
-    lm = LLAMA.ours("CausalLM")(LLAMA.pair[0], None)
+    lm = LLAMA.task(LLAMA.pair[0], None)
     lm.compile(sampler="greedy")
     tokens = random_tokens(2, 9)
     inputs = {"token_ids": tokens, "padding_mask": padding_mask([9, 4], 9)}
@@ -270,7 +270,7 @@ def test_characters_that_are_normalized_to_many():
 @deep_families
 @pytest.mark.parametrize("sampler", ["greedy", "beam"])
 def test_max_length_without_a_preprocessor(family, sampler):
-    lm = family.ours("CausalLM")(family.pair[0], None)
+    lm = family.task(family.pair[0], None)
     lm.compile(sampler=sampler)
     tokens, lengths = random_tokens(2, 5), [5, 3]
 

@@ -88,8 +88,8 @@ def lms(family, **config):
     ours = family.backbone(**config)
     upstream = family.upstream_backbone(ours, **config)
     return (
-        family.ours("CausalLM")(ours, None),
-        family.upstream("CausalLM")(upstream, None),
+        family.task(ours, None),
+        family.upstream_task(upstream, None),
     )
 
 
@@ -136,7 +136,7 @@ def text_lm(family):
     known = dict(family.config)
     config = {x: NARROW[x] for x in NARROW if x in known}
     backbone = family.backbone(**config, vocabulary_size=size)
-    return family.ours("CausalLM")(backbone, preprocessor)
+    return family.task(backbone, preprocessor)
 
 
 def generated(lm):
@@ -149,7 +149,7 @@ def test_with_a_preprocessor(family, mode, tmp_path):
     lm = text_lm(family)
     backbone = family.ours("Backbone").from_config(lm.backbone.get_config())
     backbone.set_weights(lm.backbone.get_weights())
-    alone = family.ours("CausalLM")(backbone, None)
+    alone = family.task(backbone, None)
     for model in (lm, alone):
         quantize(model, mode)
     tokens = {"token_ids": TOKENS % lm.backbone.token_embedding.input_dim}
@@ -340,7 +340,7 @@ def test_a_policy_for_each_layer(family, layers):
     )
     assert np.abs(cached - to_numpy(exact(INPUTS))).max() > 1e-4
     # Upstream's cache is of one dtype, and its `generate()` may fail here.
-    assert greedy(family.ours("CausalLM")(backbone, None)).shape == (2, 16)
+    assert greedy(family.task(backbone, None)).shape == (2, 16)
 
 
 def test_a_quantized_draft():
@@ -361,7 +361,7 @@ def test_garbage_is_collected_lightly(monkeypatch):
     )
     kept = gc.get_freeze_count()  # The suite's own.
     gc.unfreeze()
-    lm = FAMILIES[0].ours("CausalLM")(FAMILIES[0].backbone(), None)
+    lm = FAMILIES[0].task(FAMILIES[0].backbone(), None)
     lm.quantize("int8")
     assert len(frozen) > 2 and all(frozen[1:])
     assert gc.get_freeze_count() == 0

@@ -21,7 +21,7 @@ def test_memory_does_not_grow(family):
     """200 calls of any batch, prompts and length, greedy and sampled."""
     process = psutil.Process()
     rng = np.random.default_rng(0)
-    lm = family.ours("CausalLM")(backbone=family.backbone(), preprocessor=None)
+    lm = family.task(backbone=family.backbone(), preprocessor=None)
     lm.compile(sampler="top_k", **XLA)
     for call in range(CALLS):
         if call == WARM_UP:

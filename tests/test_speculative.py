@@ -122,7 +122,7 @@ def test_positions_that_were_learned():
 @functools.cache
 def lm_and_draft():
     """Compiled once for all examples."""
-    lm = LLAMA.ours("CausalLM")(LLAMA.pair[0], None)
+    lm = LLAMA.task(LLAMA.pair[0], None)
     lm.compile(sampler="greedy")
     return lm, draft_of(lm)
 
@@ -194,9 +194,7 @@ BAD = {
         "`assistant_model`.*`CausalLM`.*Backbone",
     ),
     "another vocabulary": (
-        lambda: LLAMA.ours("CausalLM")(
-            LLAMA.backbone(vocabulary_size=99), None
-        ),
+        lambda: LLAMA.task(LLAMA.backbone(vocabulary_size=99), None),
         "greedy",
         "vocabulary.*100 tokens.*99 tokens",
     ),

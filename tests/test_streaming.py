@@ -27,7 +27,7 @@ PROMPT = random_tokens(1, 5) % 16 + 1
 def lm_with_text(family, **kwargs):
     preprocessor = family.preprocessor()
     size = preprocessor.tokenizer.vocabulary_size()
-    lm = family.ours("CausalLM")(
+    lm = family.task(
         family.backbone(vocabulary_size=size, **kwargs), preprocessor
     )
     lm.compile(sampler="greedy")

@@ -129,7 +129,7 @@ def test_edited(family, tmp_path):
 @on_families("gpt2", "mixtral", "qwen_moe", "gpt_neo_x", "bloom")
 def test_quantized(family, tmp_path):
     """Layers that Keras numbers are quantized again where they were."""
-    lm = family.ours("CausalLM")(backbone=family.backbone(), preprocessor=None)
+    lm = family.task(backbone=family.backbone(), preprocessor=None)
     lm.quantize("int8")
     lm = surgery.add_lora(lm, 0, 2, [query_of(lm), "output"])
     full = full_forward(lm.backbone)

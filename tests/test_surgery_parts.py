@@ -300,7 +300,7 @@ def test_taps_symbolically(family):
 def test_training(family):
     """Gradients reach what was inserted, and what is around it."""
     lm = surgery.insert_after(
-        family.ours("CausalLM")(backbone=family.backbone(), preprocessor=None),
+        family.task(backbone=family.backbone(), preprocessor=None),
         "block.*.residual",
         lambda layer: keras.layers.Dense(
             32, kernel_initializer="identity", name=f"{layer.name}_inserted"

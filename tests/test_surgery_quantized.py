@@ -37,9 +37,7 @@ both_modes = pytest.mark.parametrize("mode", MODES)
 
 
 def task(family, **kwargs):
-    return family.ours("CausalLM")(
-        family.backbone(num_layers=BLOCKS, **kwargs), None
-    )
+    return family.task(family.backbone(num_layers=BLOCKS, **kwargs), None)
 
 
 _quantized = {}

@@ -84,7 +84,7 @@ def test_presets(family, tmp_path):
         num_layers=BLOCKS,
         vocabulary_size=preprocessor.tokenizer.vocabulary_size(),
     )
-    lm = several_edits(family.ours("CausalLM")(backbone, preprocessor))
+    lm = several_edits(family.task(backbone, preprocessor))
     lm.save_to_preset(tmp_path)
     lm.compile(sampler="greedy")
     expected = lm.generate("the fox", max_length=16)

@@ -26,7 +26,7 @@ LEARNED = 7
 
 def task(family):
     """A task of its own for each test, since training changes it."""
-    return family.ours("CausalLM")(
+    return family.task(
         backbone=family.backbone(num_layers=2), preprocessor=None
     )
 
@@ -97,7 +97,7 @@ def test_compiled_as_the_original(family):
         config.config["weighted_metrics"]
         != (original.config["weighted_metrics"])
     )
-    bare = family.ours("CausalLM")(lm.backbone, None, compile=False)
+    bare = family.task(lm.backbone, None, compile=False)
     assert not surgery.remove(bare, 0).compiled
 
 

@@ -61,12 +61,12 @@ def test_gradient_checkpointing(family, mode):
         upstream = family.upstream_backbone(ours)
     ours.set_weights(weights)
     upstream.set_weights(weights)
-    upstreams = upstreams_losses(family.upstream("CausalLM")(upstream, None))
+    upstreams = upstreams_losses(family.upstream_task(upstream, None))
     if upstreams is None and mode == "full":
         pytest.skip("JAX traces `training` in layers of Keras and keras_hub")
     results = [
-        losses(family.ours("CausalLM")(plain, None)),
-        losses(family.ours("CausalLM")(ours, None)),
+        losses(family.task(plain, None)),
+        losses(family.task(ours, None)),
     ]
     if keras.config.backend() != "tensorflow":
         # There, Keras' checkpointing changes the losses of upstream's, too.
@@ -81,11 +81,9 @@ def test_generating_in_between(family):
     """Checkpointed blocks have caches, too."""
     names = [block.name for block in family.pair[0].blocks]
     with keras.RematScope(mode="list_of_layers", layer_names=names):
-        ours = family.ours("CausalLM")(
-            backbone=family.backbone(), preprocessor=None
-        )
+        ours = family.task(backbone=family.backbone(), preprocessor=None)
     # Upstream's may neither train nor generate in a scope.
-    upstream = family.upstream("CausalLM")(
+    upstream = family.upstream_task(
         family.upstream_backbone(ours.backbone), None
     )
     upstream.compile(sampler="greedy")

@@ -166,7 +166,7 @@ def test_task_presets(family, tmp_path):
     preprocessor = family.preprocessor()
     tokenizer_size = preprocessor.tokenizer.vocabulary_size()
     backbone = family.backbone(vocabulary_size=tokenizer_size)
-    ours = family.ours("CausalLM")(backbone, preprocessor)
+    ours = family.task(backbone, preprocessor)
     ours.compile(sampler="greedy")
     prompt = "the fox"
     expected = ours.generate(prompt, max_length=20)
@@ -257,13 +257,13 @@ def test_task_keras_files(family, tmp_path):
 def test_building_leaves_upstreams_tasks_functional(family, monkeypatch):
     ours, upstream = family.lm_pair
     functional = type(keras.Model(ours.input, ours.output))
-    family.ours("CausalLM")(ours.backbone, None)
+    family.task(ours.backbone, None)
     assert isinstance(upstream, functional)
-    family.upstream("CausalLM")(upstream.backbone, None)
+    family.upstream_task(upstream.backbone, None)
     assert isinstance(ours, functional)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(models.CausalLM, "compile", lambda self: 1 / 0)
-        family.ours("CausalLM")(ours.backbone, None)
+        family.task(ours.backbone, None)
     assert isinstance(upstream, functional)
 
 
