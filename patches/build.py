@@ -14,7 +14,6 @@ import tempfile
 
 from series import DoesNotApply
 from series import export
-from series import generate
 from series import SERIES
 
 
@@ -86,10 +85,10 @@ def _act(args, chosen):
             series.store(args.store)
             print(f"{len(series.patches)} patches in {series.folder}")
         elif args.generate:
-            for path, module in series.generated.items():
+            for path, text in series.generated.items():
                 file = args.generate / path
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(generate(module, series.generated))
+                file.write_text(text)
                 print(file)
         elif args.work:
             print(series.tree(args.work / series.project))

@@ -6,6 +6,7 @@ numbers say, so a series fits the one release it was made for; `export()`
 renders it with context, for people and for other releases.
 """
 
+import ast
 import dataclasses
 import email
 import email.policy
@@ -67,13 +68,21 @@ class Series:
     def generated(self):
         """Dictionary of the files that are generated from the package.
 
-        From their paths in the project to the names of the modules of
-        `keras_nlp_cache` that they are made of.
+        From their paths in the project to their text.
         """
         path = self.folder / "generated.toml"
         if not path.exists():
             return {}
-        return tomllib.loads(path.read_text())
+        modules = tomllib.loads(path.read_text())
+        names = {
+            module: path.removesuffix(".py").replace("/", ".")
+            for kind in ("generated", "written")
+            for module, path in modules[kind].items()
+        }
+        return {
+            path: generate(module, names, modules["without"].get(module, ()))
+            for module, path in modules["generated"].items()
+        }
 
     def tree(self, into, version=None, progress=print):
         """Makes a git repository of the patched sources, a commit per patch.
@@ -129,8 +138,8 @@ class Series:
         text = "\n".join(patch.read_text() for patch in self.patches)
         return [
             path
-            for path, module in self.generated.items()
-            if _added(text, path) != generate(module, self.generated)
+            for path, expected in self.generated.items()
+            if _added(text, path) != expected
         ]
 
 
@@ -193,20 +202,22 @@ def export(tree, into, *options):
     )
 
 
-def generate(module, generated):
+def generate(module, names, without=()):
     """The text of a module of the package, for a place in another project.
 
     Args:
         module: str, such as `"keras_nlp_cache.cache.layer_cache"`.
-        generated: The `generated` of the series.
+        names: Dictionary from the names of modules of the package to those of
+            the modules that stand for them in the project.
+        without: Names of functions, classes and methods to leave out, such as
+            `"LayerCache.update"`. Imports that nothing else uses go, too.
     """
-    names = {
-        source: path.removesuffix(".py").replace("/", ".")
-        for path, source in generated.items()
-    }
     lines, imports = [], []
     source = REPOSITORY / (module.replace(".", "/") + ".py")
-    for line in source.read_text().splitlines(keepends=True):
+    text = source.read_text()
+    if without:
+        text = _leave_out(text, without)
+    for line in text.splitlines(keepends=True):
         imported = re.match(
             r"(\s*)from (keras_nlp_cache\S*) import (.*)\n", line
         )
@@ -217,11 +228,43 @@ def generate(module, generated):
             continue
         if imported[2] not in names:
             raise ValueError(
-                f"Expected all that {module} imports to be generated, too. "
-                f"Received: {imported[2]}, which is not in generated.toml."
+                f"Expected all that {module} imports to be in the project, "
+                f"too. Received: {imported[2]}, which is not in generated.toml."
             )
         indent, name, imported = imported.groups()
         imports.append(f"{indent}from {names[name]} import {imported}\n")
+    return "".join(lines)
+
+
+def _leave_out(text, names):
+    """Python without some definitions, and the imports that they alone used."""
+    lines, tree = text.splitlines(keepends=True), ast.parse(text)
+
+    def drop(node, parent, first):
+        lines[first - 1 : node.end_lineno] = [""] * (
+            node.end_lineno - first + 1
+        )
+        parent.body.remove(node)
+
+    for name in names:
+        node = tree
+        for part in name.split("."):
+            parent, found = node, {getattr(x, "name", ""): x for x in node.body}
+            if part not in found:
+                raise ValueError(
+                    "Expected what is to be left out to be there. Received: "
+                    f"{name}, of which there is no {part}."
+                )
+            node = found[part]
+        first = min(x.lineno for x in [node, *node.decorator_list])
+        while not lines[first - 2].strip():
+            first -= 1  # The blank lines before it.
+        drop(node, parent, first)
+    used = {x.id for x in ast.walk(tree) if isinstance(x, ast.Name)}
+    for node in tree.body[:]:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            if used.isdisjoint(x.asname or x.name for x in node.names):
+                drop(node, tree, node.lineno)
     return "".join(lines)
 
 

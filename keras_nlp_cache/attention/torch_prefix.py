@@ -28,7 +28,7 @@ def attend_prefix(
     sink=None,
     bias=None,
 ):
-    """Attends to the first `filled` slots. See `attend.attend_filled()`.
+    """Attends to the first `filled` slots, as `attend()` does to all.
 
     Nothing is trained through a cache that a loop owns, so there is no
     dropout.
