@@ -150,21 +150,6 @@ def cached_forward(
     return np.concatenate(outputs, axis=1)
 
 
-def assert_greedy_after(prompts, token_ids, lm):
-    """Tokens after prompts are the likeliest ones, with no cache anywhere.
-
-    One call on all of them says what a loop would: if each is the likeliest
-    after those before it, all are those of the loop.
-    """
-    given = prompts["padding_mask"] == 1
-    np.testing.assert_array_equal(token_ids[given], prompts["token_ids"][given])
-    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-    likeliest = to_numpy(lm(inputs)).argmax(axis=-1)
-    np.testing.assert_array_equal(
-        token_ids[:, 1:][~given[:, 1:]], likeliest[:, :-1][~given[:, 1:]]
-    )
-
-
 def snapshot(lm):
     """All of a model that an edit of another must not change."""
     backbone = backbone_of(lm)

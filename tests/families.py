@@ -251,6 +251,12 @@ FAMILIES += (
     ),
 )
 
+if PATCHED:
+    # Those that the patches cover.
+    FAMILIES = tuple(
+        x for x in FAMILIES if x.prefix in ("GPT2", "Gemma", "Llama", "Llama3")
+    )
+
 # Of what the core can meet, each has something that the others have not:
 # gpt2: positions that are learned, LayerNorm, biases, a key for each query.
 # gemma2: soft caps, windows, more norms, a kernel for each head, embeddings
@@ -439,4 +445,19 @@ def assert_greedy(lm, token_ids, start, end=None):
     likeliest = to_numpy(lm(inputs)).argmax(axis=-1)
     np.testing.assert_array_equal(
         token_ids[:, start:end], likeliest[:, start - 1 : end - 1]
+    )
+
+
+def assert_greedy_after(prompts, token_ids, lm):
+    """Tokens after prompts are the likeliest ones, with no cache anywhere.
+
+    One call on all of them says what a loop would: if each is the likeliest
+    after those before it, all are those of the loop.
+    """
+    given = prompts["padding_mask"] == 1
+    np.testing.assert_array_equal(token_ids[given], prompts["token_ids"][given])
+    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    likeliest = to_numpy(lm(inputs)).argmax(axis=-1)
+    np.testing.assert_array_equal(
+        token_ids[:, 1:][~given[:, 1:]], likeliest[:, :-1][~given[:, 1:]]
     )

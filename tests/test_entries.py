@@ -12,12 +12,12 @@ import keras_nlp_cache
 from keras_nlp_cache import drop_in
 from keras_nlp_cache import surgery
 from keras_nlp_cache.blocks.decoder_block import decoder_block
-from tests.edits import assert_greedy_after
 from tests.edits import cached_forward
 from tests.edits import dense
 from tests.edits import full_forward
 from tests.edits import LENGTH
 from tests.edits import TOKENS
+from tests.families import assert_greedy_after
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import to_numpy

@@ -6,7 +6,7 @@ import tensorflow as tf
 from keras import ops
 from parameterized import parameterized
 
-from tests.edits import assert_greedy_after
+from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
 from tests.families import every_family

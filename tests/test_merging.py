@@ -6,7 +6,6 @@ import pytest
 
 import keras_nlp_cache
 from keras_nlp_cache import surgery
-from tests.edits import assert_greedy_after
 from tests.edits import assert_unchanged
 from tests.edits import BLOCKS
 from tests.edits import cached_forward
@@ -17,6 +16,7 @@ from tests.edits import LENGTH
 from tests.edits import original
 from tests.edits import snapshot
 from tests.edits import TOKENS
+from tests.families import assert_greedy_after
 from tests.families import DEEP
 from tests.families import deep_families
 from tests.families import FAMILIES

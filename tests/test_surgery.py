@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from keras_nlp_cache import surgery
 from keras_nlp_cache.layers.sharing import attributes
-from tests.edits import assert_greedy_after
 from tests.edits import assert_unchanged
 from tests.edits import BLOCKS
 from tests.edits import cached_forward
@@ -24,6 +23,7 @@ from tests.edits import original
 from tests.edits import snapshot
 from tests.edits import SPLIT
 from tests.edits import TOKENS
+from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
 from tests.families import deep_suites

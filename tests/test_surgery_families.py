@@ -11,7 +11,6 @@ from keras import ops
 import keras_nlp_cache
 from keras_nlp_cache import surgery
 from keras_nlp_cache.attention.functions import attend
-from tests.edits import assert_greedy_after
 from tests.edits import BLOCKS
 from tests.edits import cached_forward
 from tests.edits import dense
@@ -20,6 +19,7 @@ from tests.edits import LENGTH
 from tests.edits import original
 from tests.edits import query_of
 from tests.edits import TOKENS
+from tests.families import assert_greedy_after
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import padding_mask

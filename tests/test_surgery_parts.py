@@ -6,12 +6,12 @@ import pytest
 from keras import ops
 
 from keras_nlp_cache import surgery
-from tests.edits import assert_greedy_after
 from tests.edits import cached_forward
 from tests.edits import full_forward
 from tests.edits import LENGTH
 from tests.edits import original
 from tests.edits import TOKENS
+from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
 from tests.families import every_family

@@ -10,13 +10,13 @@ from keras import ops
 
 import keras_nlp_cache
 from keras_nlp_cache import surgery
-from tests.edits import assert_greedy_after
 from tests.edits import BLOCKS
 from tests.edits import cached_forward
 from tests.edits import EDITS
 from tests.edits import full_forward
 from tests.edits import LENGTH
 from tests.edits import TOKENS
+from tests.families import assert_greedy_after
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import in_turn

@@ -4,7 +4,6 @@ import keras
 import numpy as np
 
 from keras_nlp_cache import surgery
-from tests.edits import assert_greedy_after
 from tests.edits import BLOCKS
 from tests.edits import cached_forward
 from tests.edits import dense
@@ -12,6 +11,7 @@ from tests.edits import EDITS
 from tests.edits import full_forward
 from tests.edits import LENGTH
 from tests.edits import TOKENS
+from tests.families import assert_greedy_after
 from tests.families import deep_families
 from tests.families import in_turn
 from tests.families import padding_mask
