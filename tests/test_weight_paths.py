@@ -81,7 +81,9 @@ def test_every_edit(family, edit):
 def test_where_adapters_stand(family):
     edited = EDITS["add_lora"].apply(original(family).backbone)
     edited = surgery.add_attention_sink(edited, 1)
-    found = [x for x in paths(edited) if x.endswith(("/down", "/sink"))]
+    found = [w.path for w in edited.weights]
+    found = [x for x in found if x.endswith(("/down", "/sink"))]
+    assert len(set(found)) == len(found)
     for path, block in zip(found, (0, 0, 1, 1, 1), strict=True):
         attention = getattr(
             edited.blocks[block], edited.blocks[block].attention_name
