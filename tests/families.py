@@ -277,6 +277,22 @@ def _with_name(family):
 every_family = pytest.mark.parametrize(
     "family", [_with_name(x) for x in FAMILIES]
 )
+# For what comes of upstream's code and of the lines that a family has, and not
+# of a backend: all on PyTorch, which compiles nothing, and elsewhere one of
+# each kind. The deep ones, and:
+# mixtral: experts.
+# gpt_oss: experts of another kind, learned sinks.
+# gpt_neo_x: one projection for all, branches side by side.
+# bloom: biases of the logits.
+_KINDS = {x.name for x in DEEP} | {"mixtral", "gpt_oss", "gpt_neo_x", "bloom"}
+each_kind = pytest.mark.parametrize(
+    "family",
+    [
+        _with_name(x)
+        for x in FAMILIES
+        if x.name in _KINDS or keras.config.backend() == "torch"
+    ],
+)
 # For what code does that does not ask which family it serves.
 deep_families = pytest.mark.parametrize("family", [_with_name(x) for x in DEEP])
 # For the suites that go deepest: compositions of edits, files, quantization,

@@ -9,7 +9,7 @@ from keras import ops
 from keras_nlp_cache import models
 from tests.families import call_by_hand
 from tests.families import deep_families
-from tests.families import every_family
+from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -222,7 +222,7 @@ def test_not_a_dictionary(family):
         family.pair[0](TOKENS)
 
 
-@every_family
+@each_kind
 def test_a_block_called_by_hand_without_an_index(family):
     block = family.pair[0].blocks[0]
     pair = family.pair[0].make_cache(1, 4)[0]
@@ -321,7 +321,7 @@ def test_generate_from_text(family):
             lm.stream(nothing)
 
 
-@every_family
+@each_kind
 def test_a_backbone_of_upstream(family):
     with pytest.raises(ValueError, match="`backbone`.*keras_nlp_cache.models"):
         family.task(backbone=family.pair[1], preprocessor=None)

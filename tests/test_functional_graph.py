@@ -9,6 +9,7 @@ from keras import ops
 from keras import tree
 
 from tests.families import deep_families
+from tests.families import each_kind
 from tests.families import every_family
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -27,7 +28,7 @@ OPTIONAL = {
 }
 
 
-@every_family
+@each_kind
 def test_optional_inputs_are_inputs_of_the_graph(family):
     backbone, upstream = family.pair
     names = {
@@ -111,7 +112,7 @@ def features(backbone, inputs, names):
     )
 
 
-@every_family
+@each_kind
 def test_activations_as_of_a_functional_model(family):
     """What tutorials do: build on the `output` of a layer inside."""
     backbone, upstream = family.pair
@@ -180,7 +181,7 @@ def test_drawn(family, tmp_path):
     assert path.stat().st_size > 1000
 
 
-@every_family
+@each_kind
 def test_output_structure_follows_from_the_cache(family):
     backbone, _ = family.pair
     inputs = {"token_ids": TOKENS, "cache": None, "cache_update_index": None}

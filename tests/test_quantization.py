@@ -12,7 +12,7 @@ from keras_nlp_cache import surgery
 from tests.families import decode
 from tests.families import deep_families
 from tests.families import deep_suites
-from tests.families import every_family
+from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import in_turn
 from tests.families import padding_mask
@@ -201,7 +201,7 @@ def test_an_edited_model(mode):
     assert greedy(edited).shape == (2, 16)
 
 
-@every_family
+@each_kind
 def test_layer_structure_is_the_model(family):
     """Layers that are called in turn make of tokens what the model does."""
     lm = family.lm_pair[0]

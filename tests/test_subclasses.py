@@ -8,7 +8,7 @@ import keras_nlp_cache
 from keras_nlp_cache import models
 from keras_nlp_cache import surgery
 from tests.families import deep_families
-from tests.families import every_family
+from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -50,7 +50,7 @@ def assert_same(loaded, expected):
     )
 
 
-@every_family
+@each_kind
 def test_presets_of_the_family(family, tmp_path):
     ours, upstream = family.lm_pair
     backbone_cls, task_cls, other_cls = subclasses(family)

@@ -27,7 +27,7 @@ from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
 from tests.families import deep_suites
-from tests.families import every_family
+from tests.families import each_kind
 from tests.families import examples
 from tests.families import in_turn
 from tests.families import padding_mask
@@ -96,7 +96,7 @@ def test_padding_of_an_edited_model(family):
     )
 
 
-@every_family
+@each_kind
 def test_edited_to_nothing_new(family):
     """A rewiring that calls every layer gives the model again."""
     lm = original(family)

@@ -20,7 +20,7 @@ from tests.edits import original
 from tests.edits import query_of
 from tests.edits import TOKENS
 from tests.families import assert_greedy_after
-from tests.families import every_family
+from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import to_numpy
@@ -106,7 +106,7 @@ def edited_everywhere(family):
         return vector.apply(lm, 0.5)
 
 
-@every_family
+@each_kind
 def test_edited(family, tmp_path):
     lm = edited_everywhere(family)
     full = full_forward(lm.backbone)
@@ -217,7 +217,7 @@ def test_lora_of_keras(family):
     assert len(trained) == 4 * (1 if family.name == "gpt_neo_x" else 2)
 
 
-@every_family
+@each_kind
 def test_projections(family):
     """They are called what they are: what is normalized goes up, then down."""
     backbone = original(family).backbone

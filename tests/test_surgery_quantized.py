@@ -17,7 +17,7 @@ from tests.edits import full_forward
 from tests.edits import LENGTH
 from tests.edits import TOKENS
 from tests.families import assert_greedy_after
-from tests.families import every_family
+from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import in_turn
 from tests.families import padding_mask
@@ -142,7 +142,7 @@ def test_adapters_of_quantized_projections(family, mode, tmp_path):
 
 
 @pytest.mark.parametrize("at", ["made", "loaded"])
-@every_family
+@each_kind
 def test_gradient_of_quantized_logits(family, at, tmp_path):
     """Through the weights, not through what is left of a rounding."""
     lm = quantized(family, "int8")

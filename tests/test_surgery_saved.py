@@ -17,7 +17,7 @@ from tests.edits import EDITS
 from tests.edits import full_forward
 from tests.edits import original
 from tests.families import deep_suites
-from tests.families import every_family
+from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import in_turn
 from tests.families import padding_mask
@@ -179,7 +179,7 @@ def test_another_dtype(family, tmp_path):
     assert 0 < error < 0.2 * np.std(expected)
 
 
-@every_family
+@each_kind
 def test_not_edited(family):
     """A model that was not edited is saved as before."""
     assert "outputs" not in original(family).backbone.get_config()
