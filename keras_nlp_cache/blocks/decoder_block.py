@@ -189,21 +189,21 @@ class DecoderBlock(Specialized):
 
     def call(self, *args, entries=None, **kwargs):
         hidden_states = first_argument(args, kwargs)
-        found = {}
-        if entries is not None and any(x.in_use for x in entries):
-            found = dict(zip(map(id, self.remembering()), entries, strict=True))
+        layers = [] if entries is None else self.remembering()
+        found = dict(zip(map(id, layers), entries or (), strict=True))
+        if not any(entry.in_use for entry in found.values()):
+            found = {}
+        elif self.padding_argument is not None:
             # It speaks of slots, and our mask has it.
             kwargs.pop(self.padding_argument, None)
         with block_call.calling(hidden_states, found) as call:
             outputs = super().call(*args, **kwargs)
         if entries is not None:
-            outputs = (
-                outputs,
-                tuple(
-                    call.updated.get(id(layer), (entry.key, entry.value))
-                    for layer, entry in zip(self.remembering(), entries)
-                ),
-            )
+            pairs = [
+                call.updated.get(id(layer), (entry.key, entry.value))
+                for layer, entry in zip(layers, entries)
+            ]
+            outputs = outputs, tuple(pairs)
         if not call.taps:
             return outputs
         block_call.collect(call.taps)

@@ -48,6 +48,11 @@ class GPTNeoXBackbone(keras_hub.models.GPTNeoXBackbone, CachedBackbone):
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs.
 
+    Differs from upstream, on purpose: a step rotates its query by its own
+    position, as a call without a cache does. Upstream's rotates it as the first
+    one. As upstream's, it has the activation of GPT-NeoX-20B, an approximation
+    of GELU, and logits from its embeddings: it is not a Pythia.
+
     Example:
 
     ```python

@@ -56,7 +56,8 @@ class GptOssBackbone(keras_hub.models.GptOssBackbone, CachedBackbone):
 
     Differs from upstream, on purpose: every other layer sees `sliding_window`
     positions, beginning with the first, as the model was trained. Upstream
-    begins with the second, and has them see one more.
+    begins with the second, and has them see one more. As in upstream's, 4096 is
+    the length from which `rope_scaling_factor` stretches positions.
 
     Example:
 

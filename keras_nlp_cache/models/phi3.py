@@ -47,7 +47,8 @@ class Phi3Backbone(keras_hub.models.Phi3Backbone, CachedBackbone):
     With `rope_scaling_type="su"`, positions are scaled by other factors from
     the call on that reaches beyond `pretraining_sequence_length`, as upstream
     does it. What was cached before stays as it was, so a text that grows beyond
-    that length is not what one call makes of all of it.
+    that length is not what one call makes of all of it. There is no sliding
+    window, which some models of that name have.
 
     Example:
 
