@@ -90,10 +90,10 @@ class Family:
     def upstream(self, kind):
         return getattr(keras_hub.models, self.prefix + kind)
 
-    def task(self, backbone, preprocessor=None):
+    def task(self, backbone, preprocessor=None, **kwargs):
         """One of our tasks. Upstream does not order arguments in all alike."""
         cls = self.ours("CausalLM")
-        return cls(backbone=backbone, preprocessor=preprocessor)
+        return cls(backbone=backbone, preprocessor=preprocessor, **kwargs)
 
     def upstream_task(self, backbone, preprocessor=None):
         cls = self.upstream("CausalLM")
