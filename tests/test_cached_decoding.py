@@ -13,6 +13,7 @@ from tests.families import call_by_hand
 from tests.families import compiled
 from tests.families import decode
 from tests.families import deep_families
+from tests.families import each_kind
 from tests.families import every_family
 from tests.families import examples
 from tests.families import in_turn
@@ -63,6 +64,29 @@ def test_equals_upstream_forward(family):
 
 
 @every_family
+def test_left_padding_by_positions(family):
+    """A row that is padded on the left is as if it were not padded."""
+    token_ids = random_tokens(2, LENGTH)
+    mask = np.ones_like(token_ids)
+    mask[1, :3] = 0
+    output = decode(
+        family.pair[0],
+        token_ids,
+        (1, 2, 7),
+        padding_mask=mask,
+        token_positions=np.cumsum(mask, axis=1) - mask,
+    )
+    full = upstream_full(family, token_ids)
+    # Causal, so that what follows the text does not matter.
+    moved = np.roll(token_ids[1:], -3, axis=1)
+    alone = upstream_full(family, np.concatenate([token_ids[:1], moved]))
+    np.testing.assert_allclose(output[0], full[0], atol=ATOL, rtol=ATOL)
+    np.testing.assert_allclose(
+        output[1, 3:], alone[1, :-3], atol=ATOL, rtol=ATOL
+    )
+
+
+@each_kind
 def test_depends_on_what_was_cached(family):
     token_ids = random_tokens(2, LENGTH)
     changed = token_ids.copy()
@@ -105,7 +129,7 @@ def test_padding(family, sizes, lengths):
     )
 
 
-@every_family
+@each_kind
 @short_property_test
 @given(
     sizes=st.none() | splits(),
@@ -150,7 +174,7 @@ def test_padding_by_positions(family, sizes, place, start, seed):
             )
 
 
-@every_family
+@each_kind
 @short_property_test
 @given(sizes=splits(), seed=st.integers(0, 99))
 def test_positions_and_attention_mask(family, sizes, seed):

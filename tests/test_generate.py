@@ -9,6 +9,7 @@ from parameterized import parameterized
 from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
+from tests.families import each_kind
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import in_turn
@@ -136,7 +137,7 @@ def test_datasets(family):
     assert len(ours["token_ids"]) == 3
 
 
-@every_family
+@each_kind
 def test_call_with_cache(family):
     """The signature and the results that upstream's method has."""
     ours, upstream = family.lm_pair

@@ -91,6 +91,7 @@ def run_tests_of_the_series(patched, files, *options):
     ).stdout
 
 
+@on_one_backend("upstream runs its tests on each, and the suite here does")
 def test_tests_of_keras_hub(patched):
     changed = series._git(patched, "diff", "--name-only", series.PRISTINE)
     tests = [x for x in changed.split() if x.endswith("_test.py")]

@@ -14,6 +14,7 @@ from keras_nlp_cache.graph.backbone import CachedBackbone
 from tests import text
 from tests.families import decode
 from tests.families import deep_suites
+from tests.families import each_kind
 from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import on_one_backend
@@ -136,7 +137,7 @@ def test_keras_file_without_this_package(family, tmp_path, monkeypatch):
     np.testing.assert_array_equal(outputs(loaded), outputs(ours))
 
 
-@every_family
+@each_kind
 def test_backbone_presets(family, tmp_path):
     ours, upstream = family.pair
     ours.save_to_preset(tmp_path / "ours")
