@@ -210,21 +210,17 @@ class CachedAttention(Specialized, Remembers):
 
     # === What it does ===
 
-    def attend_through(self, x, cache, index=None):
+    def attend_through(self, x, cache):
         """Attends to what a cache remembers, and to the new tokens.
 
         Args:
             x: Tensor `(B, T, hidden_dim)`.
-            cache: A `LayerCache` in use, or a bare `(key, value)` pair.
-            index: int scalar, the slot of the first token. Goes with a pair.
+            cache: A `LayerCache` in use.
 
         Returns:
             `(output, (key, value))`, with a pair of `None` if the cache has
             no memory.
         """
-        length = ops.shape(x)[1]
-        if not isinstance(cache, LayerCache):
-            cache = LayerCache.of_pair(cache, index, length, self.window)
         query, key, value = self.project(x, cache.positions)
         remembered = cache.update(
             ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
@@ -235,8 +231,11 @@ class CachedAttention(Specialized, Remembers):
             further["sink"] = self.sink
         if self.logits_bias is not None:
             further["bias"] = self.logits_bias(cache.distance)
-        function = getattr(self, "replaced_attention", None)
-        function = function or access().attention(cache, length) or attend
+        function = (
+            getattr(self, "replaced_attention", None)
+            or access().attention(cache, ops.shape(x)[1])
+            or attend
+        )
         x = function(
             query=query,
             key=remembered.key,

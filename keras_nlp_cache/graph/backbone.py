@@ -34,6 +34,7 @@ from keras_nlp_cache.graph.constructed import check_blocks
 from keras_nlp_cache.graph.constructed import check_graph
 from keras_nlp_cache.graph.constructed import learned_positions
 from keras_nlp_cache.graph.constructed import positioned_layers
+from keras_nlp_cache.graph.constructed import return_hidden_states_alone
 from keras_nlp_cache.graph.sites import Site
 from keras_nlp_cache.graph.sites import sites_of
 from keras_nlp_cache.graph.wiring import Wiring
@@ -147,6 +148,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         ]
         specialize_within(layers)
         check_blocks(self)
+        return_hidden_states_alone(self.blocks)
         positioned = positioned_layers(layers)
         self.mend()
         derive_logits(self.token_embedding)
@@ -168,11 +170,6 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         upstream computes, where an attribute of a layer makes the difference.
         What is computed with a cache and without one is then right.
         """
-        for block in self.blocks:
-            if getattr(block, "output_router_logits", False):
-                # The graph goes on with hidden states, and so does no other
-                # call of the block if it returns more.
-                block.output_router_logits = False
 
     @property
     def max_positions(self):

@@ -62,6 +62,17 @@ def check_blocks(backbone):
         )
 
 
+def return_hidden_states_alone(blocks):
+    """Has decoder blocks with experts return nothing of how they chose.
+
+    With `output_router_logits`, upstream's return that, too. Its graph goes on
+    with the hidden states alone, and nothing else can.
+    """
+    for block in blocks:
+        if getattr(block, "output_router_logits", False):
+            block.output_router_logits = False
+
+
 def positioned_layers(layers):
     """The layers that are to be told where tokens stand.
 

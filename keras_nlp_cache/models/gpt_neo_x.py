@@ -49,9 +49,11 @@ class GPTNeoXBackbone(keras_hub.models.GPTNeoXBackbone, CachedBackbone):
     called with beyond upstream's inputs.
 
     Differs from upstream, on purpose: a step rotates its query by its own
-    position, as a call without a cache does. Upstream's rotates it as the first
-    one. As upstream's, it has the activation of GPT-NeoX-20B, an approximation
-    of GELU, and logits from its embeddings: it is not a Pythia.
+    position, as a call without a cache does, not as the first one. And
+    `enable_lora()` finds the projection that there is, where upstream's looks
+    for those of other families and trains nothing. As upstream's, it has the
+    activation of GPT-NeoX-20B, an approximation of GELU, and logits from its
+    embeddings: it is not a Pythia.
 
     Example:
 
@@ -65,9 +67,6 @@ class GPTNeoXBackbone(keras_hub.models.GPTNeoXBackbone, CachedBackbone):
         {"token_ids": [[1, 2, 3]], "cache": cache, "cache_update_index": 0}
     )
     ```
-
-    Differs from upstream, on purpose: `enable_lora()` finds the projection that
-    there is. Upstream looks for those of other families, and trains nothing.
 
     Reference:
         https://arxiv.org/abs/2204.06745

@@ -84,7 +84,6 @@ class GptOssBackbone(keras_hub.models.GptOssBackbone, CachedBackbone):
         super().__init__(*args, **kwargs)
 
     def mend(self):
-        super().mend()
         for i, block in enumerate(self.blocks):
             window = self._given_window if i % 2 == 0 else None
             # Upstream's attention counts the positions before the query's own.

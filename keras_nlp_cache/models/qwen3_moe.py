@@ -67,7 +67,6 @@ class Qwen3MoeBackbone(keras_hub.models.Qwen3MoeBackbone, CachedBackbone):
     """
 
     def mend(self):
-        super().mend()
         normalize_as_trained(self.blocks)
 
 
