@@ -19,6 +19,11 @@ BLOCK = block_size(256, 1)
 SLOTS = (BLOCK, 2 * BLOCK, 3 * BLOCK, 2 * BLOCK + 8)
 
 
+def behind(index, length, slots):
+    """How far slots are behind tokens, `(T, S)`."""
+    return index + np.arange(length)[:, None] - np.arange(slots)
+
+
 def attend_filled(index, query, key, **kwargs):
     """Attends as a loop does that writes the tokens at a slot."""
     cache = LayerCache(key=key, index=ops.convert_to_tensor(index, "int32"))
@@ -47,7 +52,7 @@ def test_equal(
     # What lies past the filled slots is not to be looked at.
     key[:, :, index + length :] = value[:, :, index + length :] = 1e3
     query, key, value = map(ops.convert_to_tensor, (query, key, value))
-    mask = causal_mask(index, length, slots, window)[None, None]
+    mask = causal_mask(behind(index, length, slots), window)[None, None]
     kwargs = dict(query=query, key=key, value=value, mask=mask, scale=0.35)
     further = {
         "soft_cap": soft_cap,
@@ -109,7 +114,7 @@ def test_an_accelerator_does_not_wait_for_the_host(monkeypatch):
     index = BLOCK - 2
 
     def attended():
-        mask = causal_mask(index, 2, 2 * BLOCK)[None, None]
+        mask = causal_mask(behind(index, 2, 2 * BLOCK))[None, None]
         return ops.convert_to_numpy(
             attend_filled(
                 index,

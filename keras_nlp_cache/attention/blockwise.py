@@ -5,6 +5,7 @@ blocks does, there is no gradient.
 """
 
 from keras import ops
+from keras import tree
 
 from keras_nlp_cache.attention.functions import attend
 from keras_nlp_cache.attention.functions import attention_logits
@@ -44,9 +45,9 @@ def attend_in_blocks(query, key, value, mask, filled, **kwargs):
 
     Args:
         query: Tensor `(B, T, query_heads, head_dim)`.
-        key: Tensor `(B, key_value_heads, S, head_dim)`. If `S` is no multiple
-            of `block_size()`, all slots are read.
-        value: Tensor `(B, key_value_heads, S, head_dim)`.
+        key: Tensor or `Int8` `(B, key_value_heads, S, head_dim)`. If `S` is no
+            multiple of `block_size()`, all slots are read.
+        value: Tensor or `Int8` `(B, key_value_heads, S, head_dim)`.
         mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits. Has to
             hide the slots from `filled` on.
         filled: int32 scalar, the number of slots to attend to.
@@ -55,7 +56,7 @@ def attend_in_blocks(query, key, value, mask, filled, **kwargs):
     Returns:
         What `attend()` does.
     """
-    batch, heads, slots, head_dim = ops.shape(key)
+    batch, heads, slots, head_dim = key.shape
     if not isinstance(batch, int) or not isinstance(slots, int):
         return attend(query, key, value, mask, **kwargs)
     size = block_size(slots, batch * heads * head_dim)
@@ -82,7 +83,7 @@ def _attend_in_blocks(
     Reference:
         https://arxiv.org/abs/1805.02867
     """
-    batch, heads, _, head_dim = ops.shape(key)
+    batch, heads, _, head_dim = key.shape
     grouped = group_queries(query, heads)
     _, _, groups, length, _ = ops.shape(grouped)
     added = mask if bias is None else mask + bias
@@ -92,9 +93,12 @@ def _attend_in_blocks(
         start[axis], shape[axis] = i * size, size
         return ops.slice(x, start_at(*start), shape)
 
+    def tokens(x, i):
+        return tree.map_structure(lambda y: block(y, 2, i), x)
+
     def body(i, largest, total, output):
         logits = attention_logits(
-            grouped, block(key, 2, i), block(added, 3, i), scale, soft_cap
+            grouped, tokens(key, i), block(added, 3, i), scale, soft_cap
         )
         now = ops.maximum(largest, ops.max(logits, axis=-1, keepdims=True))
         weights = ops.exp(logits - now)
@@ -103,7 +107,7 @@ def _attend_in_blocks(
         if dropout is not None:
             weights = dropout(weights)
         update = weighted_values(
-            ops.cast(weights, query.dtype), block(value, 2, i)
+            ops.cast(weights, query.dtype), tokens(value, i)
         )
         output = output * shrink + ops.cast(update, "float32")
         return i + 1, now, total, output

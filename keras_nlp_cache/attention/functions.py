@@ -8,6 +8,7 @@ last: `blockwise.py` where a compiled shape cannot depend on a value, and
 
 from keras import ops
 
+from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.masks import MASKED
 
 
@@ -30,8 +31,8 @@ def attend(
 
     Args:
         query: Tensor `(B, T, query_heads, head_dim)`.
-        key: Tensor `(B, key_value_heads, S, head_dim)`.
-        value: Tensor `(B, key_value_heads, S, head_dim)`.
+        key: Tensor or `Int8` `(B, key_value_heads, S, head_dim)`.
+        value: Tensor or `Int8` `(B, key_value_heads, S, head_dim)`.
         mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits.
         scale: float. Multiplies the logits.
         soft_cap: Optional float. Bounds the logits to `(-soft_cap, soft_cap)`
@@ -75,7 +76,7 @@ def attention_weights(
     Returns:
         A float32 tensor `(B, key_value_heads, groups, T, S)`.
     """
-    heads = ops.shape(key)[1]
+    heads = key.shape[1]
     mask = mask if bias is None else mask + bias
     logits = attention_logits(
         group_queries(query, heads), key, mask, scale, soft_cap
@@ -127,8 +128,12 @@ def attention_logits(query, key, mask, scale, soft_cap=None):
     query = ops.reshape(query, (batch, heads, groups * length, head_dim))
     # In this order, since XLA on a CPU transposes what is on the right, and the
     # keys are many.
+    key, key_scale = _numbers_and_scale(key)
     logits = ops.matmul(ops.cast(key, query.dtype), ops.swapaxes(query, 2, 3))
     logits = ops.cast(ops.swapaxes(logits, 2, 3), "float32") * scale
+    if key_scale is not None:
+        # Less work than to multiply the keys by it.
+        logits = logits * ops.swapaxes(key_scale, 2, 3)
     if soft_cap is not None:
         logits = ops.tanh(logits / soft_cap) * soft_cap
     slots = ops.shape(key)[2]
@@ -142,10 +147,19 @@ def weighted_values(weights, value):
     """Sums values: `(B, heads, groups, T, S)` of `(B, heads, S, head_dim)`."""
     batch, heads, groups, length, slots = ops.shape(weights)
     weights = ops.reshape(weights, (batch, heads, groups * length, slots))
+    value, value_scale = _numbers_and_scale(value)
+    if value_scale is not None:
+        value_scale = ops.cast(value_scale, weights.dtype)
+        weights = weights * ops.swapaxes(value_scale, 2, 3)
     output = ops.matmul(weights, ops.cast(value, weights.dtype))
     return ops.reshape(
         output, (batch, heads, groups, length, ops.shape(value)[3])
     )
+
+
+def _numbers_and_scale(x):
+    """Keys or values, and what their numbers are to be multiplied by."""
+    return (x.values, x.scale) if isinstance(x, Int8) else (x, None)
 
 
 def zero_unless_seen(output, mask):

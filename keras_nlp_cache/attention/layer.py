@@ -10,8 +10,11 @@ import keras
 from keras import ops
 
 from keras_nlp_cache.attention.functions import attend
+from keras_nlp_cache.attention.sinks import nearer_sinks
 from keras_nlp_cache.cache.access import access
+from keras_nlp_cache.cache.int8 import widened
 from keras_nlp_cache.cache.layer_cache import LayerCache
+from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.layers import block_call
 from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.layers.remembering import Remembers
@@ -222,7 +225,7 @@ class CachedAttention(Specialized, Remembers):
             no memory.
         """
         query, key, value = self.project(x, cache.positions)
-        remembered = cache.update(
+        entry, key, value = cache.update(
             ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         )
         # Few families have these, and few functions know them.
@@ -231,24 +234,31 @@ class CachedAttention(Specialized, Remembers):
             further["sink"] = self.sink
         if self.logits_bias is not None:
             further["bias"] = self.logits_bias(cache.distance)
-        function = (
-            getattr(self, "replaced_attention", None)
-            or access().attention(cache, ops.shape(x)[1])
-            or attend
-        )
+        elif hasattr(cache.key, "nearer") and self.rotary() is not None:
+            further["bias"] = self._nearer_sinks(x, query, key, cache)
+        function = access().attention(cache, ops.shape(x)[1]) or attend
+        if hasattr(self, "replaced_attention"):
+            function = self.replaced_attention
+            key, value = widened(key, x.dtype), widened(value, x.dtype)
         x = function(
             query=query,
-            key=remembered.key,
-            value=remembered.value,
+            key=key,
+            value=value,
             mask=cache.mask,
             scale=self.scale,
             soft_cap=self.soft_cap,
             dropout=self.weights_dropout,
             **further,
         )
-        if cache.key is None:
-            return self.merge_heads(x), (None, None)
-        return self.merge_heads(x), (remembered.key, remembered.value)
+        return self.merge_heads(x), entry
+
+    def _nearer_sinks(self, x, query, key, cache):
+        """The bias that makes the first tokens seem to be nearer."""
+        slot = slots(cache.index, x.shape[1])
+        moved, _, _ = self.project(x, cache.positions - cache.key.nearer(slot))
+        return nearer_sinks(
+            query, moved, key, cache.key, slot, self.scale, self.soft_cap
+        )
 
     def project(self, x, positions):
         query, key, value = (

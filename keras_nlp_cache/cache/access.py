@@ -12,6 +12,7 @@ import contextvars
 import keras
 from keras import ops
 
+from keras_nlp_cache.cache.slots import is_per_row
 from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.cache.slots import start_at
 
@@ -31,26 +32,48 @@ class Access:
     most_choices = 1
     experts = None
 
-    def write(self, entry, update, index):
-        """Writes keys or values into slots.
+    def write(self, kept, update, index):
+        """Writes keys or values into places that lie side by side.
 
         Args:
-            entry: Tensor `(B, key_value_heads, S, head_dim)`.
+            kept: Tensor `(B, key_value_heads, S, head_dim)`.
             update: Tensor `(B, key_value_heads, T, head_dim)`.
-            index: int scalar. The slot of the first token.
+            index: int, `()` or `(B,)`. The place of the first token, in all
+                rows or in each.
 
         Returns:
-            `entry` with `update` in it, in the dtype of `entry`.
+            `kept` with `update` in it, in the dtype of `kept`.
         """
-        update = ops.cast(update, entry.dtype)
-        if keras.config.backend() == "tensorflow":
-            return _write_differentiably(entry, update, index)
+        update = ops.cast(update, kept.dtype)
+        backend = keras.config.backend()
+        if backend == "tensorflow":
+            return _write_differentiably(kept, update, index)
+        if backend == "jax":
+            return write_with_jax(kept, update, index)
+        if backend == "torch":
+            return write_with_torch(
+                kept.clone(), update, slots(index, update.shape[2])
+            )
+        return self.put(kept, update, slots(index, ops.shape(update)[2]))
+
+    def put(self, kept, update, places):
+        """Writes keys or values into any places.
+
+        Args:
+            kept: Tensor `(B, key_value_heads, S, head_dim)`.
+            update: Tensor `(B, key_value_heads, T, head_dim)`.
+            places: int32 `(B or 1, T)`. The place of each token, no two alike.
+
+        Returns:
+            `kept` with `update` in it, in the dtype of `kept`.
+        """
+        update = ops.cast(update, kept.dtype)
         if keras.config.backend() == "torch":
-            # `ops.slice_update` reads the index back into Python; an index
-            # kernel leaves it on the device.
-            where = ops.cast(slots(index, update.shape[2]), "int64")
-            return entry.index_copy(2, where, update)
-        return ops.slice_update(entry, start_at(0, 0, index, 0), update)
+            return write_with_torch(kept.clone(), update, places)
+        # The last token that is at a place, if there is one.
+        is_at = places[:, None, :] == slots(0, ops.shape(kept)[2])[:, :, None]
+        source = ops.argmax(ops.cast(is_at, "int32"), axis=2)
+        return _where(ops.any(is_at, axis=2), update, source, kept)
 
     def attention(self, cache, length):
         """What attends to a cache in place of `attend()`.
@@ -95,7 +118,33 @@ def access():
     return _access.get() or _of_the_caller
 
 
-def _write_differentiably(entry, update, index):
+def write_with_jax(kept, update, index):
+    """`Access.write()` in slices, which XLA writes in place if it may."""
+    import jax
+
+    if not is_per_row(index):
+        return ops.slice_update(kept, start_at(0, 0, index, 0), update)
+
+    def write_row(kept, update, index):
+        return ops.slice_update(kept, start_at(0, index, 0), update)
+
+    return jax.vmap(write_row)(kept, update, ops.cast(index, "int32"))
+
+
+def write_with_torch(kept, update, places):
+    """`Access.put()` in place, by a kernel that leaves indices on the device.
+
+    `ops.slice_update` reads them back into Python.
+    """
+    places = ops.cast(places, "int64")
+    if places.shape[0] == 1:
+        return kept.index_copy_(2, places[0], update)
+    rows = ops.arange(kept.shape[0], dtype="int64")[:, None]
+    kept[rows, :, places] = ops.swapaxes(update, 1, 2)
+    return kept
+
+
+def _write_differentiably(kept, update, index):
     """`ops.slice_update` in operations that TensorFlow can derive and export.
 
     What Keras makes of that is XLA's alone.
@@ -103,11 +152,26 @@ def _write_differentiably(entry, update, index):
     import tensorflow as tf
 
     index, length = ops.cast(index, "int32"), ops.shape(update)[2]
-    if tf.executing_eagerly():
-        before, after = entry[:, :, :index], entry[:, :, index + length :]
+    if tf.executing_eagerly() and not is_per_row(index):
+        before, after = kept[:, :, :index], kept[:, :, index + length :]
         return tf.concat([before, update, after], axis=2)
     # Compiled, no shape may depend on the index.
-    row = slots(0, ops.shape(entry)[2]) - index
-    written = ops.logical_and(row >= 0, row < length)[:, None]
-    rows = ops.take(update, ops.clip(row, 0, length - 1), axis=2)
-    return ops.where(written, rows, entry)
+    source = slots(0, ops.shape(kept)[2]) - ops.reshape(index, (-1, 1))
+    written = ops.logical_and(source >= 0, source < length)
+    return _where(written, update, ops.clip(source, 0, length - 1), kept)
+
+
+def _where(written, update, source, kept):
+    """Takes tokens of `update` for some places, and for others what is kept.
+
+    Args:
+        written: bool `(B or 1, S)`. Which places are written.
+        update: Tensor `(B, key_value_heads, T, head_dim)`.
+        source: int32 `(B or 1, S)`. Which token.
+        kept: Tensor `(B, key_value_heads, S, head_dim)`.
+    """
+    if source.shape[0] == 1:
+        tokens = ops.take(update, source[0], axis=2)
+    else:
+        tokens = ops.take_along_axis(update, source[:, None, :, None], axis=2)
+    return ops.where(written[:, None, :, None], tokens, kept)

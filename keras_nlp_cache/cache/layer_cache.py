@@ -1,17 +1,19 @@
 """What a key/value cache is, and the one verb that changes it.
 
 A *cache* is a tuple with one entry per call of a layer that remembers, a
-`(key, value)` pair of tensors of shape `(batch, key_value_heads, max_length,
-head_dim)`. Heads come before slots so that the slots of one head lie next to
-each other in memory: on XLA:CPU that makes a decode step three times as fast as
-the `(batch, max_length, heads, head_dim)` layout.
+`(key, value)` pair. How each half is kept is the business of a *policy*, see
+`policies/`. By default it is a tensor of shape `(batch, key_value_heads,
+max_length, head_dim)`. Heads come before slots so that the slots of one head
+lie next to each other in memory: on XLA:CPU that makes a decode step three
+times as fast as the `(batch, max_length, heads, head_dim)` layout.
 """
 
 import typing
 
 from keras import ops
 
-from keras_nlp_cache.cache.access import access
+from keras_nlp_cache.cache.kept import read_slots
+from keras_nlp_cache.cache.kept import update
 from keras_nlp_cache.cache.masks import additive
 from keras_nlp_cache.cache.masks import causal_mask
 from keras_nlp_cache.cache.slots import slot_distance
@@ -26,9 +28,11 @@ class LayerCache(typing.NamedTuple):
     upstream's own code runs.
 
     Args:
-        key: Tensor `(B, key_value_heads, S, head_dim)`.
-        value: Tensor `(B, key_value_heads, S, head_dim)`.
-        index: int32 scalar. The slot at which this call starts to write.
+        key: What is kept of the keys of `S` slots, of `key_value_heads` heads
+            of `head_dim` numbers.
+        value: What is kept of the values.
+        index: int32, `()` or `(B,)`. The slot at which this call starts to
+            write, in all rows or in each.
         positions: int32 tensor `(B or 1, T)`. Where each token stands in the
             text, for rotary and learned position embeddings.
         mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits. If the
@@ -58,14 +62,14 @@ class LayerCache(typing.NamedTuple):
                 "0 to fill an empty cache."
             )
         key, value = pair
-        total = ops.shape(key)[2]
+        distance = slot_distance(index, length, read_slots(key, index, length))
         return cls(
             key=key,
             value=value,
             index=ops.convert_to_tensor(index, "int32"),
-            positions=slots(index, length)[None, :],
-            mask=causal_mask(index, length, total, window)[None, None],
-            distance=slot_distance(index, length, total)[None],
+            positions=slots(index, length),
+            mask=causal_mask(distance, window)[:, None],
+            distance=distance,
         )
 
     @classmethod
@@ -77,14 +81,11 @@ class LayerCache(typing.NamedTuple):
             length: int, `T`.
             window: Optional int. See `causal_mask()`.
         """
+        distance = slot_distance(0, length, slots(0, length))
         mask = additive(attention_mask)[:, None]
         if window is not None:
-            mask = mask + causal_mask(0, length, length, window)
-        return cls(
-            positions=slots(0, length)[None, :],
-            mask=mask,
-            distance=slot_distance(0, length, length)[None],
-        )
+            mask = mask + causal_mask(distance, window)[:, None]
+        return cls(positions=slots(0, length), mask=mask, distance=distance)
 
     def update(self, key, value):
         """Remembers the keys and values of this call's tokens.
@@ -94,13 +95,12 @@ class LayerCache(typing.NamedTuple):
             value: Tensor `(B, key_value_heads, T, head_dim)`.
 
         Returns:
-            The `LayerCache` that holds all keys and values up to now: those
-            of the cache with the new ones written at `index`, or just the new
-            ones if there is no cache.
+            `(entry, key, value)`: the pair of what is kept now, and what
+            attention is to read. Without an entry, that is a pair of `None`,
+            and the new keys and values.
         """
         if self.key is None:
-            return self._replace(key=key, value=value)
-        return self._replace(
-            key=access().write(self.key, key, self.index),
-            value=access().write(self.value, value, self.index),
-        )
+            return (None, None), key, value
+        new_key, key = update(self.key, key, self.index)
+        new_value, value = update(self.value, value, self.index)
+        return (new_key, new_value), key, value

@@ -5,27 +5,23 @@ They are added to the logits of attention, and to each other.
 
 from keras import ops
 
-from keras_nlp_cache.cache.slots import slot_distance
-
 # Added to the logits of slots that may not be attended. Large enough to vanish
 # in a softmax, small enough that several of them can be summed in float32.
 MASKED = -1e9
 
 
-def causal_mask(index, length, max_length, window=None):
+def causal_mask(distance, window=None):
     """Additive mask that hides the future, and the past beyond a window.
 
     Args:
-        index: int scalar. The slot of the first query.
-        length: int. The number of queries, `T`.
-        max_length: int. The number of slots, `S`.
+        distance: int tensor of any shape. How many slots each slot is behind
+            each query. See `slot_distance()`.
         window: Optional int. A query sees itself and the `window - 1` slots
             before it. Defaults to `None`, all of them.
 
     Returns:
-        A float32 tensor `(T, S)`: 0 where attended, `MASKED` elsewhere.
+        A float32 tensor of that shape: 0 where attended, `MASKED` elsewhere.
     """
-    distance = slot_distance(index, length, max_length)
     seen = distance >= 0
     if window is not None:
         seen = ops.logical_and(seen, distance < window)

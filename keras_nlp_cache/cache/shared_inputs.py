@@ -9,9 +9,12 @@ upstream's own code then does all that is to be done.
 import keras
 from keras import ops
 
+from keras_nlp_cache.cache.kept import has_policy
+from keras_nlp_cache.cache.kept import read_slots
 from keras_nlp_cache.cache.masks import additive
 from keras_nlp_cache.cache.masks import causal_mask
 from keras_nlp_cache.cache.masks import MASKED
+from keras_nlp_cache.cache.slots import columns
 from keras_nlp_cache.cache.slots import slot_distance
 from keras_nlp_cache.cache.slots import slot_positions
 from keras_nlp_cache.cache.slots import slots
@@ -35,13 +38,13 @@ class Positions(Weightless):
 
     Call arguments:
         token_ids: Tensor `(B, T)`. Only its shape is used.
-        index: Optional int scalar, the slot at which the call writes.
+        index: Optional int, `()` or `(B,)`, the slot at which the call writes.
         token_positions: Optional int tensor `(B, T)`.
         attention_mask: Optional tensor. Only whether there is one matters.
 
     Returns:
-        int32, `(B, T)` if positions were given and else `(1, T)`. `None` if
-        there is nothing of ours to do.
+        int32, `(B, T)` if positions were given, or an index for each row, and
+        else `(1, T)`. `None` if there is nothing of ours to do.
     """
 
     def call(
@@ -52,30 +55,43 @@ class Positions(Weightless):
         if index is None and attention_mask is None:
             return None
         index = 0 if index is None else index
-        return slots(index, ops.shape(token_ids)[1])[None, :]
+        return slots(index, ops.shape(token_ids)[1])
 
     def compute_output_spec(
         self, token_ids, index=None, token_positions=None, attention_mask=None
     ):
-        batch, length = token_ids.shape
-        shared = token_positions is None
-        return keras.KerasTensor((1 if shared else batch, length), "int32")
+        return keras.KerasTensor((None, token_ids.shape[1]), "int32")
 
 
-def _distance(positions, padding_mask, key, index, token_positions):
-    """How many positions each slot stands behind each token, `(B or 1, T, S)`.
+class Behind:
+    """How far behind the tokens of a call stand those that it may attend to.
 
-    Takes the call arguments of `Distance`, with positions that are not `None`.
+    Takes the call arguments of `AttentionMask`, with positions that are not
+    `None`.
+
+    Attributes:
+        read: int32 `(B or 1, S)`. The slots that attention reads.
+        in_slots: int32 `(B or 1, T, S)`. How many slots they are behind.
     """
-    length = ops.shape(positions)[1]
-    max_length = length if key is None else ops.shape(key)[2]
-    index = 0 if index is None else index
-    if token_positions is None:
-        return slot_distance(index, length, max_length)[None]
-    keys = positions
-    if key is not None:
-        keys = slot_positions(positions, padding_mask, index, max_length)
-    return positions[:, :, None] - keys[:, None, :]
+
+    def __init__(self, positions, padding_mask, key, index, token_positions):
+        length = ops.shape(positions)[1]
+        self._index = 0 if index is None else index
+        self._positions, self._padding_mask = positions, padding_mask
+        self._are_slots = token_positions is None
+        self.read = slots(0, length)
+        if key is not None:
+            self.read = read_slots(key, self._index, length)
+        self.in_slots = slot_distance(self._index, length, self.read)
+
+    def in_positions(self):
+        """How many positions of the text they are behind."""
+        if self._are_slots:
+            return self.in_slots
+        keys = slot_positions(
+            self._positions, self._padding_mask, self._index, self.read
+        )
+        return self._positions[:, :, None] - keys[:, None, :]
 
 
 class Distance(Weightless):
@@ -98,7 +114,14 @@ class Distance(Weightless):
     ):
         if positions is None:
             return None
-        return _distance(positions, padding_mask, key, index, token_positions)
+        behind = Behind(positions, padding_mask, key, index, token_positions)
+        distance = behind.in_positions()
+        if hasattr(key, "nearer"):
+            slot = slots(0 if index is None else index, positions.shape[1])
+            is_first = behind.read[:, None, :] < key.count
+            nearer = key.nearer(slot)[:, :, None]
+            distance = ops.where(is_first, distance - nearer, distance)
+        return distance
 
     def compute_output_spec(
         self,
@@ -110,8 +133,7 @@ class Distance(Weightless):
     ):
         length = positions.shape[1]
         max_length = length if key is None else key.shape[2]
-        batch = 1 if token_positions is None else None
-        return keras.KerasTensor((batch, length, max_length), "int32")
+        return keras.KerasTensor((None, length, max_length), "int32")
 
 
 class AttentionMask(Weightless):
@@ -124,14 +146,15 @@ class AttentionMask(Weightless):
 
     Call arguments:
         positions: What `Positions` returned.
-        padding_mask: Optional tensor, 0 for padding: `(B, S)` with a cache,
-            `(B, T)` without one.
-        key: Optional tensor `(B, heads, S, head_dim)`, the first block's keys.
-            Only its shape is used.
-        index: Optional int scalar, the slot at which the call writes.
-        attention_mask: Optional tensor `(B, T, S)`. Boolean or integer, 0
-            where a query may not attend; or floating, added to the logits. It
-            can hide more than the causal mask does, never less.
+        padding_mask: Optional tensor, 0 for padding: one column for each slot
+            with a cache, `(B, T)` without one.
+        key: Optional, what is kept of the first layer's keys. It says which
+            slots attention reads.
+        index: Optional int, `()` or `(B,)`, the slot at which the call writes.
+        attention_mask: Optional tensor, `(B, T)` and one column for each slot.
+            Boolean or integer, 0 where a query may not attend; or floating,
+            added to the logits. It can hide more than the causal mask does,
+            never less.
         token_positions: Optional int tensor `(B, T)`, for a window.
 
     Returns:
@@ -154,22 +177,30 @@ class AttentionMask(Weightless):
     ):
         if positions is None:
             return None
-        length = ops.shape(positions)[1]
-        max_length = length if key is None else ops.shape(key)[2]
-        index = 0 if index is None else index
-        window = self.window if token_positions is None else None
-        mask = causal_mask(index, length, max_length, window)[None, None]
-        if self.window is not None and token_positions is not None:
-            distance = _distance(
-                positions, padding_mask, key, index, token_positions
-            )
-            mask = mask + additive(distance < self.window)[:, None]
+        behind = Behind(positions, padding_mask, key, index, token_positions)
+        if token_positions is None:
+            mask = causal_mask(behind.in_slots, self.window)[:, None]
+        else:
+            mask = causal_mask(behind.in_slots)[:, None]
+            if self.window is not None:
+                near = behind.in_positions() < self.window
+                mask = mask + additive(near)[:, None]
         if padding_mask is not None:
+            padding_mask = _read(padding_mask, key, behind.read)
             mask = mask + additive(padding_mask)[:, None, None, :]
         if attention_mask is not None:
             if not keras.backend.is_float_dtype(attention_mask.dtype):
                 attention_mask = additive(attention_mask)
+            attention_mask = _read(attention_mask, key, behind.read)
             mask = mask + ops.cast(attention_mask, "float32")[:, None]
+        if has_policy(key):
+            seen = behind.read[:, None, :] >= 0
+            if hasattr(key, "sees"):
+                seen = ops.logical_and(
+                    seen, key.sees(behind.read, behind.in_slots)
+                )
+            mask = mask + additive(seen)[:, None]
+        if attention_mask is not None:
             # A softmax over infinities would not be a number.
             mask = ops.maximum(mask, 4 * MASKED)
         return mask
@@ -185,6 +216,24 @@ class AttentionMask(Weightless):
     ):
         length = positions.shape[1]
         max_length = length if key is None else key.shape[2]
-        given = (padding_mask, attention_mask, token_positions)
-        batch = 1 if all(x is None for x in given) else None
-        return keras.KerasTensor((batch, 1, length, max_length))
+        return keras.KerasTensor((None, 1, length, max_length))
+
+
+def _read(x, key, read):
+    """Of something with a column for each slot, those that attention reads."""
+    if not has_policy(key):
+        return x
+    if len(x.shape) == 2:
+        return columns(x, read)
+    batch, length, count = ops.shape(x)
+    return ops.reshape(
+        columns(
+            ops.reshape(x, (batch * length, count)),
+            ops.repeat(
+                ops.broadcast_to(read, (batch, ops.shape(read)[1])),
+                length,
+                axis=0,
+            ),
+        ),
+        (batch, length, -1),
+    )

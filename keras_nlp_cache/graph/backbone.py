@@ -88,8 +88,8 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             - `"padding_mask"`: bool or int, 0 for padding. `(B, T)` without a
               cache, `(B, S)` with one, where `S` is the cache's length.
             - `"cache"`: from `make_cache()` or an earlier call.
-            - `"cache_update_index"`: int scalar, the slot of the first token.
-              Goes with `"cache"`.
+            - `"cache_update_index"`: int, `()` or `(B,)`, the slot of the first
+              token, in all rows or in each. Goes with `"cache"`.
             - `"token_positions"`: int, `(B, T)`. Where each token stands in
               the text. Defaults to its slot. A sliding window counts them. A
               cache does not remember them: tokens of earlier calls are taken
@@ -180,6 +180,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         inputs, outputs = wiring.graph(hidden_states, dict(taps))
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self._positions = wiring.positions
+        self.cache_windows = tuple(wiring.windows)
         # Losses and metrics see the hidden states alone.
         self.output_names = self.output_names[:1]
 

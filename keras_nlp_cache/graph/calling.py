@@ -4,6 +4,9 @@ import keras
 from keras import ops
 from keras import tree
 
+from keras_nlp_cache.cache import policies
+from keras_nlp_cache.cache.int8 import Int8
+from keras_nlp_cache.cache.kept import has_policy
 from keras_nlp_cache.graph.inputs import normalize
 
 
@@ -31,6 +34,20 @@ def floating_dtype(name, dtype):
             f"Expected `{name}` to be a floating dtype. Received: {dtype}."
         )
     return dtype
+
+
+def flatten(x):
+    """Does what `tree.flatten()` does, but for what a policy keeps.
+
+    In a graph, that stands for one tensor, whatever it is made of.
+    """
+    if isinstance(x, dict):
+        x = [x[key] for key in sorted(x)]
+    elif not isinstance(x, (list, tuple)) or isinstance(x, Int8):
+        return [x]
+    elif has_policy(x):
+        return [x]
+    return [z for y in x for z in flatten(y)]
 
 
 def dense(x):
@@ -79,32 +96,46 @@ class CachedGraph:
         return None
 
     @plain_python
-    def make_cache(self, batch_size, max_length, dtype=None):
+    def make_cache(
+        self, batch_size, max_length, dtype=None, policy=None, zeros=ops.zeros
+    ):
         """Makes an empty cache.
 
         Args:
             batch_size: int. Number of sequences.
             max_length: int. Number of slots, the longest sequence that fits.
             dtype: Optional floating dtype. Defaults to the compute dtype.
+            policy: Which tokens are kept, and how: `"full"`, all of them, the
+                default; `"rotating"`, of layers with a window only as many as
+                that; `"int8"`, all in eight bits a number; or a policy of
+                `keras_nlp_cache.cache.policies`.
+            zeros: Function from a shape and a dtype to a tensor, for who has
+                one to write over.
 
         Returns:
-            A tuple with one `(key, value)` pair per decoder block, each a
-            tensor of zeros `(batch_size, key_value_heads, max_length,
-            head_dim)`.
+            A tuple with one `(key, value)` pair per layer that remembers. By
+            default each is a tensor of zeros `(batch_size, key_value_heads,
+            max_length, head_dim)`, otherwise what the policy makes.
 
         Raises:
             ValueError: If a size is not a positive integer, if `max_length`
-                exceeds the positions of the model, or if `dtype` is not
-                floating.
+                exceeds the positions of the model, if `dtype` is not floating,
+                or if there is no such policy, or none for this model.
         """
         self.check_cache_size(batch_size, max_length)
         dtype = floating_dtype("dtype", dtype or self.compute_dtype)
+        policy = policies.get(policy)
+        policy.check(self)
         return tuple(
             tuple(
-                ops.zeros((batch_size, heads, max_length, dim), dtype=dtype)
+                policy.make(
+                    (batch_size, heads, max_length, dim), dtype, window, zeros
+                )
                 for _ in range(2)
             )
-            for heads, dim in self.cache_spec
+            for (heads, dim), window in zip(
+                self.cache_spec, self.cache_windows, strict=True
+            )
         )
 
     def check_cache_size(self, batch_size, max_length):
@@ -199,7 +230,7 @@ class CachedGraph:
         # Keras' own runs on what `inputs` lists, and takes the number of a
         # call's outputs from the first call of a layer, which for a block is
         # one without a cache.
-        values = dict(zip(map(id, self._inputs), tree.flatten(inputs)))
+        values = dict(zip(map(id, self._inputs), flatten(inputs)))
         for depth in sorted(self._nodes_by_depth, reverse=True):
             for node in self._nodes_by_depth[depth]:
                 if any(id(x) not in values for x in node.input_tensors):
@@ -210,7 +241,7 @@ class CachedGraph:
                 if call_fn is None:
                     args, kwargs = node.arguments.fill_in(values)
                     outputs = operation_fn(node.operation)(*args, **kwargs)
-                values.update(zip(map(id, node.outputs), tree.flatten(outputs)))
+                values.update(zip(map(id, node.outputs), flatten(outputs)))
         if any(id(x) not in values for x in self._outputs):
             raise ValueError(
                 "Expected all outputs of the graph to be computed from its "
@@ -222,7 +253,7 @@ class CachedGraph:
     def _standardize_inputs(self, inputs):
         # Keras would cast each input to the dtype that the graph declares,
         # and with it a cache made in another dtype on request.
-        return tree.flatten(inputs)
+        return flatten(inputs)
 
     @property
     def input(self):

@@ -12,6 +12,11 @@ symbolic call, and values while a function is being compiled.
 import keras
 import numpy as np
 from keras import ops
+from keras import tree
+
+from keras_nlp_cache.cache.int8 import Int8
+from keras_nlp_cache.cache.kept import has_policy
+from keras_nlp_cache.cache.slots import is_per_row
 
 REQUIRED = ("token_ids",)
 OPTIONAL = (
@@ -71,8 +76,8 @@ def normalize(inputs, cache_spec, max_positions=None, further=()):
             )
     else:
         cache = _check_cache(cache, cache_spec, batch)
-        max_length = cache[0][0].shape[2]
-        index = _check_index(index, length, max_length)
+        max_length = _slots(cache)
+        index = _check_index(index, batch, length, max_length)
 
     padding_mask = inputs.get("padding_mask")
     if padding_mask is not None:
@@ -204,37 +209,80 @@ def _check_cache(cache, cache_spec, batch):
             f"{_describe(cache)}. {stacked if _is_stacked(cache) else ''}"
             f"{_HOW_TO_MAKE_A_CACHE}"
         )
-    checked, first = [], None
-    for i, (pair, (heads, head_dim)) in enumerate(zip(cache, cache_spec)):
+    first = None
+    for i, pair in enumerate(cache):
         if not _is_pair(pair) or any(x is None for x in pair):
             raise ValueError(
                 f"Expected `cache[{i}]` to be a (key, value) pair of tensors. "
                 f"Received: {_describe(pair)}. {_HOW_TO_MAKE_A_CACHE}"
             )
-        for j, x in enumerate(pair):
-            x = _tensor(f"cache[{i}][{j}]", x)
-            first = x if first is None else first
-            known = len(first.shape) == 4
-            _check_shape(
-                f"cache[{i}][{j}]",
-                x,
-                hint=_HOW_TO_MAKE_A_CACHE,
-                batch=batch,
-                key_value_heads=heads,
-                max_length=first.shape[2] if known else None,
-                head_dim=head_dim,
+    cache = _as_tensors(cache)
+    for i, (pair, (heads, head_dim)) in enumerate(zip(cache, cache_spec)):
+        for j, kept in enumerate(pair):
+            name = f"cache[{i}][{j}]"
+            for x, head_dim_of_x in _stored(kept, head_dim):
+                first = x if first is None else first
+                _check_shape(
+                    name,
+                    x,
+                    hint=_HOW_TO_MAKE_A_CACHE,
+                    batch=batch,
+                    key_value_heads=heads,
+                    max_length=_places(kept, cache),
+                    head_dim=head_dim_of_x,
+                )
+                _check_cache_dtype(name, kept, x, first)
+    return cache
+
+
+def _as_tensors(cache):
+    """A cache of arrays and tensors as one of tensors alone."""
+    return tuple(
+        tuple(
+            tree.map_structure(
+                lambda x, name=f"cache[{i}][{j}]": _tensor(name, x), kept
             )
-            _check_cache_dtype(f"cache[{i}][{j}]", x, first)
-            checked.append(x)
-    return tuple(zip(checked[::2], checked[1::2]))
+            for j, kept in enumerate(pair)
+        )
+        for i, pair in enumerate(cache)
+    )
 
 
-def _check_cache_dtype(name, x, first):
+def _stored(kept, head_dim):
+    """Yields each tensor with a place for each token, and its last size."""
+    if has_policy(kept):
+        kept = kept.stored
+    if isinstance(kept, Int8):
+        yield kept.values, head_dim
+        yield kept.scale, 1
+    else:
+        yield kept, head_dim
+
+
+def _places(kept, cache):
+    """How many places something is to have, `None` if it is free to choose."""
+    if has_policy(kept):
+        return None
+    return _slots(cache)
+
+
+def _slots(cache):
+    """How many slots a cache has, `None` if it takes any number of tokens."""
+    for pair in cache:
+        for kept in pair:
+            if not has_policy(kept):
+                x, _ = next(_stored(kept, None))
+                known = x.shape is not None and len(x.shape) == 4
+                return x.shape[2] if known else None
+    return None
+
+
+def _check_cache_dtype(name, kept, x, first):
     dtype = keras.backend.standardize_dtype(x.dtype)
     expected = keras.backend.standardize_dtype(first.dtype)
-    if not keras.backend.is_float_dtype(dtype):
+    if not tree.is_nested(kept) and not keras.backend.is_float_dtype(dtype):
         expected = "a floating dtype"
-    elif dtype == expected:
+    elif tree.is_nested(kept) or dtype == expected:
         return
     raise ValueError(
         f"Expected `{name}` to have {expected}, as all of a cache has one "
@@ -242,7 +290,7 @@ def _check_cache_dtype(name, x, first):
     )
 
 
-def _check_index(index, length, max_length):
+def _check_index(index, batch, length, max_length):
     if isinstance(index, keras.KerasTensor):
         return index
     if index is None:
@@ -251,34 +299,55 @@ def _check_index(index, length, max_length):
             "`token_ids`, with a `cache`. Received: None. Pass 0 to fill an "
             "empty cache."
         )
-    if not _is_integer_scalar(index):
+    if isinstance(index, (list, tuple)):
+        index = np.asarray(index)
+    if not (_is_integer(index) and _is_of_rows(index, batch)):
         raise ValueError(
             "Expected `cache_update_index` to be one integer, the same for "
-            f"all rows of the batch. Received: {_describe(index)}."
+            f"all rows of the batch, or one for each of them, ({batch},). "
+            f"Received: {_describe(index)}."
         )
     value = _concrete(index)
     if value is None or not isinstance(length, int):
         return index
-    if value < 0:
+    if np.min(value, initial=0) < 0:
         raise ValueError(
-            f"Expected `cache_update_index` to be 0 or more. Received: {value}."
+            "Expected `cache_update_index` to be 0 or more. Received: "
+            f"{value}{_first_row(value, np.min)}."
         )
-    if isinstance(max_length, int) and value + length > max_length:
+    last = int(np.max(value, initial=0))
+    if isinstance(max_length, int) and last + length > max_length:
         raise ValueError(
             f"Expected `cache_update_index` and {length} tokens to stay "
             f"within the {max_length} slots of the cache. Received: "
             f"cache_update_index={value}, which writes up to slot "
-            f"{value + length - 1}. Make a longer cache, or pass fewer tokens."
+            f"{last + length - 1}{_first_row(value, np.max)}. Make a longer "
+            "cache, or pass fewer tokens."
         )
     return value
 
 
-def _is_integer_scalar(x):
+def _is_of_rows(index, batch):
+    """Whether an index is one number, or one for each row of a batch."""
+    if not is_per_row(index):
+        return True
+    count = index.shape[0]
+    return len(index.shape) == 1 and (count == batch or None in (count, batch))
+
+
+def _first_row(value, worst):
+    """Names the first row with the worst value, where each has its own."""
+    if isinstance(value, int):
+        return ""
+    return f" in row {int(np.argmax(value == worst(value)))}"
+
+
+def _is_integer(x):
     if isinstance(x, (bool, np.bool_)):
         return False
     if isinstance(x, (int, np.integer)):
         return True
-    if not hasattr(x, "dtype") or len(x.shape) != 0:
+    if not hasattr(x, "dtype"):
         return False
     return "int" in keras.backend.standardize_dtype(x.dtype)
 
@@ -311,8 +380,10 @@ def _check_additive(mask):
 
 def _check_positions(positions, index, length, max_positions):
     if positions is None:
-        first = index if isinstance(index, int) else 0
-        last = first + length - 1 if isinstance(length, int) else first
+        known = index is None or isinstance(index, (int, np.ndarray))
+        index = index if known and index is not None else 0
+        first, last = int(np.min(index)), int(np.max(index))
+        last += length - 1 if isinstance(length, int) else 0
     elif isinstance(positions, keras.KerasTensor):
         return
     else:

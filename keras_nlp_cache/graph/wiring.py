@@ -47,6 +47,8 @@ class Wiring:
             `positions`.
         blocks: The decoder blocks, in the order in which they were called. One
             that was called twice stands there twice.
+        windows: For each entry of the cache, how many tokens a query of its
+            layer sees, `None` for all.
     """
 
     def __init__(self, dtype, graph=None):
@@ -54,6 +56,7 @@ class Wiring:
         self._graph = graph
         self._caches = []
         self._updated = []
+        self.windows = []
         self._masks = {}
         self._distance = None
         self.blocks = []
@@ -180,28 +183,34 @@ class Wiring:
             for name in ("key", "value")
         )
         self._caches.append((key, value))
+        self.windows.append(layer.window)
         return LayerCache(
             key=key,
             value=value,
             index=self.inputs["cache_update_index"],
             positions=self.positions,
-            mask=self._mask(layer.window),
-            distance=self._slot_distance() if layer.wants_distance else None,
+            mask=self._mask(layer.window, key),
+            distance=self._slot_distance(key) if layer.wants_distance else None,
         )
 
-    def _slot_distance(self):
+    def _slot_distance(self, key):
+        """The distances in all layers that want them."""
         if self._distance is None:
             self._distance = Distance(dtype=self._dtype, name="distance")(
                 self.positions,
                 padding_mask=self.inputs["padding_mask"],
-                key=self._caches[0][0],
+                key=key,
                 index=self.inputs["cache_update_index"],
                 token_positions=self.inputs["token_positions"],
             )
         return self._distance
 
-    def _mask(self, window):
-        """The mask of all layers that have a window of this size, or none."""
+    def _mask(self, window, key):
+        """The mask of all layers that have a window of this size, or none.
+
+        A policy keeps the same tokens in all of these, so that the first one's
+        keys tell of all.
+        """
         if window not in self._masks:
             name, positions = "mask", None
             if window is not None:
@@ -212,7 +221,7 @@ class Wiring:
             )(
                 self.positions,
                 padding_mask=self.inputs["padding_mask"],
-                key=self._caches[0][0],
+                key=key,
                 index=self.inputs["cache_update_index"],
                 attention_mask=self.inputs["attention_mask"],
                 token_positions=positions,

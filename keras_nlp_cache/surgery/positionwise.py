@@ -187,7 +187,7 @@ def check_attention(
         rows, count = positions.shape
         # A query that is alone sees a slot more, but for what the mask hides.
         slots = length + 1 if count == 1 else count
-        mask = causal_mask(0, length, slots)
+        mask = causal_mask(np.arange(length)[:, None] - np.arange(slots))
         mask = ops.take(mask, ops.reshape(positions, (-1,)), axis=0)
         distance = positions[:, None, :, None] - np.arange(slots)
         values = {"sink": sink, "bias": -slope * ops.cast(distance, "float32")}

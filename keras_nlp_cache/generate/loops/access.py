@@ -13,6 +13,11 @@ from keras import ops
 
 from keras_nlp_cache.attention.blockwise import attend_in_blocks
 from keras_nlp_cache.cache.access import Access
+from keras_nlp_cache.cache.access import write_with_jax
+from keras_nlp_cache.cache.access import write_with_torch
+from keras_nlp_cache.cache.kept import has_policy
+from keras_nlp_cache.cache.kept import places
+from keras_nlp_cache.cache.slots import is_per_row
 from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.experts.mixture import one_by_one
@@ -53,15 +58,12 @@ class XLAAccess(LoopAccess):
     there is another, and all slots are read.
     """
 
-    def write(self, entry, update, index):
-        update = ops.cast(update, entry.dtype)
-        return ops.slice_update(entry, start_at(0, 0, index, 0), update)
-
     def attention(self, cache, length):
         if cache.key is None or self.on_an_accelerator():
             return None
-        filled = ops.cast(cache.index, "int32") + length
-        return functools.partial(attend_in_blocks, filled=filled)
+        return functools.partial(
+            attend_in_blocks, filled=_filled(cache, length)
+        )
 
     @property
     def experts(self):
@@ -70,6 +72,16 @@ class XLAAccess(LoopAccess):
 
 class JaxAccess(XLAAccess):
     """Access for loops on JAX."""
+
+    def write(self, kept, update, index):
+        return write_with_jax(kept, ops.cast(update, kept.dtype), index)
+
+    def put(self, kept, update, where):
+        update = ops.cast(update, kept.dtype)
+        if where.shape[0] == 1:
+            return kept.at[:, :, where[0]].set(update)
+        rows = slots(0, kept.shape[0])[0][:, None]
+        return kept.at[rows, :, where].set(ops.swapaxes(update, 1, 2))
 
     def on_an_accelerator(self):
         import jax
@@ -83,11 +95,37 @@ class JaxAccess(XLAAccess):
         return dense(x)
 
 
+def _filled(cache, length):
+    """How many of the first tokens that attention reads are to be read.
+
+    int32 scalar, of the row that has most.
+    """
+    index = ops.max(ops.cast(cache.index, "int32"))
+    if not has_policy(cache.key):
+        return index + length
+    count = places(cache.key.stored)
+    if length == 1:
+        return ops.minimum(index + 1, count)
+    return ops.convert_to_tensor(count + length, "int32")
+
+
 class TensorFlowAccess(XLAAccess):
     """Access for loops on TensorFlow.
 
     Writes in an operation of XLA's that has no gradient.
     """
+
+    def write(self, kept, update, index):
+        update = ops.cast(update, kept.dtype)
+        if not is_per_row(index):
+            return ops.slice_update(kept, start_at(0, 0, index, 0), update)
+        for row in range(update.shape[0]):
+            kept = ops.slice_update(
+                kept,
+                start_at(row, 0, index[row], 0),
+                update[row : row + 1],
+            )
+        return kept
 
     def on_an_accelerator(self):
         import tensorflow as tf
@@ -129,17 +167,19 @@ class TorchAccess(LoopAccess):
             return None
         return functools.partial(together, product=product)
 
-    def write(self, entry, update, index):
-        where = ops.cast(slots(index, update.shape[2]), "int64")
-        return entry.index_copy_(2, where, ops.cast(update, entry.dtype))
+    def write(self, kept, update, index):
+        return self.put(kept, update, slots(index, update.shape[2]))
+
+    def put(self, kept, update, where):
+        update = ops.cast(update, kept.dtype)
+        return write_with_torch(kept, update, where)
 
     def attention(self, cache, length):
         from keras_nlp_cache.attention.torch_prefix import attend_prefix
 
         if cache.key is None:
             return None
-        filled = ops.cast(cache.index, "int32") + length
-        return functools.partial(attend_prefix, filled=filled)
+        return functools.partial(attend_prefix, filled=_filled(cache, length))
 
 
 def in_order_of_kernel(equation):

@@ -1,0 +1,100 @@
+"""How keys or values are kept, whatever the policy.
+
+What is *kept* of keys or of values is *stored* as a tensor `(B,
+key_value_heads, S, head_dim)`, or as an `Int8`, in places that belong to slots
+one after the other. Or it is an object of a policy, which says otherwise: a
+named tuple with the methods `update()` and `read_slots()` of this module, and
+`loses`, whether tokens may lose their place to later ones. Of all tensors in
+it, the first axis is the batch; of what is stored, the third are the places.
+"""
+
+from keras import ops
+from keras import tree
+
+from keras_nlp_cache.cache.access import access
+from keras_nlp_cache.cache.int8 import Int8
+from keras_nlp_cache.cache.slots import slots
+
+
+def update(kept, x, index):
+    """Keeps the keys or values of some more tokens.
+
+    Args:
+        kept: What is kept up to now.
+        x: Tensor `(B, key_value_heads, T, head_dim)`.
+        index: int32, `()` or `(B,)`. The slot of the first of the tokens.
+
+    Returns:
+        `(kept, read)`: what is kept now, and what attention reads of it, a
+        tensor or an `Int8`.
+    """
+    if has_policy(kept):
+        return kept.update(x, index)
+    written = write(kept, x, index)
+    return written, written
+
+
+def read_slots(kept, index, length):
+    """The slots of what attention reads, in the order in which it does.
+
+    Args:
+        kept: What is kept before a call.
+        index: int32, `()` or `(B,)`. The slot of the first of its tokens.
+        length: int. How many tokens it has.
+
+    Returns:
+        int32 `(B or 1, S)`, negative where there is nothing to read yet.
+    """
+    if has_policy(kept):
+        return kept.read_slots(index, length)
+    return slots(0, places(kept))
+
+
+def has_policy(kept):
+    """Whether places belong to other slots than those of their number."""
+    return hasattr(kept, "read_slots")
+
+
+def places(stored):
+    """For how many tokens there is a place."""
+    return ops.shape(tree.flatten(stored)[0])[2]
+
+
+def write(stored, x, place):
+    """Stores tokens in places that lie side by side.
+
+    Args:
+        stored: What is stored up to now.
+        x: Tensor `(B, key_value_heads, T, head_dim)`.
+        place: int32, `()` or `(B,)`. The place of the first token.
+    """
+    return tree.map_structure(
+        lambda old, new: access().write(old, new, place),
+        stored,
+        as_stored(x, stored),
+    )
+
+
+def put(stored, x, where):
+    """Stores tokens in any places, int32 `(B or 1, T)`, no two alike."""
+    return tree.map_structure(
+        lambda old, new: access().put(old, new, where),
+        stored,
+        as_stored(x, stored),
+    )
+
+
+def join(stored, x):
+    """What is stored, and more tokens behind it."""
+    return tree.map_structure(
+        lambda old, new: ops.concatenate([old, new], axis=2),
+        stored,
+        as_stored(x, stored),
+    )
+
+
+def as_stored(x, like):
+    """Keys or values in the form in which others are stored."""
+    if isinstance(like, Int8):
+        return Int8.of(x)
+    return ops.cast(x, like.dtype)
