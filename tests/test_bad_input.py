@@ -139,9 +139,21 @@ CALLS = {
         lambda b: {"cache_update_index": True},
         ["`cache_update_index`", "one integer", "True"],
     ),
-    "an index per row": (
-        lambda b: {"cache_update_index": np.array([0, 1])},
-        ["`cache_update_index`", "same for all rows", "(2,)"],
+    "an index for each of other rows": (
+        lambda b: {"cache_update_index": np.array([0, 1, 2])},
+        ["`cache_update_index`", "one for each of them", "(2,)", "(3,)"],
+    ),
+    "an index for each row and token": (
+        lambda b: {"cache_update_index": np.zeros((2, 4), "int32")},
+        ["`cache_update_index`", "one for each of them", "(2, 4)"],
+    ),
+    "past the end of one row": (
+        lambda b: {"cache_update_index": np.array([0, 5])},
+        ["`cache_update_index`", "8 slots", "up to slot 8 in row 1"],
+    ),
+    "before the start of one row": (
+        lambda b: {"cache_update_index": np.array([0, -1])},
+        ["`cache_update_index`", "0 or more", "in row 1"],
     ),
     "one row without a batch": (
         lambda b: {"token_ids": TOKENS[0]},

@@ -6,6 +6,7 @@ import tensorflow as tf
 from keras import ops
 from parameterized import parameterized
 
+from keras_nlp_cache.generate.loops.sampling import streams
 from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
@@ -48,9 +49,27 @@ def test_tokens(family):
     assert_same_tokens(family, "greedy")
 
 
-@in_turn("sampler", [x for x in SAMPLERS if x != "greedy"])
+@in_turn("sampler", ("beam", "contrastive"))
 def test_tokens_of_other_samplers(family, sampler):
     assert_same_tokens(family, sampler)
+
+
+@in_turn("sampler", ("top_k", "top_p", "random"))
+def test_rows_are_sampled_as_if_alone(family, sampler):
+    """Each row as upstream alone, with a seed that its number makes."""
+    ours, upstream = family.lm_pair
+    ours.compile(sampler=SAMPLERS[sampler]())
+    together = ours.generate(PROMPTS, stop_token_ids=None)["token_ids"]
+    for row in range(3):
+        one = SAMPLERS[sampler]()
+        (state,) = streams(one, [row])
+        one.seed_generator.state.assign(state)
+        upstream.compile(sampler=one)
+        prompt = {name: x[row : row + 1] for name, x in PROMPTS.items()}
+        alone = upstream.generate(prompt, stop_token_ids=None)["token_ids"]
+        np.testing.assert_array_equal(together[row], alone[0])
+    again = ours.generate(PROMPTS, stop_token_ids=None)["token_ids"]
+    assert (again != together).any()
 
 
 def assert_same_tokens(family, sampler):
@@ -89,8 +108,11 @@ def test_stop_tokens(family):
             stop_token_ids=[int(x) for x in stop],
             **kwargs,
         )
-        for name in ("token_ids", "padding_mask"):
-            np.testing.assert_array_equal(ours[name], upstream[name])
+        is_text = ours["padding_mask"].astype(bool)
+        np.testing.assert_array_equal(is_text, upstream["padding_mask"])
+        np.testing.assert_array_equal(
+            ours["token_ids"][is_text], upstream["token_ids"][is_text]
+        )
         end = ours["padding_mask"].astype(bool).sum(axis=-1)
         assert (end <= lengths + 3).all()
 

@@ -48,18 +48,20 @@ def greedy_lm(family, **kwargs):
 
 def optimized_hlo(loop, generation):
     """What XLA makes of a decode loop, as text."""
+    arguments = loop._bounds(generation, 8, ()), *loop._options(None)
     if BACKEND == "jax":
         lowered = loop._compiled_decode.lower(
-            loop._weights(), [], generation, np.int32(8), np.zeros(8, "int32")
+            loop._weights(), [], generation, *arguments
         )
         return lowered.compile().as_text()
     import tensorflow as tf
 
+    small, *arguments = keras.tree.map_structure(
+        lambda x: tf.convert_to_tensor(x) if hasattr(x, "dtype") else x,
+        (generation._replace(cache=()), *arguments),
+    )
     return loop._compiled_decode.experimental_get_compiler_ir(
-        generation.cache,
-        generation._replace(cache=()),
-        tf.constant(8),
-        tf.zeros(8, "int32"),
+        generation.cache, small, *arguments
     )(stage="optimized_hlo")
 
 
@@ -161,16 +163,16 @@ def test_generation_ends_when_all_rows_are_done():
     free = generate(lm, [4, 6], 40)
     # What the second row says fifth, and the first at some time or never.
     stop = int(free[1, 10])
-    expected = max(
-        (list(row[n:]).index(stop) if stop in row[n:] else 40 - n) + n
+    expected = [
+        (list(row[n:]).index(stop) if stop in row[n:] else 39 - n) + n
         for row, n in zip(free, (4, 6))
-    )
+    ]
     loop = lm.generation_loop
     prompts = random_tokens(2, 40)
     given = padding_mask([4, 6], 40)
     generation = loop.prefill(prompts * given, given, FEWEST_SLOTS)
     generation = loop.decode(generation, 40, [stop])
-    assert int(generation.index) == min(expected, 39)
+    assert ops.convert_to_numpy(generation.index).tolist() == expected
 
 
 def changes():
@@ -275,8 +277,13 @@ def test_a_decode_step_does_not_copy_the_cache(family):
         assert all(a is b for a, b in zip(given, returned))
         ((_, module),) = loop._captured.values()
         names = [str(x.target) for x in module.graph.nodes]
-        assert names.count("aten.index_copy_.default") == len(given)
-        assert "aten.index_copy.default" not in names
+        assert names.count("aten.index_put_.default") == len(given)
+        shapes = [
+            tuple(x.meta["val"].shape)
+            for x in module.graph.nodes
+            if str(x.target) in ("aten.index_put.default", "aten.clone.default")
+        ]
+        assert shape not in shapes
         if "gemma" not in family.name:
             # Gemma's kernels have their input in the middle: (heads, in, out).
             assert "aten.bmm.default" not in names
@@ -466,4 +473,4 @@ def test_samplers_with_a_loop_of_their_own():
         "contrastive": False,
     }.items():
         lm.compile(sampler=sampler)
-        assert loops.generation.supports(lm.sampler) is known
+        assert loops.sampling.supports(lm.sampler) is known

@@ -13,6 +13,7 @@ from keras_hub.src.utils.pipeline_model import PipelineModel
 from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
+from keras_nlp_cache.cache import policies
 from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.files.preset_loader import preset_loader
@@ -22,8 +23,8 @@ from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate import scoring
 from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.batch import generate_batch
-from keras_nlp_cache.generate.loops.generation import Conditions
-from keras_nlp_cache.generate.loops.generation import supports
+from keras_nlp_cache.generate.loops.conditions import Conditions
+from keras_nlp_cache.generate.loops.sampling import supports
 from keras_nlp_cache.generate.session import Session
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.backbone import without_taps
@@ -212,7 +213,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         with accessing(loop_access()):
             return super().generate_step(inputs, stop_token_ids)
 
-    def compile(self, *args, cache_dtype=None, **kwargs):
+    def compile(self, *args, cache_dtype=None, cache_policy=None, **kwargs):
         """Configures training and generation.
 
         Upstream's method. `run_eagerly` and `jit_compile` hold for generation
@@ -224,14 +225,18 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             cache_dtype: Optional floating dtype of the keys and values that
                 are kept while generating. Defaults to the compute dtype.
                 `"bfloat16"` halves the memory of float32.
+            cache_policy: Which of them are kept, and how. See
+                `CachedBackbone.make_cache()`.
             **kwargs: As for `keras_hub.models.CausalLM.compile()`.
 
         Raises:
             ValueError: If `cache_dtype` is not floating, or there is no such
-                sampler.
+                sampler or no such policy, or none for this model.
         """
         if cache_dtype is not None:
             cache_dtype = floating_dtype("cache_dtype", cache_dtype)
+        policy = policies.get(cache_policy)
+        policy.check(self.backbone)
         with loops.outside_of_strategies():
             # For its seeds to be where the cache is.
             sampler = keras_hub.samplers.get(kwargs.pop("sampler", "top_k"))
@@ -241,7 +246,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 f'the name of one, such as "top_k". Received: {sampler!r}.'
             )
         super().compile(*args, sampler=sampler, **kwargs)
-        self.cache_dtype = cache_dtype
+        self.cache_dtype, self.cache_policy = cache_dtype, policy
         self._jit_compile_option = kwargs.get("jit_compile", "auto")
         self._jit_compile_resolved = self.jit_compile
         self._loop = self._compiled_step = None

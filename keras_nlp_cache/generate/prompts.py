@@ -4,7 +4,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_nlp_cache.generate.loops.generation import check_loop
+from keras_nlp_cache.generate.loops.sampling import check_loop
 from keras_nlp_cache.generate.reading import check_empty
 from keras_nlp_cache.graph.backbone import CachedBackbone
 

@@ -5,8 +5,8 @@ from keras import ops
 from keras import tree
 
 from keras_nlp_cache.generate import session_file
-from keras_nlp_cache.generate.loops.generation import check_loop
 from keras_nlp_cache.generate.loops.generation import slots_for
+from keras_nlp_cache.generate.loops.sampling import check_loop
 from keras_nlp_cache.generate.pieces import TextPieces
 from keras_nlp_cache.generate.prompts import check_continuation
 from keras_nlp_cache.generate.prompts import is_int
@@ -191,7 +191,9 @@ class Session:
                 return
             self._cache = generation.cache
             tokens = ops.convert_to_numpy(generation.token_ids)[0]
-            tokens = tokens[len(self.token_ids) : int(generation.index) + 1]
+            last = int(ops.convert_to_numpy(generation.index)[0])
+            loop.advance(generation)
+            tokens = tokens[len(self.token_ids) : last + 1]
             for token_id in tokens:
                 # An answer may be left between two tokens of a step.
                 self._filled = len(self.token_ids)

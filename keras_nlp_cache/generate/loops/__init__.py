@@ -9,8 +9,8 @@ import contextlib
 
 import keras
 
-from keras_nlp_cache.generate.loops.generation import check_sampler
 from keras_nlp_cache.generate.loops.generation import Loop
+from keras_nlp_cache.generate.loops.sampling import check_sampler
 
 
 def make_loop(lm):

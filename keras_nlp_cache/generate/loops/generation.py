@@ -1,166 +1,74 @@
 """What generating is: a prefill, then decode steps."""
 
-import collections
 import typing
 
-import keras
 import numpy as np
 from keras import ops
 from keras import tree
-from keras_hub.samplers import GreedySampler
-from keras_hub.samplers import Sampler
-from keras_hub.samplers import SpeculativeSampler
 
 from keras_nlp_cache.cache.access import accessing
-from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.cache.slots import slots as slots_from
+from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.access import loop_access
-from keras_nlp_cache.generate.loops.speculative import verify_step
+from keras_nlp_cache.generate.loops.conditions import Conditions
+from keras_nlp_cache.generate.options.logprobs import top_logprobs
+from keras_nlp_cache.generate.options.options import Options
+from keras_nlp_cache.generate.options.processing import process
 
 # The fewest slots of a cache. Sizes are powers of two, so that texts of similar
 # length share what was compiled.
 FEWEST_SLOTS = 256
+# As many steps as there are.
+ALL = np.iinfo("int32").max
 
 
 class Generation(typing.NamedTuple):
     """A batch of texts, and all that is needed to go on with them.
 
+    Each row stands at a place of its own.
+
     Attributes:
-        token_ids: int32 `(B, S)`. Zeros after the last token.
-        given: bool `(B, S)`. Where a token is part of a prompt.
-        done: bool `(B,)`. Which rows have generated a stop token.
-        index: int32 scalar. The slot of the last token, of which nothing is in
+        token_ids: int32 `(B, S)`. Whatever after the last token.
+        index: int32 `(B,)`. The slot of the last token, of which nothing is in
             the cache yet.
+        given: int32 `(B,)`. How many tokens were not generated, the first ones.
+        done: bool `(B,)`. Which rows have generated a stop token.
+        stream: `(B, 2)` or `(B, 0)`. See `sampling.streams()`.
+        logprobs: `(logprob, top_ids, top_logprobs)` of the tokens in their
+            slots, float32 `(B, S)`, int32 and float32 `(B, S, k)`. `()` if
+            nobody asked.
         cache: As from `backbone.make_cache(B, S)`.
     """
 
     token_ids: typing.Any
+    index: typing.Any
     given: typing.Any
     done: typing.Any
-    index: typing.Any
+    stream: typing.Any
+    logprobs: typing.Any
     cache: typing.Any
 
-
-def token_sampler(sampler):
-    """What picks the tokens: of a `SpeculativeSampler`, the one it wraps."""
-    if isinstance(sampler, SpeculativeSampler):
-        return sampler.base_sampler or GreedySampler()
-    return sampler
+    def ended(self, limit):
+        """Which rows need no more tokens, bool `(B,)`."""
+        return ops.logical_or(self.done, self.index + 1 >= limit)
 
 
-def supports(sampler):
-    """Whether a sampler picks one token at a time from a distribution.
+class Bounds(typing.NamedTuple):
+    """How far to generate.
 
-    Greedy, top-k, top-p, random, and all that define `get_next_token()` alone.
-    Those with a loop of their own (beam, contrastive) run it.
-    """
-    sampler = token_sampler(sampler)
-    return (
-        isinstance(sampler, Sampler)
-        and type(sampler).__call__ is Sampler.__call__
-        and type(sampler).run_loop is Sampler.run_loop
-    )
-
-
-def sampler_variables(sampler):
-    """The seeds of a sampler, and what one of a user's keeps in variables."""
-    kept = [x for x in vars(sampler).values() if isinstance(x, keras.Variable)]
-    return [*sampler.variables, *kept]
-
-
-def check_sampler(lm):
-    """Refuses samplers with a loop of their own, which `generate()` runs.
-
-    Raises:
-        ValueError: If `supports(lm.sampler)` is false.
-    """
-    if not supports(lm.sampler):
-        raise ValueError(
-            "Expected a sampler that picks one token at a time, such as "
-            f'"greedy" or "top_p". Received: {type(lm.sampler).__name__}, '
-            "which has a loop of its own. Call `compile(sampler=...)` with "
-            "another, or `generate()`."
-        )
-
-
-def check_loop(lm):
-    """Refuses models that the loops would not generate as their users say.
-
-    Raises:
-        ValueError: If the sampler has a loop of its own, or a method that says
-            how to generate was overridden, which `generate()` calls.
-    """
-    check_sampler(lm)
-    overridden = lm.overridden(
-        "generate_step", "_build_cache", "make_generate_function"
-    )
-    if overridden:
-        raise ValueError(
-            "Expected a model that generates as this package does, token by "
-            f"token. Received: a {type(lm).__name__} with a "
-            f"`{overridden[0]}` of its own, which `stream()`, sessions and "
-            "`assistant_model` would pass by. Call `generate()`, or override "
-            "`call_with_cache()` or the sampler."
-        )
-
-
-class Conditions:
-    """What a model is when something is compiled for it.
-
-    Values of variables are not part of it. Equal to others if nothing else
-    that was compiled has changed.
-
-    Args:
-        lm: A `CausalLM`.
-        *methods: Names of methods that are called.
-        attributes: bool. Whether attributes of the sampler matter, such as its
-            temperature.
+    Attributes:
+        limit: int32 `(B,)`. How many tokens each row is to have at most,
+            prompt included.
+        stops: int32 `(N,)`. A row is done once it has generated one of them.
+        steps: int32 scalar. How many decode steps to make at most.
+        enough: int32 scalar. How many rows are to have ended, no more steps
+            are made then.
     """
 
-    def __init__(self, lm, *methods, attributes=True):
-        sampler, base = lm.sampler, getattr(lm.sampler, "base_sampler", None)
-        objects = [sampler, base, *lm.variables]
-        for name in methods:
-            objects += [vars(lm).get(name), getattr(type(lm), name)]
-        self._objects = objects
-        self._values = (
-            lm.run_eagerly,
-            lm.generation_jit_compile,
-            lm.cache_dtype,
-            keras.config.floatx(),
-            _state(sampler) if attributes else None,
-        )
-
-    def __eq__(self, other):
-        return (
-            len(self._objects) == len(other._objects)
-            and all(a is b for a, b in zip(self._objects, other._objects))
-            and self._values == other._values
-        )
-
-
-class _Identity:
-    """Compares equal to what is the same object, which it keeps alive."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def __eq__(self, other):
-        return isinstance(other, _Identity) and self.x is other.x
-
-
-def _state(x):
-    """What can be compared later, to tell whether something was changed."""
-    if x is None or isinstance(x, (bool, int, float, str, bytes)):
-        return type(x), x
-    if isinstance(x, np.ndarray):
-        return x.shape, x.dtype.str, x.tobytes()
-    if isinstance(x, (list, tuple)):
-        return type(x), [_state(y) for y in x]
-    if isinstance(x, dict):
-        return type(x), [(_state(k), _state(v)) for k, v in x.items()]
-    if isinstance(x, Sampler):
-        return _Identity(x), _state(vars(x))
-    return _Identity(x)
+    limit: typing.Any
+    stops: typing.Any
+    steps: typing.Any
+    enough: typing.Any
 
 
 def slots_for(length, limit=None):
@@ -174,50 +82,74 @@ def slots_for(length, limit=None):
     return slots if limit is None else max(length, min(slots, limit))
 
 
-def decode_step(sampler, call, generation, stop_token_ids):
-    """Generates one token in every row.
+def decode_step(pick, call, generation, bounds):
+    """Generates one token in every row that has not ended.
 
     Args:
-        sampler: What picks tokens.
+        pick: Function `(logits, generation, lengths) -> (tokens, stream)`. See
+            `Loop.pick()`.
         call: Function from a `Generation` to `(logits, cache)`, logits
-            `(B, vocabulary_size)` of what follows its last tokens.
+            `(B, 1, vocabulary_size)` of what follows its last tokens.
         generation: A `Generation`.
-        stop_token_ids: int32 `(N,)`.
+        bounds: `Bounds`.
 
     Returns:
-        The `Generation` with one token more. Where the prompt of a row is
-        longer than that of others, the token is the prompt's.
+        The `Generation` with one token more.
     """
-    token_ids, given, done, index, cache = generation
-    batch = ops.shape(token_ids)[0]
     logits, cache = call(generation)
-    probabilities = sampler.compute_probabilities(logits)
-    next_token = sampler.get_next_token(probabilities)
-
-    index = index + 1
-    known = ops.slice(token_ids, start_at(0, index), (batch, 1))[:, 0]
-    is_given = ops.slice(given, start_at(0, index), (batch, 1))[:, 0]
-    next_token = ops.where(is_given, known, ops.cast(next_token, "int32"))
-    stops = ops.any(next_token[:, None] == stop_token_ids[None], axis=1)
-    done = ops.logical_or(
-        done, ops.logical_and(stops, ops.logical_not(is_given))
-    )
-    token_ids = ops.slice_update(
-        token_ids, start_at(0, index), next_token[:, None]
-    )
-    return Generation(token_ids, given, done, index, cache)
-
-
-def unfinished(generation, limit):
-    """Whether there is room for another token, and a row to use it."""
-    return ops.logical_and(
-        generation.index + 1 < limit,
-        ops.logical_not(ops.all(generation.done)),
+    token, stream = pick(logits, generation, generation.index[:, None] + 1)
+    going = ops.logical_not(generation.ended(bounds.limit))
+    index = generation.index + ops.cast(going, "int32")
+    here = slots_from(0, ops.shape(generation.token_ids)[1]) == index[:, None]
+    here = ops.logical_and(here, going[:, None])
+    stops = ops.any(token == bounds.stops[None], axis=1)
+    return generation._replace(
+        token_ids=ops.where(here, token, generation.token_ids),
+        index=index,
+        done=ops.logical_or(generation.done, ops.logical_and(going, stops)),
+        stream=ops.where(going[:, None], stream, generation.stream),
+        logprobs=with_logprobs(
+            generation.logprobs, logits, token, here, ops.zeros_like(here)
+        ),
+        cache=cache,
     )
 
 
-def _copied(arrays):
-    return tree.map_structure(lambda x: np.array(x, copy=True), arrays)
+def with_logprobs(logprobs, logits, tokens, is_new, which):
+    """Adds what is to be told of new tokens.
+
+    Args:
+        logprobs: See `Generation`.
+        logits: Tensor `(B, N, vocabulary_size)`.
+        tokens: int32 `(B, N)`, what was picked.
+        is_new: bool `(B, S)`. Which slots have a new token.
+        which: int `(B, S)`. Which of the `N` that is.
+    """
+    if not logprobs:
+        return ()
+    batch, count, size = ops.shape(logits)
+    told = top_logprobs(
+        ops.reshape(logits, (batch * count, size)),
+        ops.reshape(tokens, (-1,)),
+        ops.shape(logprobs[1])[2],
+    )
+    which = ops.cast(which, "int32")
+
+    def in_slots(old, x):
+        x = ops.reshape(x, (batch, count, -1))
+        x = ops.take_along_axis(x, which[:, :, None], axis=1)
+        x = ops.where(is_new[:, :, None], x, ops.reshape(old, ops.shape(x)))
+        return ops.reshape(x, ops.shape(old))
+
+    return tuple(in_slots(old, x) for old, x in zip(logprobs, told))
+
+
+def tokens_from(token_ids, index, length):
+    """Some tokens of each row, int32 `(B, length)`, from a slot of its own."""
+    where = slots_from(index, length)
+    # A row that has ended may have no more slots behind it.
+    where = ops.minimum(where, ops.shape(token_ids)[1] - 1)
+    return ops.take_along_axis(token_ids, where, axis=1)
 
 
 class Loop:
@@ -233,6 +165,8 @@ class Loop:
     Attributes:
         sampler: What picks tokens.
         access: The `Access` to its cache.
+        in_step: bool. Whether all rows have to stand at the same place, as for
+            a `call_with_cache()` of a user's, who knows of no other.
         compilations: int. How many functions were compiled so far.
         tokens_per_piece: int. How many tokens `steps()` generates at a time.
     """
@@ -246,9 +180,11 @@ class Loop:
 
     def __init__(self, lm):
         self.lm = lm
-        self.sampler = token_sampler(lm.sampler)
+        self.sampler = sampling.token_sampler(lm.sampler)
         self.access = loop_access()
+        self.in_step = bool(lm.overridden("call_with_cache"))
         self.variables = lm.variables
+        self._structures = {}
         self._made_for = self._conditions()
 
     def is_current(self):
@@ -263,8 +199,48 @@ class Loop:
             self.lm, "call_with_cache", attributes=self.compiles_sampler
         )
 
+    # === What it is for ===
+
+    def start(self, token_ids, given, slots, cache, stream=None, logprobs=None):
+        """The `Generation` of prompts that are in a cache.
+
+        Args:
+            token_ids: int32 array `(B, T)`, prompts padded at their end.
+            given: int array `(B,)`, how many tokens they have. 0 for a row
+                that is not in use.
+            slots: int. How long texts may become; see `slots_for()`.
+            cache: A cache of as many slots.
+            stream: Optional array, see `Generation`. Defaults to those of the
+                first prompts of a call.
+            logprobs: Optional int. See `Options.return_logprobs`.
+        """
+        batch, length = token_ids.shape
+        if stream is None:
+            stream = sampling.streams(self.sampler, range(batch))
+        told = ()
+        if logprobs is not None:
+            shape = batch, slots, logprobs
+            told = (
+                np.zeros(shape[:2], "float32"),
+                np.zeros(shape, "int32"),
+                np.zeros(shape, "float32"),
+            )
+        padding = ((0, 0), (0, slots - length))
+        given = np.asarray(given, "int32")
+        return Generation(
+            token_ids=np.pad(np.asarray(token_ids, "int32"), padding),
+            index=np.maximum(given - 1, 0),
+            given=given,
+            done=given == 0,
+            stream=stream,
+            logprobs=told,
+            cache=cache,
+        )
+
     def prefill(self, token_ids, given, slots, cache=None, start=0):
         """Starts to generate after prompts.
+
+        Prompts of one length are read together, others one after the other.
 
         Args:
             token_ids: int32 array `(B, T)`, prompts padded at their end.
@@ -276,22 +252,82 @@ class Loop:
                 `token_ids` begins with.
 
         Returns:
-            A `Generation` up to the end of the shortest prompt.
+            A `Generation`.
 
         Raises:
             ValueError: If the model learned fewer positions than `slots`.
         """
-        batch, length = token_ids.shape
+        batch = len(token_ids)
         self.lm.backbone.check_cache_size(batch, slots)
-        padding = ((0, 0), (0, slots - length))
-        args = (
-            np.pad(np.asarray(token_ids, "int32"), padding),
-            np.pad(np.asarray(given, "bool"), padding),
-            np.int32(np.sum(given, axis=1).min()),
-        )
+        lengths = np.sum(given, axis=1)
+        if cache is not None or (lengths == lengths[0]).all():
+            padded = np.zeros((batch, slots), "int32")
+            padded[:, : token_ids.shape[1]] = token_ids
+            end = np.int32(lengths.min())
+            if cache is None:
+                cache = self._prefill(padded, end)
+            else:
+                cache = self._prefill_more(padded, end, cache, np.int32(start))
+        else:
+            cache = self.new_cache(batch, slots)
+            row_cache = None
+            for row, length in enumerate(lengths):
+                padded = np.zeros((1, slots), "int32")
+                padded[0, :length] = token_ids[row, :length]
+                if row_cache is None:
+                    row_cache = self._prefill(padded, np.int32(length))
+                else:
+                    row_cache = self._prefill_more(
+                        padded, np.int32(length), row_cache, np.int32(0)
+                    )
+                cache = self.put_row(cache, row, row_cache)
+        return self.start(token_ids, lengths, slots, cache)
+
+    def read(self, token_ids, length, slots, cache=None, start=0):
+        """Reads the prompt of one row, all but its last token.
+
+        Args:
+            token_ids: int32 array `(T,)`.
+            length: int. How many of them to have read but one.
+            slots: int. How many slots the cache has.
+            cache: Optional cache of one row, not to be used any more. Defaults
+                to a new one.
+            start: int. How many slots of `cache` are filled with what
+                `token_ids` begins with.
+
+        Returns:
+            A cache of one row.
+        """
+        padded = np.zeros((1, slots), "int32")
+        padded[0, : len(token_ids)] = token_ids
         if cache is None:
-            return self._prefill(*args)
-        return self._prefill_more(*args, cache, np.int32(start))
+            return self._prefill(padded, np.int32(length))
+        return self._prefill_more(
+            padded, np.int32(length), cache, np.int32(start)
+        )
+
+    def new_cache(self, batch, slots):
+        """A cache to write over, with anything in it."""
+        return self.lm.backbone.make_cache(
+            batch, slots, self.lm.cache_dtype, self.lm.cache_policy
+        )
+
+    def put_row(self, cache, row, row_cache):
+        """Puts the cache of one row in the place of another.
+
+        Args:
+            cache: A cache, not to be used any more.
+            row: int. Which row of it.
+            row_cache: A cache of one row, which is left as it is.
+
+        Returns:
+            The cache with that row.
+        """
+        return tree.map_structure(
+            lambda x, y: ops.slice_update(x, (row, *[0] * (x.ndim - 1)), y),
+            cache,
+            row_cache,
+        )
 
     def restore_cache(self, arrays):
         """A cache to go on with, from copies of its arrays.
@@ -301,226 +337,249 @@ class Loop:
         """
         return tree.map_structure(ops.convert_to_tensor, _copied(arrays))
 
-    def decode(self, generation, limit, stop_token_ids=()):
+    def decode(
+        self,
+        generation,
+        limit,
+        stop_token_ids=(),
+        options=None,
+        steps=ALL,
+        enough=None,
+    ):
         """Generates until texts have some length, or all rows are done.
 
         Args:
             generation: A `Generation`, not to be used any more.
-            limit: int. The number of tokens to reach, prompts included.
+            limit: int, or array `(B,)`. The number of tokens to reach, prompts
+                included.
             stop_token_ids: Sequence of ints. A row is done once it has
                 generated one of them.
+            options: Optional `Options`.
+            steps: int. How many steps to make at most.
+            enough: Optional int. How many rows are to have ended. Defaults to
+                all.
 
         Returns:
             The `Generation` that was reached.
         """
-        return self._decode(
-            generation, np.int32(limit), self._padded(stop_token_ids)
-        )
+        bounds = self._bounds(generation, limit, stop_token_ids, steps, enough)
+        return self._decode(generation, bounds, *self._options(options))
 
-    def steps(self, generation, limit, stop_token_ids=()):
+    def steps(self, generation, limit, stop_token_ids=(), options=None):
         """Generates as `decode()` does, `tokens_per_piece` at a time.
 
         Args:
             generation: A `Generation`, not to be used any more.
             limit: int, as for `decode()`.
             stop_token_ids: Sequence of ints, as for `decode()`.
+            options: Optional `Options`.
 
         Yields:
             A `Generation` after each step, not to be used after the next.
         """
-        return self._steps(
-            generation, np.int32(limit), self._padded(stop_token_ids)
+        values, structure = self._options(options)
+        bounds = self._bounds(
+            generation, limit, stop_token_ids, self.tokens_per_piece
         )
+        return self._steps(generation, bounds, values, structure)
+
+    def _steps(self, generation, bounds, values, structure):
+        while not np.all(ops.convert_to_numpy(generation.ended(bounds.limit))):
+            generation = self._decode(generation, bounds, values, structure)
+            yield generation
 
     def release(self, generation):
         """Says that a `Generation` is not to be used any more.
 
-        Its cache may then be that of the next one.
+        Its cache may then be that of the next one. The sampler goes on after
+        what was drawn.
         """
+        self.advance(generation)
 
-    def verify(self, generation, drafted, count, limit, stop_token_ids=()):
+    def advance(self, generation):
+        """Has the sampler go on after what was drawn."""
+        sampling.advance(self.sampler, ops.convert_to_numpy(generation.stream))
+
+    def verify(
+        self,
+        generation,
+        drafted,
+        count,
+        limit,
+        stop_token_ids=(),
+        options=None,
+    ):
         """Adds those of some guesses that are right, and one token more.
 
         Args:
             generation: A `Generation`, not to be used any more.
             drafted: int32 tensor `(B, S)`, its token ids with guesses after
                 them.
-            count: int. How many guesses there are.
-            limit: int. The number of tokens not to exceed.
+            count: int. How many guesses there are in each row.
+            limit: int, or array `(B,)`. The number of tokens not to exceed.
             stop_token_ids: Sequence of ints, as for `decode()`.
+            options: Optional `Options`.
 
         Returns:
             The `Generation` that was reached. See `verify_step()`.
         """
+        bounds = self._bounds(generation, limit, stop_token_ids)
+        values, structure = self._options(options)
         return self._verify(
-            generation,
-            drafted,
-            count,
-            np.int32(limit),
-            self._padded(stop_token_ids),
+            generation, drafted, bounds, values, count, structure
         )
 
-    @staticmethod
-    def _padded(stop_token_ids):
-        """An array of one of few sizes, for their number to compile nothing."""
-        count = len(stop_token_ids)
-        padded = np.full(max(8, 1 << max(count - 1, 0).bit_length()), -1)
-        padded[:count] = stop_token_ids
-        return padded.astype("int32")
+    # === How it is done ===
 
-    def _prefill(self, token_ids, given, length):
-        cache = self.lm.backbone.make_cache(
-            *token_ids.shape, self.lm.cache_dtype
+    def _bounds(self, generation, limit, stops, steps=ALL, enough=None):
+        batch = generation.token_ids.shape[0]
+        return Bounds(
+            limit=np.broadcast_to(np.asarray(limit, "int32"), (batch,)),
+            stops=_padded(stops),
+            steps=np.int32(steps),
+            enough=np.int32(batch if enough is None else enough),
         )
-        return self._prefill_more(token_ids, given, length, cache, 0)
 
-    def _prefill_more(self, token_ids, given, length, cache, start):
+    def _options(self, options):
+        """What of options is passed to, and what compiled into, a function."""
+        options = options or Options()
+        size = self.lm.backbone.token_embedding.input_dim
+        # TensorFlow knows what it has compiled for by references that are weak.
+        structure = self._structures.setdefault(
+            options.structure, options.structure
+        )
+        return options.values(size), structure
+
+    def pick(self, logits, generation, lengths, values, structure):
+        """Picks tokens after texts.
+
+        Args:
+            logits: Tensor `(B, N, vocabulary_size)`.
+            generation: A `Generation`.
+            lengths: int32 `(B, N)`. After how many tokens of its row each token
+                follows.
+            values: From `Options.values()`.
+            structure: `Options.structure`.
+
+        Returns:
+            `(tokens, stream)`, as `sampling.pick()`.
+        """
+        if structure.processes:
+            batch, count, size = ops.shape(logits)
+            logits = process(
+                structure,
+                values,
+                ops.reshape(logits, (batch * count, size)),
+                ops.repeat(generation.token_ids, count, axis=0),
+                ops.reshape(lengths, (-1,)),
+                ops.repeat(generation.given, count, axis=0),
+                self.sampler.temperature,
+            )
+            logits = ops.reshape(logits, (batch, count, size))
+        return sampling.pick(self.sampler, logits, generation.stream)
+
+    def _prefill(self, token_ids, length):
+        cache = self.new_cache(*token_ids.shape)
+        return self._prefill_more(token_ids, length, cache, 0)
+
+    def _prefill_more(self, token_ids, length, cache, start):
         with accessing(self.access):
-            for at in range(start, length - 1, self.chunk):
+            for at in range(int(start), int(length) - 1, self.chunk):
                 end = min(at + self.chunk, int(length) - 1)
                 _, cache = self.lm.read(token_ids[:, at:end], cache, at)
-        return Generation(
-            token_ids=ops.convert_to_tensor(token_ids),
-            given=ops.convert_to_tensor(given),
-            done=ops.zeros(len(token_ids), "bool"),
-            index=int(length) - 1,
-            cache=cache,
-        )
+        return cache
 
-    def _decode(self, generation, limit, stop_token_ids):
-        for latest in self._steps(generation, limit, stop_token_ids):
-            generation = latest
+    def _decode(self, generation, bounds, values, structure):
+        generation, bounds = tree.map_structure(
+            ops.convert_to_tensor, (generation, bounds)
+        )
+        call = self._make_call()
+        pick = self._picker(values, structure)
+        steps = 0
+        while steps < bounds.steps and self._unfinished(generation, bounds):
+            generation = self._step(call, pick, generation, bounds)
+            steps += 1
         return generation
 
-    def _steps(self, generation, limit, stop_token_ids):
-        stop_token_ids = ops.convert_to_tensor(stop_token_ids)
-        call = self._make_call()
-        while unfinished(generation, limit):
-            generation = self._step(call, generation, stop_token_ids)
-            yield generation
+    def _picker(self, values, structure):
+        def pick(*args):
+            return self.pick(*args, values, structure)
 
-    def _step(self, call, generation, stop_token_ids):
+        return pick
+
+    @staticmethod
+    def _unfinished(generation, bounds):
+        """Whether there is a row that is to go on."""
+        ended = ops.cast(generation.ended(bounds.limit), "int32")
+        return ops.sum(ended) < bounds.enough
+
+    def _step(self, call, pick, generation, bounds):
         with accessing(self.access):
-            return decode_step(self.sampler, call, generation, stop_token_ids)
+            return decode_step(pick, call, generation, bounds)
 
-    def _verify(self, generation, drafted, count, limit, stop_token_ids):
+    def _verify(self, generation, drafted, bounds, values, count, structure):
+        from keras_nlp_cache.generate.loops.speculative import verify_step
+
         with accessing(self.access):
             return verify_step(
-                self.sampler,
+                self._picker(values, structure),
                 self._make_call(count + 1),
-                generation,
-                drafted,
+                *tree.map_structure(
+                    ops.convert_to_tensor, (generation, drafted)
+                ),
                 count,
-                limit,
-                ops.convert_to_tensor(stop_token_ids),
+                tree.map_structure(ops.convert_to_tensor, bounds),
             )
 
-    def _make_call(self, length=None):
+    def _make_call(self, length=1):
         """The `call` of `decode_step()`, or of `verify_step()`.
 
         Args:
-            length: Optional int. How many tokens to read. Defaults to one,
-                whose logits are then `(B, vocabulary_size)`.
+            length: int. How many tokens to read.
         """
 
         def call(generation):
-            token_ids, _, _, index, cache = generation
-            size = (ops.shape(token_ids)[0], length or 1)
+            index = self._index(generation, length)
+            tokens = tokens_from(generation.token_ids, generation.index, length)
             logits, _, cache = self.lm.call_with_cache(
-                ops.slice(token_ids, start_at(0, index), size),
-                cache,
+                tokens,
+                generation.cache,
                 index,
-                **self._further_inputs(generation, size),
+                **self._further_inputs(tokens),
             )
-            return logits if length else logits[:, 0], cache
+            return logits, cache
 
         return call
 
-    def _further_inputs(self, generation, size):
+    def _index(self, generation, length):
+        """Where the call writes: one slot for all rows, or one for each."""
+        index, slots = generation.index, ops.shape(generation.token_ids)[1]
+        # A row that has ended may stand too far behind for all of these tokens.
+        # What it remembers does not matter any more.
+        index = ops.minimum(index, slots - length)
+        if self.in_step or index.shape[0] == 1:
+            return ops.max(index)
+        return index
+
+    def _further_inputs(self, tokens):
         """What the backbone is told of tokens besides, if it wants to know.
 
         Args:
-            generation: A `Generation`.
-            size: `(B, T)`, the tokens from its last on.
+            tokens: int32 `(B, T)`, the tokens from the last ones on. All that
+                follows them is generated.
         """
         if not self.lm.backbone.takes_generated:
             return {}
-        given = generation.given
-        # At the last slot, nothing that was given follows.
-        follows = ops.concatenate(
-            [given[:, 1:], ops.zeros_like(given[:, :1])], axis=1
-        )
-        follows = ops.slice(follows, start_at(0, generation.index), size)
-        return {"generated": ops.cast(ops.logical_not(follows), "int32")}
+        return {"generated": ops.ones_like(tokens)}
 
 
-class CompiledLoop(Loop):
-    """What loops that are compiled as a whole have in common.
+def _padded(stop_token_ids):
+    """An array of one of few sizes, for their number to compile nothing."""
+    count = len(stop_token_ids)
+    padded = np.full(max(8, 1 << max(count - 1, 0).bit_length()), -1)
+    padded[:count] = stop_token_ids
+    return padded.astype("int32")
 
-    One cache that is done with is kept for the next prefill. The memory of
-    another would often be new: TensorFlow gives that of variables back when XLA
-    runs the next time, and on JAX what lies between is too small to use again.
-    """
 
-    # A prompt fills its last chunk by half on average, and 32 rows are enough
-    # to keep two cores busy. One size, for one compilation.
-    chunk = 32
-    compiles_sampler = True
-
-    def __init__(self, lm):
-        super().__init__(lm)
-        self._spare_caches = collections.deque(maxlen=1)
-
-    def release(self, generation):
-        self._spare_caches.append(generation.cache)
-
-    def _take_cache(self, batch, slots):
-        """A cache to write over, with anything in it."""
-        dtype = self.lm.cache_dtype or self.lm.backbone.compute_dtype
-        shapes = [
-            (batch, heads, slots, dim)
-            for heads, dim in self.lm.backbone.cache_spec
-        ]
-        try:
-            spare = self._spare_caches.pop()
-        except IndexError:
-            spare = ()
-        if [tuple(key.shape) for key, _ in spare] == shapes:
-            return spare
-        del spare  # Before there are two.
-        return tuple(
-            tuple(self._new_tensor(shape, dtype) for _ in range(2))
-            for shape in shapes
-        )
-
-    def _fill(self, token_ids, given, length, cache, start=0):
-        """Prefills, to be compiled: `length` and `start` may be tensors."""
-        batch, slots = ops.shape(token_ids)
-        chunk = min(self.chunk, slots)
-
-        def body(i, cache):
-            # The last chunk may overlap the one before, and writes the same.
-            # What it writes past the prompt is written again before it is read.
-            at = ops.minimum(start + i * chunk, slots - chunk)
-            tokens = ops.slice(token_ids, start_at(0, at), (batch, chunk))
-            return self.lm.read(tokens, cache, at)[1]
-
-        with accessing(self.access):
-            cache = ops.fori_loop(
-                0, (length - 1 - start + chunk - 1) // chunk, body, cache
-            )
-        return Generation(
-            token_ids=token_ids,
-            given=given,
-            done=ops.zeros((batch,), "bool"),
-            index=length - 1,
-            cache=cache,
-        )
-
-    def _steps(self, generation, limit, stop_token_ids):
-        while (end := int(generation.index) + 1) < limit:
-            end = min(end + self.tokens_per_piece, limit)
-            generation = self._decode(generation, np.int32(end), stop_token_ids)
-            yield generation
-            if ops.convert_to_numpy(generation.done).all():
-                return
+def _copied(arrays):
+    return tree.map_structure(lambda x: np.array(x, copy=True), arrays)

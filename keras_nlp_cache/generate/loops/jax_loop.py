@@ -5,9 +5,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_nlp_cache.generate.loops.generation import CompiledLoop
-from keras_nlp_cache.generate.loops.generation import sampler_variables
-from keras_nlp_cache.generate.loops.generation import unfinished
+from keras_nlp_cache.generate.loops.compiled import CompiledLoop
 
 
 def sharded(cache):
@@ -17,7 +15,8 @@ def sharded(cache):
     along the other one, each as far as it can be split evenly.
 
     Args:
-        cache: Pairs of arrays `(B, heads, S, head_dim)`.
+        cache: Pairs of arrays `(B, heads, S, head_dim)`, or of what a policy
+            keeps.
 
     Returns:
         The cache, as it is if there is no distribution.
@@ -31,6 +30,7 @@ def sharded(cache):
 
     def shard(x):
         axes = [batch_axis, others[0] if others else None, None, None]
+        axes = axes[: x.ndim]
         axes = [
             axis if axis is not None and size % sizes[axis] == 0 else None
             for axis, size in zip(axes, x.shape)
@@ -51,7 +51,6 @@ class JaxLoop(CompiledLoop):
 
     def __init__(self, lm):
         super().__init__(lm)
-        self._sampler_variables = sampler_variables(self.sampler)
         # Nothing reads the cache that comes in, which is there to be donated.
         self._compiled_prefill = jax.jit(
             self._stateless_prefill, donate_argnames="cache", keep_unused=True
@@ -59,13 +58,18 @@ class JaxLoop(CompiledLoop):
         self._compiled_prefill_more = jax.jit(
             self._stateless_prefill_more, donate_argnames="cache"
         )
+        self._compiled_put_row = jax.jit(
+            super().put_row, donate_argnames="cache"
+        )
         self._compiled_decode = jax.jit(
-            self._stateless_decode, donate_argnames="generation"
+            self._stateless_decode,
+            donate_argnames="generation",
+            static_argnames="structure",
         )
         self._compiled_verify = jax.jit(
             self._stateless_verify,
             donate_argnames="generation",
-            static_argnames="count",
+            static_argnames=("count", "structure"),
         )
 
     @property
@@ -75,40 +79,35 @@ class JaxLoop(CompiledLoop):
             for function in (
                 self._compiled_prefill,
                 self._compiled_prefill_more,
+                self._compiled_put_row,
                 self._compiled_decode,
                 self._compiled_verify,
             )
         )
 
-    def _prefill(self, token_ids, given, length):
-        cache = self._take_cache(*token_ids.shape)
-        return self._compiled_prefill(
-            self._weights(), token_ids, given, length, cache
+    def _prefill(self, token_ids, length):
+        cache = self.new_cache(*token_ids.shape)
+        return self._compiled_prefill(self._weights(), token_ids, length, cache)
+
+    def _prefill_more(self, token_ids, length, cache, start):
+        return self._compiled_prefill_more(
+            self._weights(), token_ids, length, cache, start
         )
 
-    def _prefill_more(self, token_ids, given, length, cache, start):
-        return self._compiled_prefill_more(
-            self._weights(), token_ids, given, length, cache, start
-        )
+    def put_row(self, cache, row, row_cache):
+        return self._compiled_put_row(cache, np.int32(row), row_cache)
 
     def _decode(self, *args):
         return self._sample(self._compiled_decode, *args)
 
-    def _verify(self, generation, drafted, count, limit, stop_token_ids):
-        return self._sample(
-            self._compiled_verify,
-            generation,
-            drafted,
-            count=count,
-            limit=limit,
-            stop_token_ids=stop_token_ids,
-        )
+    def _verify(self, *args):
+        return self._sample(self._compiled_verify, *args)
 
-    def _sample(self, compiled, *args, **kwargs):
+    def _sample(self, compiled, *args):
         """Calls a compiled function that draws random numbers."""
-        seeds = self._sampler_variables
+        seeds = self.sampler_variables
         generation, values = compiled(
-            self._weights(), [x.value for x in seeds], *args, **kwargs
+            self._weights(), [x.value for x in seeds], *args
         )
         for variable, value in zip(seeds, values):
             variable.assign(value)
@@ -131,51 +130,61 @@ class JaxLoop(CompiledLoop):
     def _weights(self):
         return [x.value for x in self.variables]
 
-    def _stateless_prefill(self, weights, token_ids, given, length, cache):
+    def _stateless_prefill(self, weights, token_ids, length, cache):
         cache = sharded(jax.tree.map(jax.numpy.zeros_like, cache))
         return self._stateless_prefill_more(
-            weights, token_ids, given, length, cache, 0
+            weights, token_ids, length, cache, 0
         )
 
-    def _stateless_prefill_more(
-        self, weights, token_ids, given, length, cache, start
-    ):
+    def _stateless_prefill_more(self, weights, token_ids, length, cache, start):
         mapping = list(zip(self.variables, weights))
         with keras.StatelessScope(state_mapping=mapping):
-            return self._fill(token_ids, given, length, cache, start)
+            return self._fill(token_ids, length, cache, start)
 
     def _stateless_decode(
-        self, weights, seeds, generation, limit, stop_token_ids
+        self, weights, seeds, generation, bounds, values, structure
     ):
-        def body(generation, seeds):
-            return self._stateless(
+        pick = self._picker(values, structure)
+
+        def body(i, generation, seeds):
+            generation, seeds = self._stateless(
                 weights,
                 seeds,
-                lambda: self._step(
-                    self._make_call(), generation, stop_token_ids
-                ),
+                lambda: self._step(self._make_call(), pick, generation, bounds),
             )
+            return i + 1, generation, seeds
 
-        return ops.while_loop(
-            lambda generation, _: unfinished(generation, limit),
+        _, generation, seeds = ops.while_loop(
+            lambda i, generation, _: ops.logical_and(
+                i < bounds.steps, self._unfinished(generation, bounds)
+            ),
             body,
-            (generation, seeds),
+            (np.int32(0), generation, seeds),
         )
+        return generation, seeds
 
     def _stateless_verify(
-        self, weights, seeds, generation, drafted, count, limit, stop_token_ids
+        self,
+        weights,
+        seeds,
+        generation,
+        drafted,
+        bounds,
+        values,
+        count,
+        structure,
     ):
         return self._stateless(
             weights,
             seeds,
             lambda: super(JaxLoop, self)._verify(
-                generation, drafted, count, limit, stop_token_ids
+                generation, drafted, bounds, values, count, structure
             ),
         )
 
     def _stateless(self, weights, seeds, function):
         """What a function returns, and the state of the sampler after it."""
-        variables = self._sampler_variables
+        variables = self.sampler_variables
         mapping = [*zip(self.variables, weights), *zip(variables, seeds)]
         with keras.StatelessScope(state_mapping=mapping) as scope:
             result = function()

@@ -1,122 +1,207 @@
-"""Decoding with a draft model, which guesses tokens for a larger one to check.
+"""Decoding with guesses, for the model to check several at once.
 
-The larger model reads several guesses in one pass, which costs little more
-than a single token, and samples what it would say after each of them. Guesses
-are kept as far as they are what it says. So every token is the larger model's
-own, whatever the draft is: greedy tokens are those of plain decoding, and
-sampled ones have its distribution.
+The model reads several guesses in one pass, which costs little more than a
+single token, and samples what it would say after each of them. Guesses are kept
+as far as they are what it says, in each row for itself. So every token is the
+model's own, whatever was guessed: greedy tokens are those of plain decoding,
+and sampled ones have its distribution.
 """
 
 import numpy as np
 from keras import ops
 
-from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.cache.slots import slots
+from keras_nlp_cache.generate.loops.generation import with_logprobs
 
 
-def verify_step(sampler, call, generation, drafted, count, limit, stops):
+def verify_step(pick, call, generation, drafted, count, bounds):
     """Checks guesses, and adds those that are right and one token more.
 
     Args:
-        sampler: What picks tokens.
+        pick: As for `decode_step()`.
         call: Function from a `Generation` to `(logits, cache)`, logits
             `(B, count + 1, vocabulary_size)` of what follows its last token
             and each guess.
-        generation: A `Generation` with `count + 2` slots from its last token.
+        generation: A `Generation` with `count + 1` slots from the last token of
+            each row that has not ended.
         drafted: int32 `(B, S)`, its token ids with guesses after them.
-        count: int. How many guesses there are.
-        limit: int scalar. The number of tokens not to exceed.
-        stops: int32 `(N,)`. A row is done once it has generated one of them.
+        count: int. How many guesses there are in each row.
+        bounds: `Bounds`.
 
     Returns:
-        The `Generation` with 1 to `count + 1` tokens more.
+        The `Generation` with 1 to `count + 1` tokens more in each row that had
+        not ended.
     """
-    token_ids, given, done, index, _ = generation
-    batch = ops.shape(token_ids)[0]
-    new = (batch, count + 1)
-    logits, cache = call(generation._replace(token_ids=drafted))
-    chosen = sampler.get_next_token(
-        sampler.compute_probabilities(
-            ops.reshape(logits, (batch * (count + 1), -1))
-        )
-    )
-    first = index + 1
-    known = ops.slice(token_ids, start_at(0, first), new)
-    is_given = ops.slice(given, start_at(0, first), new)
-    chosen = ops.where(
-        is_given, known, ops.reshape(ops.cast(chosen, "int32"), new)
-    )
+    going = ops.logical_not(generation.ended(bounds.limit))
+    drafted = generation._replace(token_ids=drafted)
+    logits, cache = call(drafted)
+    new = slots(generation.index + 1, count + 1)
+    chosen, stream = pick(logits, drafted, new)
 
-    guesses = ops.slice(drafted, start_at(0, first), (batch, count))
-    right = ops.logical_or(guesses == chosen[:, :count], done[:, None])
-    agreed = ops.sum(ops.cumprod(ops.cast(right, "int32"), axis=1), axis=1)
-    ends = ops.any(chosen[:, :, None] == stops[None, None], axis=2)
-    ends = ops.logical_and(ends, ops.logical_not(is_given))
-    done_at = ops.logical_or(
-        ops.cumsum(ops.cast(ends, "int32"), axis=1) > 0, done[:, None]
-    )
-    going_on = ops.logical_not(ops.all(done_at, axis=0))
-    # One length for all rows, as far as plain decoding would have gone.
-    gained = ops.minimum(
-        ops.min(agreed), ops.sum(ops.cast(going_on[:count], "int32"))
-    )
-    gained = ops.minimum(gained + 1, ops.cast(limit, "int32") - first)
-    is_gained = ops.arange(count + 1) < gained
+    inside = ops.minimum(new, ops.shape(drafted.token_ids)[1] - 1)
+    guesses = ops.take_along_axis(drafted.token_ids, inside, axis=1)
+    right = ops.cast(guesses == chosen, "int32")[:, :count]
+    agreed = ops.sum(ops.cumprod(right, axis=1), axis=1, keepdims=True)
+    stops = ops.any(chosen[:, :, None] == bounds.stops, axis=2)
+    ends = ops.cast(stops, "int32")
+    kept = ops.arange(count + 1)[None] <= agreed
+    for condition in (
+        ops.cumsum(ends, axis=1) - ends == 0,
+        new < bounds.limit[:, None],
+        going[:, None],
+    ):
+        kept = ops.logical_and(kept, condition)
+    gained = ops.sum(ops.cast(kept, "int32"), axis=1)
+
+    # Which of the new tokens belongs to each slot, if one does.
+    everywhere = slots(0, ops.shape(drafted.token_ids)[1])
+    which = everywhere - generation.index[:, None] - 1
+    is_new = ops.logical_and(which >= 0, which < gained[:, None])
+    which = ops.clip(which, 0, count)
     return generation._replace(
-        token_ids=ops.slice_update(
-            token_ids, start_at(0, first), ops.where(is_gained, chosen, known)
+        token_ids=ops.where(
+            is_new,
+            ops.take_along_axis(chosen, which, axis=1),
+            generation.token_ids,
         ),
         done=ops.logical_or(
-            done, ops.any(ops.logical_and(ends, is_gained), axis=1)
+            generation.done, ops.any(ops.logical_and(stops, kept), axis=1)
         ),
-        index=ops.cast(index + gained, "int32"),
+        index=generation.index + gained,
+        stream=stream,
+        logprobs=with_logprobs(
+            generation.logprobs, logits, chosen, is_new, which
+        ),
         cache=cache,
     )
 
 
-def decode(loop, draft_loop, prompts, given, slots, count, limit, stops=()):
-    """Generates from prompts as `loop` would alone.
+class Draft:
+    """A smaller model that guesses what the larger one will say.
 
     Args:
-        loop: The `Loop` of the model to generate with.
-        draft_loop: The `Loop` of the model that guesses.
-        prompts: int32 array `(B, T)`, as for `Loop.prefill()`.
-        given: bool array `(B, T)`, as for `Loop.prefill()`.
-        slots: int, as for `Loop.prefill()`.
-        count: int. How many tokens to guess at a time.
-        limit: int. The number of tokens to reach, prompts included.
-        stops: Sequence of ints, as for `Loop.decode()`.
-
-    Returns:
-        A `Generation`.
+        loop: The `Loop` of the smaller model.
 
     Reference:
         Leviathan et al., 2022, https://arxiv.org/abs/2211.17192
     """
-    generation = loop.prefill(prompts, given, slots)
-    draft = draft_loop.prefill(prompts, given, slots)
-    while True:
-        index = int(generation.index)
-        done = ops.convert_to_numpy(generation.done)
-        if index + 1 >= limit or done.all():
-            return generation
-        if index + count + 2 > slots:
-            # Too few slots are left to guess into.
-            return loop.decode(generation, limit, stops)
-        # The draft computes one token more than it is asked for, so that its
-        # cache holds all guesses if all are right. It gets copies, as loops
-        # may use up what they are given.
-        draft = draft_loop.decode(
-            draft._replace(
-                token_ids=_copy(generation.token_ids),
-                done=ops.zeros(done.shape, "bool"),
-                index=_copy(generation.index),
+
+    def __init__(self, loop):
+        self._loop, self._generation = loop, None
+
+    def start(self, prompts, given, slots):
+        self._generation = self._loop.prefill(prompts, given, slots)
+
+    def guess(self, generation, count, limit):
+        """Guesses `count` tokens in every row that has not ended.
+
+        Args:
+            generation: A `Generation` of arrays.
+            count: int.
+            limit: int array `(B,)`. See `Bounds`.
+
+        Returns:
+            int32 `(B, S)`, token ids with guesses after them.
+        """
+        ended = ops.convert_to_numpy(generation.ended(limit))
+        # One token more than it is asked for is computed, so that its cache
+        # holds all guesses if all are right.
+        until = np.where(ended, 0, generation.index + count + 2)
+        until = np.minimum(until, generation.token_ids.shape[1])
+        self._generation = self._loop.decode(
+            self._generation._replace(
+                token_ids=np.array(generation.token_ids),
+                done=np.zeros_like(generation.done),
+                index=np.array(generation.index),
             ),
-            min(index + count + 2, slots),
+            until,
         )
-        generation = loop.verify(
-            generation, draft.token_ids, count, limit, stops
-        )
+        return self._generation.token_ids
+
+    def stop(self):
+        self._loop.release(self._generation)
 
 
-def _copy(x):
-    return ops.convert_to_tensor(np.array(ops.convert_to_numpy(x), copy=True))
+class Lookup:
+    """Guesses that a text goes on as it did after the same tokens before.
+
+    Args:
+        longest: int. How many of the last tokens to look for, at first.
+
+    Reference:
+        https://github.com/apoorvumang/prompt-lookup-decoding
+    """
+
+    def __init__(self, longest=2):
+        self._longest = longest
+
+    def start(self, prompts, given, slots):
+        pass
+
+    def guess(self, generation, count, limit):
+        """As `Draft.guess()`. `None` if there is nothing to guess."""
+        drafted, found = np.array(generation.token_ids), False
+        for row, index in enumerate(generation.index):
+            if generation.done[row] or index + 1 >= limit[row]:
+                continue
+            guesses = self._continuation(drafted[row, : index + 1], count)
+            found = found or len(guesses) > 0
+            drafted[row, index + 1 : index + 1 + len(guesses)] = guesses
+        return drafted if found else None
+
+    def _continuation(self, text, count):
+        for size in range(min(self._longest, len(text) - 1), 0, -1):
+            windows = np.lib.stride_tricks.sliding_window_view(text, size)
+            places = np.flatnonzero((windows[:-1] == text[-size:]).all(axis=1))
+            if len(places):
+                after = places[-1] + size
+                return text[after : after + count]
+        return text[:0]
+
+    def stop(self):
+        pass
+
+
+def decode(loop, guesser, generation, count, limit, stops=(), options=None):
+    """Generates what `loop` would alone.
+
+    Args:
+        loop: The `Loop` of the model to generate with.
+        guesser: A `Draft` or `Lookup` that has started with the same prompts.
+        generation: A `Generation`, not to be used any more.
+        count: int. How many tokens to guess at a time.
+        limit: int array `(B,)`. How many tokens each row is to have.
+        stops: Sequence of ints, as for `Loop.decode()`.
+        options: Optional `Options`.
+
+    Returns:
+        A `Generation`.
+    """
+    slots = generation.token_ids.shape[1]
+    while True:
+        now = _on_host(generation)
+        ended = np.asarray(ops.convert_to_numpy(now.ended(limit)))
+        if ended.all():
+            guesser.stop()
+            return generation
+        if now.index[~ended].max() + count + 2 > slots:
+            # Too few slots are left to guess into.
+            guesser.stop()
+            return loop.decode(generation, limit, stops, options)
+        drafted = guesser.guess(now, count, limit)
+        if drafted is None:
+            generation = loop.decode(generation, limit, stops, options, steps=1)
+        else:
+            generation = loop.verify(
+                generation, drafted, count, limit, stops, options
+            )
+
+
+def _on_host(generation):
+    """The small parts of a `Generation` as arrays."""
+    return generation._replace(
+        **{
+            name: np.array(ops.convert_to_numpy(getattr(generation, name)))
+            for name in ("token_ids", "index", "given", "done")
+        }
+    )

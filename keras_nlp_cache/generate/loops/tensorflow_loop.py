@@ -9,9 +9,8 @@ import tensorflow as tf
 from keras import ops
 from keras import tree
 
-from keras_nlp_cache.generate.loops.generation import CompiledLoop
-from keras_nlp_cache.generate.loops.generation import sampler_variables
-from keras_nlp_cache.generate.loops.generation import unfinished
+from keras_nlp_cache.generate.loops.compiled import CompiledLoop
+from keras_nlp_cache.generate.loops.sampling import sampler_variables
 from keras_nlp_cache.generate.loops.tensorflow_products import (
     kernels_as_matrices,
 )
@@ -60,86 +59,89 @@ class TensorFlowLoop(CompiledLoop):
             )
         )
 
-    def _prefill(self, token_ids, given, length):
-        cache = self._take_cache(*token_ids.shape)
+    def _prefill(self, token_ids, length):
+        cache = self.new_cache(*token_ids.shape)
         with outside_of_strategies():
             for variable in tree.flatten(cache):
                 variable.assign(tf.zeros_like(variable))
-        return self._prefill_more(token_ids, given, length, cache, np.int32(0))
+        return self._prefill_more(token_ids, length, cache, np.int32(0))
 
-    def _prefill_more(self, token_ids, given, length, cache, start):
-        generation = _call(
+    def _prefill_more(self, token_ids, length, cache, start):
+        _call(
             self._compiled_prefill,
             cache,
             tf.constant(token_ids),
-            tf.constant(given),
             tf.constant(length),
             tf.constant(start),
         )
-        return generation._replace(cache=cache)
+        return cache
+
+    def put_row(self, cache, row, row_cache):
+        with outside_of_strategies():
+            for variable, x in zip(
+                tree.flatten(cache), tree.flatten(row_cache)
+            ):
+                variable[row : row + 1].assign(x)
+        return cache
 
     def restore_cache(self, arrays):
         with outside_of_strategies():
             return tree.map_structure(tf.Variable, arrays)
 
-    def _decode(self, generation, limit, stop_token_ids):
-        cache = generation.cache
-        generation = _call(
-            self._compiled_decode,
-            cache,
-            generation._replace(cache=()),
-            tf.constant(limit),
-            tf.constant(stop_token_ids),
-        )
-        return generation._replace(cache=cache)
+    def _decode(self, generation, *args):
+        return self._update(self._compiled_decode, generation, *args)
 
-    def _verify(self, generation, drafted, count, limit, stop_token_ids):
+    def _verify(self, generation, *args):
+        return self._update(self._compiled_verify, generation, *args)
+
+    def _update(self, function, generation, *args):
         cache = generation.cache
-        generation = _call(
-            self._compiled_verify,
-            cache,
-            generation._replace(cache=()),
-            drafted,
-            count,
-            tf.constant(limit),
-            tf.constant(stop_token_ids),
+        arguments = tree.map_structure(
+            _as_tensor, (generation._replace(cache=()), *args)
         )
-        return generation._replace(cache=cache)
+        return _call(function, cache, *arguments)._replace(cache=cache)
 
     def _new_tensor(self, shape, dtype):
         # One by one: beside a cache of tensors, there would be two.
         with outside_of_strategies():
             return tf.Variable(tf.zeros(shape, dtype))
 
-    def _prefill_into(self, variables, token_ids, given, length, start):
+    def _prefill_into(self, variables, token_ids, length, start):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
-        generation = self._fill(token_ids, given, length, cache, start)
-        return _assign(variables, generation)
+        _assign(variables, self._fill(token_ids, length, cache, start))
 
-    def _decode_into(self, variables, generation, limit, stop_token_ids):
+    def _decode_into(self, variables, generation, bounds, values, structure):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
-        call = self._make_call()
-        (generation,) = ops.while_loop(
-            lambda generation: unfinished(generation, limit),
-            lambda generation: (self._step(call, generation, stop_token_ids),),
-            (generation._replace(cache=cache),),
+        call, pick = self._make_call(), self._picker(values, structure)
+        _, generation = ops.while_loop(
+            lambda i, generation: tf.logical_and(
+                i < bounds.steps, self._unfinished(generation, bounds)
+            ),
+            lambda i, generation: (
+                i + 1,
+                self._step(call, pick, generation, bounds),
+            ),
+            (tf.constant(0), generation._replace(cache=cache)),
         )
-        return _assign(variables, generation)
+        _assign(variables, generation.cache)
+        return generation._replace(cache=())
 
     def _verify_into(
-        self, variables, generation, drafted, count, limit, stop_token_ids
+        self, variables, generation, drafted, bounds, values, count, structure
     ):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
         generation = super()._verify(
             generation._replace(cache=cache),
             drafted,
+            bounds,
+            values,
             count,
-            limit,
-            stop_token_ids,
+            structure,
         )
-        return _assign(variables, generation)
+        _assign(variables, generation.cache)
+        return generation._replace(cache=())
 
-    def _make_call(self, length=None):
+    def _make_call(self, length=1):
         call = super()._make_call(length)
         matrices = kernels_as_matrices(self.lm)
 
@@ -197,10 +199,12 @@ def give_back_free_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _assign(variables, generation):
-    """Moves a cache into variables, out of what a function returns."""
-    for variable, value in zip(
-        tree.flatten(variables), tree.flatten(generation.cache)
-    ):
+def _assign(variables, cache):
+    """Moves a cache into variables."""
+    for variable, value in zip(tree.flatten(variables), tree.flatten(cache)):
         variable.assign(value)
-    return generation._replace(cache=())
+
+
+def _as_tensor(x):
+    """Arrays as tensors, and what is not a number as it is."""
+    return tf.convert_to_tensor(x) if hasattr(x, "dtype") else x

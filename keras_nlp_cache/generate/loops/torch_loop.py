@@ -6,9 +6,11 @@ import threading
 
 import keras
 import torch
+from keras import tree
 from torch.utils import _pytree as pytree
 
 from keras_nlp_cache.generate.loops.generation import Loop
+from keras_nlp_cache.generate.loops.generation import tokens_from
 from keras_nlp_cache.generate.loops.torch_capture import capture
 from keras_nlp_cache.generate.loops.torch_capture import separate_views
 from keras_nlp_cache.generate.loops.torch_products import dense_product
@@ -91,13 +93,23 @@ class EagerTorchLoop(Loop):
         with inference():
             return super()._prefill_more(*args)
 
-    def _step(self, *args):
+    def _decode(self, *args):
         with inference():
-            return super()._step(*args)
+            return super()._decode(*args)
 
     def _verify(self, *args):
         with inference():
             return super()._verify(*args)
+
+    def new_cache(self, batch, slots):
+        with inference():
+            return super().new_cache(batch, slots)
+
+    def put_row(self, cache, row, row_cache):
+        with inference():
+            for x, y in zip(tree.flatten(cache), tree.flatten(row_cache)):
+                x[row].copy_(y[0])
+        return cache
 
     def restore_cache(self, arrays):
         with inference():
@@ -135,28 +147,28 @@ class TorchLoop(EagerTorchLoop):
         with DenseProducts():
             return super()._prefill_more(*args)
 
-    def _make_call(self, length=None):
+    def _make_call(self, length=1):
         step = bound_for = None
 
         def call(generation):
             nonlocal step, bound_for
-            token_ids, _, _, index, cache = generation
-            choices = operator_choices(token_ids.device)
-            now = token_ids[:, index : index + (length or 1)]
-            further = self._further_inputs(generation, tuple(now.shape))
+            cache = generation.cache
+            choices = operator_choices(generation.token_ids.device)
+            index = self._index(generation, length)
+            now = tokens_from(generation.token_ids, generation.index, length)
+            further = self._further_inputs(now)
             if choices != bound_for:
-                step = self._bind(now, cache, further)
+                step = self._bind(now, index, cache, further)
                 bound_for = choices
-            logits = step(now, index, further)
-            return logits if length else logits[:, 0], cache
+            return step(now, index, further), cache
 
         return call
 
-    def _bind(self, tokens, cache, further):
+    def _bind(self, tokens, index, cache, further):
         """A step from tokens to logits, on the weights and cache of now."""
         weights = [x.value for x in self.variables]
         token = torch.zeros_like(tokens)
-        slot = token.new_zeros((), dtype=torch.int32)
+        slot = torch.zeros_like(index)
         inputs = pytree.tree_map(torch.clone, further)
         arguments = token, cache, slot, inputs
         prepare, step = self._captured_step(weights, *arguments)
@@ -168,7 +180,7 @@ class TorchLoop(EagerTorchLoop):
         def bound_step(new_token, index, further):
             nonlocal step, on_gpu
             token.copy_(new_token)
-            slot.fill_(index)
+            slot.copy_(index)
             for name, x in further.items():
                 inputs[name].copy_(x)
             # What autocasting does was captured.
@@ -182,7 +194,8 @@ class TorchLoop(EagerTorchLoop):
 
     def _captured_step(self, weights, token_ids, cache, index, further):
         choices = operator_choices(token_ids.device)
-        key = *token_ids.shape, cache[0][0].shape[2], choices
+        shapes = [tuple(x.shape) for x in pytree.tree_leaves(cache)]
+        key = *token_ids.shape, index.ndim, *shapes, choices
         with self._capturing:
             if key not in self._captured:
                 module = capture(

@@ -1,0 +1,91 @@
+"""What loops that are compiled as a whole have in common."""
+
+import keras
+from keras import ops
+from keras import tree
+
+from keras_nlp_cache.cache.access import accessing
+from keras_nlp_cache.cache.kept import has_policy
+from keras_nlp_cache.cache.policies import rotating
+from keras_nlp_cache.generate.loops import sampling
+from keras_nlp_cache.generate.loops.generation import Loop
+
+
+class CompiledLoop(Loop):
+    """A loop whose prefill and decode steps are a function each.
+
+    One cache of several rows that is done with is kept for the next prefill,
+    and one of a single row. The memory of another would often be new:
+    TensorFlow gives that of variables back when XLA runs the next time, and on
+    JAX what lies between is too small to use again.
+    """
+
+    # A prompt fills its last chunk by half on average, and 32 rows are enough
+    # to keep two cores busy. One size, for one compilation.
+    chunk = 32
+    compiles_sampler = True
+
+    def __init__(self, lm):
+        super().__init__(lm)
+        self._spare_caches = {}
+        # Streams are passed on from step to step.
+        self.sampler_variables = []
+        if not sampling.has_streams(self.sampler):
+            self.sampler_variables = sampling.sampler_variables(self.sampler)
+
+    def release(self, generation):
+        super().release(generation)
+        self.keep(generation.cache)
+
+    def keep(self, cache):
+        """Keeps a cache that is not to be used any more, for the next one."""
+        self._spare_caches[_is_of_one_row(cache)] = cache
+
+    def new_cache(self, batch, slots):
+        backbone, lm = self.lm.backbone, self.lm
+        arguments = batch, slots, lm.cache_dtype, lm.cache_policy
+        wanted = backbone.make_cache(*arguments, zeros=_spec)
+        spare = self._spare_caches.pop(batch == 1, None)
+        if spare is not None and _shapes(spare) == _shapes(wanted):
+            return spare
+        del spare  # Before there are two.
+        return backbone.make_cache(*arguments, zeros=self._new_tensor)
+
+    def _fill(self, token_ids, length, cache, start=0):
+        """Prefills, to be compiled: `length` and `start` may be tensors."""
+        batch, slots = ops.shape(token_ids)
+        chunk = min(self.chunk, slots)
+        if any(has_policy(kept) for pair in cache for kept in pair):
+            # What it writes past the prompt takes no place that is needed.
+            chunk = min(chunk, rotating.SPARE)
+
+        def body(i, cache):
+            # The last chunk may overlap the one before, and writes the same.
+            # What it writes past the prompt is written again before it is read.
+            at = ops.minimum(start + i * chunk, slots - chunk)
+            tokens = ops.slice(token_ids, (0, at), (batch, chunk))
+            return self.lm.read(tokens, cache, at)[1]
+
+        with accessing(self.access):
+            return ops.fori_loop(
+                0, (length - 1 - start + chunk - 1) // chunk, body, cache
+            )
+
+    def _new_tensor(self, shape, dtype):
+        """Memory for a part of a cache, with anything in it."""
+        raise NotImplementedError
+
+
+def _spec(shape, dtype):
+    return keras.KerasTensor(shape, dtype)
+
+
+def _shapes(cache):
+    return [
+        (tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
+        for x in tree.flatten(cache)
+    ]
+
+
+def _is_of_one_row(cache):
+    return tree.flatten(cache)[0].shape[0] == 1

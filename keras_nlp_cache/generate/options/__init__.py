@@ -1,0 +1,1 @@
+"""What a user may say of one generation, beyond how long it may become."""
