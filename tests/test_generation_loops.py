@@ -395,20 +395,21 @@ def test_a_cache_that_is_done_with_is_used_again():
     expected = generate(lm, [5], 20)
     # Whatever is in it.
     spoilt = tree.map_structure(
-        lambda x: to_numpy(x) * np.nan, loop._spare_caches[0]
+        lambda x: to_numpy(x) * np.nan, loop._spare_caches[True]
     )
-    loop._spare_caches.append(loop.restore_cache(spoilt))
-    where = memory(loop._spare_caches[0])
+    loop.keep(loop.restore_cache(spoilt))
+    where = memory(loop._spare_caches[True])
     np.testing.assert_array_equal(generate(lm, [5], 20), expected)
-    assert memory(loop._spare_caches[0]) == where
+    assert memory(loop._spare_caches[True]) == where
     # One that is in use is not, nor one of another size.
     prompt = random_tokens(1, 5)
     generation = loop.prefill(prompt, np.ones_like(prompt), slots_for(20))
     assert memory(generation.cache) == where
     np.testing.assert_array_equal(generate(lm, [5], 20), expected)
-    assert not set(memory(loop._spare_caches[0])) & set(where)
+    assert not set(memory(loop._spare_caches[True])) & set(where)
     generate(lm, [5, 3], 20)
-    assert [x[0][0].shape[0] for x in loop._spare_caches] == [2]
+    kept = loop._spare_caches
+    assert {k: x[0][0].shape[0] for k, x in kept.items()} == {True: 1, False: 2}
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="records PyTorch operators")

@@ -3,9 +3,9 @@
 What is *kept* of keys or of values is *stored* as a tensor `(B,
 key_value_heads, S, head_dim)`, or as an `Int8`, in places that belong to slots
 one after the other. Or it is an object of a policy, which says otherwise: a
-named tuple with the methods `update()` and `read_slots()` of this module, and
-`loses`, whether tokens may lose their place to later ones. Of all tensors in
-it, the first axis is the batch; of what is stored, the third are the places.
+named tuple with the methods `update()`, `read_slots()` and `can_go_back()` that
+functions of this module call. Of all tensors in it, the first axis is the
+batch; of what is stored, the third are the places.
 """
 
 from keras import ops
@@ -48,6 +48,22 @@ def read_slots(kept, index, length):
     if has_policy(kept):
         return kept.read_slots(index, length)
     return slots(0, places(kept))
+
+
+def can_go_back(cache, filled, to):
+    """Whether a text can go on from an earlier token as if nothing followed.
+
+    Args:
+        cache: Pairs of what is kept.
+        filled: int. How many slots were ever written.
+        to: int. How many of them are to count.
+    """
+    return all(
+        kept.can_go_back(filled, to)
+        for pair in cache
+        for kept in pair
+        if has_policy(kept)
+    )
 
 
 def has_policy(kept):

@@ -18,6 +18,7 @@ from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.files.preset_loader import preset_loader
 from keras_nlp_cache.generate import loops
+from keras_nlp_cache.generate import many
 from keras_nlp_cache.generate import prompts
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate import scoring
@@ -335,16 +336,34 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         strip_prompt=False,
         assistant_model=None,
         truncation="error",
+        max_new_tokens=None,
+        batch_size=None,
+        prefix=None,
+        seed=None,
+        num_return_sequences=1,
+        prompt_lookup_num_tokens=None,
+        return_dict=False,
+        progress=None,
+        **options,
     ):
         """Generates text after a prompt.
 
         Upstream's method, with its arguments and its results. In addition it
-        refuses prompts that upstream would cut or continue from nothing.
+        refuses prompts that upstream would cut or continue from nothing, and
+        takes further arguments, which may be combined.
+
+        Each prompt's text is what it is alone, whatever is generated beside
+        it. Samplers draw for each from a stream of its own: for the first as
+        upstream would for that prompt alone, for the others as with other
+        seeds.
 
         Args:
             inputs: As for `keras_hub.models.CausalLM.generate()`. An empty
                 string is continued from the start token that the preprocessor
-                adds.
+                adds. With one of the further arguments, any iterable of strings
+                or of lists of token ids, or of dictionaries with one of these
+                as `prompt` and, if wanted, a `seed` and `max_new_tokens` of its
+                own.
             max_length: As for `keras_hub.models.CausalLM.generate()`. Without a
                 preprocessor, what token ids are padded to.
             stop_token_ids: As for `keras_hub.models.CausalLM.generate()`, or
@@ -360,6 +379,29 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             truncation: What becomes of a prompt of more than `max_length`
                 tokens: `"error"`, or what of it fills them, `"left"` for its
                 last tokens after the start token or `"right"` for its first.
+            max_new_tokens: Optional int. How many tokens to generate for each
+                prompt at most. Prompts may then be of any length.
+            batch_size: Optional int. How many texts to generate at a time, the
+                others wait. Defaults to 16.
+            prefix: Optional string or token ids, what every prompt begins with.
+                It is read once, as is whatever else a prompt has in common with
+                the one before it.
+            seed: Optional int, what the sampler would be made with.
+            num_return_sequences: int. How many texts to generate for each
+                prompt. They come one after the other, in a list.
+            prompt_lookup_num_tokens: Optional int. Guess that many tokens from
+                what followed the same words earlier in the text, for the model
+                to check at once, as with `assistant_model`.
+            return_dict: bool. Whether to return a dictionary for each text,
+                with `text`, the generated `token_ids`, `prompt_tokens`, a
+                `finish_reason` of `"stop"` or `"length"`, and `logprobs` if
+                they are asked for.
+            progress: bool. Whether to show a bar. By default it is shown on a
+                terminal, for several prompts, if they take a while.
+            **options: What `generate.options.options.Options` takes:
+                `repetition_penalty`, `presence_penalty`, `frequency_penalty`,
+                `min_p`, `logit_bias`, `bad_words`, `logits_processor`,
+                `stop_strings`, `return_logprobs`.
 
         Raises:
             ValueError: If prompts have no tokens, or more than `max_length`,
@@ -372,6 +414,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         ```python
         draft = keras_nlp_cache.surgery.remove(lm, 1)
         lm.generate("the fox", max_length=16, assistant_model=draft)
+        lm.generate(["the fox", "a dog"], max_new_tokens=8, stop_strings=".")
         ```
 
         Reference:
@@ -381,6 +424,28 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         stop_token_ids = prompts.stop_tokens(stop_token_ids)
         reading.check_truncation(truncation)
         prompts.check_assistant(self, assistant_model)
+        further = dict(
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            prefix=prefix,
+            seed=seed,
+            num_return_sequences=num_return_sequences,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            return_dict=return_dict,
+            options=options,
+        )
+        if many.is_asked_for(inputs, **further):
+            return many.generate(
+                self,
+                inputs,
+                max_length=max_length,
+                stop_token_ids=stop_token_ids,
+                strip_prompt=strip_prompt,
+                truncation=truncation,
+                assistant=assistant_model,
+                progress=progress,
+                **further,
+            )
         token = _assistant_model.set(assistant_model)
         try:
             # Upstream's, with a say in how prompts are read. Not all know that
@@ -399,6 +464,79 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             )
         finally:
             _assistant_model.reset(token)
+
+    def generate_many(
+        self,
+        prompts,
+        max_new_tokens=256,
+        max_length=None,
+        batch_size=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        truncation="error",
+        prefix=None,
+        seed=None,
+        num_return_sequences=1,
+        return_dict=False,
+        progress=None,
+        **options,
+    ):
+        """Generates text after many prompts, and yields each when it ends.
+
+        A text that ends gives its place to the next prompt, of which few are
+        asked for ahead.
+
+        Args:
+            prompts: Iterable of prompts, as `generate()` takes them with
+                `max_new_tokens`.
+            max_new_tokens: int. How many tokens to generate for each prompt at
+                most.
+            max_length: Optional int. How many tokens texts have at most,
+                prompts included. What is needed to keep them all has a size
+                then from the start.
+            batch_size: Optional int. How many texts to generate at a time.
+                Defaults to 16.
+            stop_token_ids: As for `generate()`, like all that follow.
+            strip_prompt: bool.
+            truncation: str.
+            prefix: Optional.
+            seed: Optional int.
+            num_return_sequences: int.
+            return_dict: bool.
+            progress: bool.
+            **options: See `generate()`.
+
+        Yields:
+            `(index, text)`, in the order in which texts end. Prompts are
+            counted as they come, from 0; of several texts for a prompt, each
+            counts.
+
+        Raises:
+            ValueError: As `generate()`.
+
+        Example:
+        ```python
+        for index, text in lm.generate_many(["the fox", "a dog"], 8):
+            print(index, text)
+        ```
+        """
+        call = many.Call(
+            self,
+            stop_token_ids,
+            strip_prompt,
+            many.Limits(max_new_tokens, max_length, truncation),
+            prefix,
+            seed,
+            num_return_sequences,
+            return_dict,
+            options,
+        )
+        total = len(prompts) if hasattr(prompts, "__len__") else None
+        if total is not None:
+            total *= num_return_sequences
+        return many.shown_progress(
+            call.run(prompts, batch_size), total, progress
+        )
 
     def turn_end_id(self):
         """The token at which upstream's `generate()` stops, beside the end.

@@ -44,6 +44,14 @@ def check_assistant(lm, assistant):
         )
 
 
+def check_count(name, x):
+    """Raises a `ValueError` unless something is an integer of 1 or more."""
+    if not is_int(x) or x < 1:
+        raise ValueError(
+            f"Expected `{name}` to be an integer of 1 or more. Received: {x!r}."
+        )
+
+
 def check_max_length(max_length):
     """Checks how long a text may become, `None` if the preprocessor says."""
     if max_length is not None and not (is_int(max_length) and max_length > 0):
@@ -82,6 +90,29 @@ def stop_tokens(stop_token_ids):
             f"integers, or a set or a tensor. Received: {stop_token_ids!r}."
         ) from e
     return tuple(sorted(set(ids)))
+
+
+def stops_of(lm, stop_token_ids):
+    """The token ids to stop at, a tuple of ints.
+
+    Args:
+        lm: A `CausalLM`.
+        stop_token_ids: As for `stop_tokens()`.
+
+    Raises:
+        ValueError: If it is something else, or `"auto"` and there is no
+            preprocessor to say.
+    """
+    stop_token_ids = stop_tokens(stop_token_ids)
+    if stop_token_ids != "auto":
+        return stop_token_ids or ()
+    if lm.preprocessor is None:
+        raise ValueError(
+            "Expected `stop_token_ids` to be `None` or a sequence of integers "
+            'for a model without a `preprocessor`. Received: "auto".'
+        )
+    ends = (lm.preprocessor.tokenizer.end_token_id, lm.turn_end_id())
+    return tuple(x for x in ends if x is not None)
 
 
 def _is_token_id(x):

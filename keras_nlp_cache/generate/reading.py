@@ -139,16 +139,16 @@ class _Reader:
         return getattr(self._preprocessor, name)
 
     def generate_preprocess(self, x, sequence_length=None):
-        texts = _texts(x)
-        if texts == []:
+        strings = texts(x)
+        if strings == []:
             raise ValueError(
                 "Expected `inputs` to hold at least one prompt. Received: "
                 f"{x!r}."
             )
         read = self._preprocessor.generate_preprocess(
-            x if texts is None else texts, sequence_length=sequence_length
+            x if strings is None else strings, sequence_length=sequence_length
         )
-        if texts is None or not _is_prompt(read):
+        if strings is None or not _is_prompt(read):
             return read
         mask = ops.convert_to_numpy(read["padding_mask"]).astype(bool)
         check_empty(mask.sum(axis=1), "a preprocessor that adds no start token")
@@ -156,7 +156,7 @@ class _Reader:
             return read  # As upstream does.
         # Where there is padding, nothing was cut.
         whole = {
-            i: encode(self._preprocessor, texts[i])
+            i: encode(self._preprocessor, strings[i])
             for i in np.flatnonzero(mask.all(axis=1))
         }
         length = mask.shape[1]
@@ -252,7 +252,7 @@ def _is_prompt(x):
     return {"token_ids", "padding_mask"} <= set(x)
 
 
-def _texts(x):
+def texts(x):
     """A batch of strings as a list, `None` if it is something else."""
     if not isinstance(x, (list, tuple)):
         dtype = str(getattr(x, "dtype", ""))

@@ -5,12 +5,14 @@ from keras import ops
 from keras import tree
 
 from keras_nlp_cache.generate import session_file
+from keras_nlp_cache.generate.loops.generation import drawn
 from keras_nlp_cache.generate.loops.generation import slots_for
 from keras_nlp_cache.generate.loops.sampling import check_loop
 from keras_nlp_cache.generate.pieces import TextPieces
 from keras_nlp_cache.generate.prompts import check_continuation
+from keras_nlp_cache.generate.prompts import check_count
 from keras_nlp_cache.generate.prompts import is_int
-from keras_nlp_cache.generate.prompts import stop_tokens
+from keras_nlp_cache.generate.prompts import stops_of
 from keras_nlp_cache.generate.reading import check_truncation
 from keras_nlp_cache.generate.reading import cut
 from keras_nlp_cache.generate.reading import encode
@@ -134,8 +136,8 @@ class Session:
         _check_postprocess(self.lm.preprocessor)
         check_truncation(truncation)
         token_ids, start = self._tokenize(text)
-        _check_count(max_new_tokens)
-        stop = _stop_token_ids(self.lm, stop_token_ids)
+        check_count("max_new_tokens", max_new_tokens)
+        stop = stops_of(self.lm, stop_token_ids)
         limit = self.lm.backbone.max_positions
         if limit is not None:
             before = len(self.token_ids)
@@ -168,8 +170,8 @@ class Session:
             ValueError: If `token_ids` are not that, or not of the vocabulary,
                 or there is not one to begin with; or as `send()`.
         """
-        _check_count(max_new_tokens)
-        stops = _stop_token_ids(self.lm, stop_token_ids)
+        check_count("max_new_tokens", max_new_tokens)
+        stops = stops_of(self.lm, stop_token_ids)
         token_ids = check_continuation(
             token_ids, self.lm.backbone, begun=len(self.token_ids) > 0
         )
@@ -192,7 +194,7 @@ class Session:
             self._cache = generation.cache
             tokens = ops.convert_to_numpy(generation.token_ids)[0]
             last = int(ops.convert_to_numpy(generation.index)[0])
-            loop.advance(generation)
+            loop.advance(drawn(generation.stream))
             tokens = tokens[len(self.token_ids) : last + 1]
             for token_id in tokens:
                 # An answer may be left between two tokens of a step.
@@ -333,14 +335,6 @@ class Session:
         return token_ids, len(start)
 
 
-def _stop_token_ids(lm, stop_token_ids):
-    stop_token_ids = stop_tokens(stop_token_ids)
-    if stop_token_ids == "auto":
-        ends = (lm.preprocessor.tokenizer.end_token_id, lm.turn_end_id())
-        return tuple(x for x in ends if x is not None)
-    return stop_token_ids or ()
-
-
 def _check_postprocess(preprocessor):
     """Refuses what makes text of all tokens in a way that nobody knows."""
     method = type(preprocessor).generate_postprocess
@@ -350,14 +344,6 @@ def _check_postprocess(preprocessor):
             f"Received: a {type(preprocessor).__name__} with a "
             "`generate_postprocess` of its own, which streams and sessions "
             "would pass by. Call `generate()`."
-        )
-
-
-def _check_count(max_new_tokens):
-    if not is_int(max_new_tokens) or max_new_tokens < 1:
-        raise ValueError(
-            "Expected `max_new_tokens` to be an integer of 1 or more. "
-            f"Received: {max_new_tokens!r}."
         )
 
 

@@ -10,9 +10,10 @@ from keras_nlp_cache.cache.policies.policy import Policy
 from keras_nlp_cache.cache.slots import slots
 
 # How many places there are beyond a window. As many tokens may be written that
-# are then not part of the text, such as padding at the end of a chunk or wrong
-# guesses, without one in the window being lost.
-SPARE = 64
+# are then not part of the text without one in the window being lost. Half of
+# them are for padding at the end of a chunk and for wrong guesses, the others
+# for going back.
+SPARE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,20 @@ class Ring(typing.NamedTuple):
             return latest(slots(0, count), index + 1, count)
         before = latest(slots(0, count), index, count)
         return ops.concatenate([before, slots(index, length)], axis=1)
+
+    def can_go_back(self, filled, to):
+        return turns_back(kept.places(self.stored), filled, to)
+
+
+def turns_back(count, filled, to):
+    """Whether nothing is lost of what tokens see after some slot.
+
+    Args:
+        count: int. How many places are taken in turns.
+        filled: int. How many slots were ever written.
+        to: int. From which slot on the text is to go on.
+    """
+    return filled + SPARE // 2 <= count or filled - to <= SPARE // 2
 
 
 def put_in_turns(stored, x, index, first=0):

@@ -118,6 +118,10 @@ class SinksAndRing(typing.NamedTuple):
             return read
         return ops.concatenate([read, slots(index, length)], axis=1)
 
+    def can_go_back(self, filled, to):
+        count = kept.places(self.stored) - self.count
+        return rotating.turns_back(count, filled - self.count, to - self.count)
+
     def sees(self, read, distance):
         """What of some slots a query may attend to, bool `(B or 1, T, S)`.
 

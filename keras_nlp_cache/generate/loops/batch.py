@@ -4,6 +4,8 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.generate.loops import speculative
+from keras_nlp_cache.generate.loops.answers import ended
+from keras_nlp_cache.generate.loops.generation import on_host
 from keras_nlp_cache.generate.loops.generation import slots_for
 
 # How many tokens a draft model guesses at a time.
@@ -30,48 +32,108 @@ def generate_batch(lm, inputs, stop_token_ids, assistant=None):
     groups = [np.arange(len(given))]
     if lm.generation_loop.in_step:
         groups = [np.flatnonzero(lengths == x) for x in np.unique(lengths)]
-    ends = lengths.copy()
+    ends, guesser = lengths.copy(), draft(lm, assistant)
     for rows in groups:
-        tokens, last = _generate(
-            lm, token_ids[rows], given[rows], limit, stops, assistant
+        generation = _generated(
+            lm,
+            token_ids[rows],
+            given[rows],
+            np.full(len(rows), limit),
+            stops,
+            guesser,
+            guesses(lm),
         )
-        for row, text, end in zip(rows, tokens, last + 1):
-            token_ids[row, :end], ends[row] = text[:end], end
+        for row, text, last in zip(
+            rows, generation.token_ids, generation.index
+        ):
+            token_ids[row, : last + 1], ends[row] = text[: last + 1], last + 1
     if stop_token_ids is None:
         ends[:] = limit
-    # What upstream's loop leaves there, or a text that ended.
-    padding_mask = np.arange(limit) < ends[:, None]
-    return {"token_ids": token_ids, "padding_mask": padding_mask}
+    return {
+        "token_ids": token_ids,
+        "padding_mask": np.arange(limit) < ends[:, None],
+    }
 
 
-def _generate(lm, token_ids, given, limit, stops, assistant):
-    """Token ids `(B, S)`, and the slot of each row's last one."""
-    slots = _slots(lm, limit, assistant)
-    loop = lm.generation_loop
-    generation = loop.prefill(token_ids, given, slots)
+def draft(lm, assistant):
+    """What guesses tokens, if there is an assistant."""
     if assistant is None:
-        generation = loop.decode(generation, limit, stops)
+        return None
+    return speculative.Draft(assistant.generation_loop)
+
+
+def guesses(lm):
+    """How many tokens a draft model guesses at a time."""
+    return getattr(lm.sampler, "num_speculative_tokens", _GUESSES)
+
+
+def checked(lm, requests, stops, options, guesser, count, watch=None):
+    """Answers a batch of requests with guesses.
+
+    Args:
+        lm: A `CausalLM`.
+        requests: List of `Request`s.
+        stops: Sequence of ints.
+        options: `Options`.
+        guesser: A `speculative.Draft` or `Lookup`.
+        count: int. How many tokens to guess at a time.
+        watch: Optional, as for `Places`.
+
+    Returns:
+        A list with the `Answer` of each.
+    """
+    lengths = np.array([len(x.token_ids) for x in requests])
+    given = np.arange(lengths.max()) < lengths[:, None]
+    token_ids = np.zeros(given.shape, "int32")
+    token_ids[given] = np.concatenate([x.token_ids for x in requests])
+    generation = _generated(
+        lm,
+        token_ids,
+        given,
+        np.array([x.limit for x in requests]),
+        stops,
+        guesser,
+        count,
+        options,
+        np.stack([x.stream for x in requests]),
+    )
+    return [
+        ended(generation, row, request, watch)
+        for row, request in enumerate(requests)
+    ]
+
+
+def _generated(
+    lm,
+    token_ids,
+    given,
+    limit,
+    stops,
+    guesser=None,
+    count=0,
+    options=None,
+    stream=None,
+):
+    """The `Generation` of prompts that have ended, of arrays."""
+    loop = lm.generation_loop
+    limits = [lm.backbone.max_positions]
+    if guesser is not None:
+        limits.append(guesser.max_positions)
+    limits = [x for x in limits if x is not None]
+    slots = slots_for(int(limit.max()) + count, min(limits, default=None))
+    generation = loop.prefill(
+        token_ids,
+        given,
+        slots,
+        stream=stream,
+        logprobs=options and options.return_logprobs,
+    )
+    if guesser is None:
+        generation = loop.decode(generation, limit, stops, options)
     else:
-        draft = speculative.Draft(assistant.generation_loop)
-        draft.start(token_ids, given, slots)
+        guesser.start(token_ids, given, slots)
         generation = speculative.decode(
-            loop,
-            draft,
-            generation,
-            getattr(lm.sampler, "num_speculative_tokens", _GUESSES),
-            np.full(len(given), limit),
-            stops,
+            loop, guesser, generation, count, limit, stops, options
         )
     loop.release(generation)
-    return (
-        ops.convert_to_numpy(generation.token_ids),
-        ops.convert_to_numpy(generation.index),
-    )
-
-
-def _slots(lm, length, assistant=None):
-    """How many slots texts of some length take, guesses included."""
-    models = [lm] if assistant is None else [lm, assistant]
-    limits = [model.backbone.max_positions for model in models]
-    limits = [limit for limit in limits if limit is not None]
-    return slots_for(length, min(limits, default=None))
+    return on_host(generation)

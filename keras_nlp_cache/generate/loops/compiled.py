@@ -33,12 +33,7 @@ class CompiledLoop(Loop):
         if not sampling.has_streams(self.sampler):
             self.sampler_variables = sampling.sampler_variables(self.sampler)
 
-    def release(self, generation):
-        super().release(generation)
-        self.keep(generation.cache)
-
     def keep(self, cache):
-        """Keeps a cache that is not to be used any more, for the next one."""
         self._spare_caches[_is_of_one_row(cache)] = cache
 
     def new_cache(self, batch, slots):
@@ -57,7 +52,7 @@ class CompiledLoop(Loop):
         chunk = min(self.chunk, slots)
         if any(has_policy(kept) for pair in cache for kept in pair):
             # What it writes past the prompt takes no place that is needed.
-            chunk = min(chunk, rotating.SPARE)
+            chunk = min(chunk, rotating.SPARE // 2)
 
         def body(i, cache):
             # The last chunk may overlap the one before, and writes the same.

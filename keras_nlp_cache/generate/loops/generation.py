@@ -237,7 +237,16 @@ class Loop:
             cache=cache,
         )
 
-    def prefill(self, token_ids, given, slots, cache=None, start=0):
+    def prefill(
+        self,
+        token_ids,
+        given,
+        slots,
+        cache=None,
+        start=0,
+        stream=None,
+        logprobs=None,
+    ):
         """Starts to generate after prompts.
 
         Prompts of one length are read together, others one after the other.
@@ -250,6 +259,8 @@ class Loop:
                 to be used any more. Defaults to a new one.
             start: int. How many slots of `cache` are filled with what
                 `token_ids` begins with.
+            stream: Optional array, as for `start()`.
+            logprobs: Optional int, as for `start()`.
 
         Returns:
             A `Generation`.
@@ -281,7 +292,8 @@ class Loop:
                         padded, np.int32(length), row_cache, np.int32(0)
                     )
                 cache = self.put_row(cache, row, row_cache)
-        return self.start(token_ids, lengths, slots, cache)
+            self.keep(row_cache)
+        return self.start(token_ids, lengths, slots, cache, stream, logprobs)
 
     def read(self, token_ids, length, slots, cache=None, start=0):
         """Reads the prompt of one row, all but its last token.
@@ -394,11 +406,19 @@ class Loop:
         Its cache may then be that of the next one. The sampler goes on after
         what was drawn.
         """
-        self.advance(generation)
+        self.advance(drawn(generation.stream))
+        self.keep(generation.cache)
 
-    def advance(self, generation):
-        """Has the sampler go on after what was drawn."""
-        sampling.advance(self.sampler, ops.convert_to_numpy(generation.stream))
+    def advance(self, drawn):
+        """Has the sampler go on after so much was drawn.
+
+        Args:
+            drawn: int. See `sampling.advance()`.
+        """
+        sampling.advance(self.sampler, drawn)
+
+    def keep(self, cache):
+        """Takes a cache that is not to be used any more."""
 
     def verify(
         self,
@@ -571,6 +591,27 @@ class Loop:
         if not self.lm.backbone.takes_generated:
             return {}
         return {"generated": ops.ones_like(tokens)}
+
+
+def drawn(stream):
+    """How much was drawn from the stream that went furthest, an int."""
+    stream = np.asarray(ops.convert_to_numpy(stream))
+    return int(stream[:, 1].max()) if stream.shape[1] else 0
+
+
+def on_host(generation):
+    """A `Generation` with arrays for all but its cache."""
+    return generation._replace(
+        logprobs=tuple(_array(x) for x in generation.logprobs),
+        **{
+            name: _array(getattr(generation, name))
+            for name in ("token_ids", "index", "given", "done", "stream")
+        },
+    )
+
+
+def _array(x):
+    return np.array(ops.convert_to_numpy(x))
 
 
 def _padded(stop_token_ids):

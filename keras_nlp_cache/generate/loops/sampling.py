@@ -94,14 +94,14 @@ def has_streams(sampler):
     return len(variables) == 1 and variables[0] is generator.state
 
 
-def streams(sampler, numbers, seeds=None):
+def streams(sampler, numbers, seed=None):
     """Where the streams of some prompts begin.
 
     Args:
         sampler: A sampler.
-        numbers: Sequence of ints. Which prompts of a call these are, from 0.
-        seeds: Optional sequence with an int or `None` for each: the seed that
-            the sampler would be made with, for this prompt to be alone.
+        numbers: Sequence of ints. Which texts of a call these are, from 0.
+        seed: Optional int. What the sampler would be made with. Defaults to
+            where it is.
 
     Returns:
         Array `(B, 2)`, a state of the sampler's seed generator for each: its
@@ -111,11 +111,10 @@ def streams(sampler, numbers, seeds=None):
     if not has_streams(sampler):
         return np.zeros((len(numbers), 0), "int32")
     state = sampler.seed_generator.state
-    seed, drawn = (int(x) for x in ops.convert_to_numpy(state.value))
-    found = [
-        (seed + number * _STRIDE, drawn) if own is None else (own, 0)
-        for number, own in zip(numbers, seeds or [None] * len(numbers))
-    ]
+    drawn = 0
+    if seed is None:
+        seed, drawn = (int(x) for x in ops.convert_to_numpy(state.value))
+    found = [(seed + number * _STRIDE, drawn) for number in numbers]
     # Seeds are 32 bits, which some backends call signed.
     return np.asarray(found, "int64").astype("uint32").astype(state.dtype)
 
@@ -125,14 +124,14 @@ def advance(sampler, drawn):
 
     Args:
         sampler: A sampler.
-        drawn: Array `(B, 2)`, streams after some tokens.
+        drawn: int. How much was drawn from the stream that went furthest, the
+            second number in it.
     """
-    if not has_streams(sampler) or not len(drawn):
-        return
-    state = sampler.seed_generator.state
-    now = np.array(ops.convert_to_numpy(state.value))
-    now[1] = max(now[1], *np.asarray(drawn)[:, 1])
-    state.assign(now)
+    if has_streams(sampler):
+        state = sampler.seed_generator.state
+        now = np.array(ops.convert_to_numpy(state.value))
+        now[1] = max(now[1], drawn)
+        state.assign(now)
 
 
 def pick(sampler, logits, stream):

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.cache.slots import slots
+from keras_nlp_cache.generate.loops.generation import on_host
 from keras_nlp_cache.generate.loops.generation import with_logprobs
 
 
@@ -88,6 +89,7 @@ class Draft:
 
     def __init__(self, loop):
         self._loop, self._generation = loop, None
+        self.max_positions = loop.lm.backbone.max_positions
 
     def start(self, prompts, given, slots):
         self._generation = self._loop.prefill(prompts, given, slots)
@@ -131,6 +133,8 @@ class Lookup:
     Reference:
         https://github.com/apoorvumang/prompt-lookup-decoding
     """
+
+    max_positions = None
 
     def __init__(self, longest=2):
         self._longest = longest
@@ -179,7 +183,7 @@ def decode(loop, guesser, generation, count, limit, stops=(), options=None):
     """
     slots = generation.token_ids.shape[1]
     while True:
-        now = _on_host(generation)
+        now = on_host(generation)
         ended = np.asarray(ops.convert_to_numpy(now.ended(limit)))
         if ended.all():
             guesser.stop()
@@ -195,13 +199,3 @@ def decode(loop, guesser, generation, count, limit, stops=(), options=None):
             generation = loop.verify(
                 generation, drafted, count, limit, stops, options
             )
-
-
-def _on_host(generation):
-    """The small parts of a `Generation` as arrays."""
-    return generation._replace(
-        **{
-            name: np.array(ops.convert_to_numpy(getattr(generation, name)))
-            for name in ("token_ids", "index", "given", "done")
-        }
-    )
