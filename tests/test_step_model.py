@@ -144,6 +144,35 @@ def test_an_edited_model(format, tmp_path):
     assert tokens != generated(FAMILIES[3].lm_pair[0])
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_at_places_of_their_own(format, tmp_path):
+    lm = FAMILIES[2].lm_pair[0]
+    step = keras_nlp_cache.StepModel(
+        lm, batch_size=2, max_length=SLOTS, index_per_row=True
+    )
+    path = str(tmp_path / f"step{ENDINGS.get(format, '')}")
+    step.export(path, format=format, verbose=False)
+    run = runner(step, path, format)
+    state, tokens = empty_inputs(step), [list(PROMPT), list(PROMPT)]
+    for t in range(SLOTS - 1):
+        # The second row waits for a while.
+        index = np.array([t, max(t - 3, 0)], "int32")
+        state["cache_update_index"] = index
+        state["token_ids"] = np.array(
+            [[row[i]] for row, i in zip(tokens, index)], "int32"
+        )
+        outputs = run(state)
+        state = {
+            name.replace("present", "past"): x for name, x in outputs.items()
+        }
+        logits = state.pop("logits")
+        for row, i, x in zip(tokens, index, logits):
+            if i + 1 == len(row):
+                row.append(int(x[0].argmax()))
+    expected = generated(lm)
+    assert tokens == [expected, expected[:-3]]
+
+
 @deep_families
 def test_of_a_backbone(family):
     """Several tokens at once, and hidden states rather than logits."""

@@ -139,9 +139,8 @@ def write_with_torch(kept, update, places):
     places = ops.cast(places, "int64")
     if places.shape[0] == 1:
         return kept.index_copy_(2, places[0], update)
-    rows = ops.arange(kept.shape[0], dtype="int64")[:, None]
-    kept[rows, :, places] = ops.swapaxes(update, 1, 2)
-    return kept
+    places = places[:, None, :, None].expand(update.shape)
+    return kept.scatter_(2, places, update)
 
 
 def _write_differentiably(kept, update, index):

@@ -534,8 +534,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         total = len(prompts) if hasattr(prompts, "__len__") else None
         if total is not None:
             total *= num_return_sequences
-        return many.shown_progress(
-            call.run(prompts, batch_size), total, progress
+        return iter(
+            many.shown_progress(call.run(prompts, batch_size), total, progress)
         )
 
     def turn_end_id(self):

@@ -459,11 +459,16 @@ class Call:
             guesser: Optional `speculative.Draft` or `Lookup`.
             count: int. How many tokens it guesses at a time.
 
-        Yields:
-            `(number, result)`, in the order in which texts end.
+        Returns:
+            An iterator of `(number, result)`, in the order in which texts end.
+
+        Raises:
+            ValueError: If `batch_size` is no positive integer.
         """
-        requests = self._prompts.requests(prompts)
-        common = self._lm, requests, batch_size or BATCH_SIZE
+        if batch_size is None:
+            batch_size = BATCH_SIZE
+        check_count("batch_size", batch_size)
+        common = self._lm, self._prompts.requests(prompts), batch_size
         if guesser is None:
             found = answers(
                 *common, self._stops, self._options, self._watch, self._most
@@ -472,8 +477,7 @@ class Call:
             found = checked_answers(
                 *common, self._stops, self._options, guesser, count, self._watch
             )
-        for answer in found:
-            yield answer.number, self._results.of(answer)
+        return ((x.number, self._results.of(x)) for x in found)
 
 
 def is_asked_for(
@@ -493,6 +497,7 @@ def is_asked_for(
         or return_dict
         or bool(options)
         or isinstance(inputs, collections.abc.Iterator)
+        or _says_more(inputs)
         or any(
             x is not None
             for x in (
@@ -504,6 +509,13 @@ def is_asked_for(
             )
         )
     )
+
+
+def _says_more(inputs):
+    """Whether prompts are dictionaries that only this package knows."""
+    if isinstance(inputs, (list, tuple)) and inputs:
+        inputs = inputs[0]
+    return isinstance(inputs, dict) and "prompt" in inputs
 
 
 def generate(
@@ -526,8 +538,6 @@ def generate(
 ):
     """Does what `CausalLM.generate()` says of its further arguments."""
     prompts, is_scalar, as_arrays = _prompts(inputs)
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
     call = Call(
         lm,
         stop_token_ids,
@@ -542,7 +552,8 @@ def generate(
     total = None
     if hasattr(prompts, "__len__"):
         total = len(prompts) * num_return_sequences
-        batch_size = min(batch_size or BATCH_SIZE, max(total, 1))
+        if batch_size is None:
+            batch_size = min(BATCH_SIZE, max(total, 1))
     guesser, count = _guesser(lm, assistant, prompt_lookup_num_tokens)
     results = dict(
         shown_progress(

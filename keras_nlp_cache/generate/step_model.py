@@ -23,6 +23,8 @@ class StepModel(keras.Model):
         length: int. How many tokens a call takes.
         dtype: Optional floating dtype of the cache. Defaults to the compute
             dtype of the model.
+        index_per_row: bool. Whether each sequence stands at a slot of its own,
+            rather than all at the same.
 
     Raises:
         ValueError: If the model is of another package, or a size is no
@@ -35,7 +37,8 @@ class StepModel(keras.Model):
 
     Call arguments:
         inputs: Dictionary with `token_ids`, int32 `(B, length)`;
-            `cache_update_index`, int32 `()`; and for each decoder block `i`
+            `cache_update_index`, int32 `()`, or `(B,)` with `index_per_row`;
+            and for each decoder block `i`
             `past_key_i` and `past_value_i`, `(B, key_value_heads, max_length,
             head_dim)`.
 
@@ -57,7 +60,15 @@ class StepModel(keras.Model):
     ```
     """
 
-    def __init__(self, model, batch_size, max_length, length=1, dtype=None):
+    def __init__(
+        self,
+        model,
+        batch_size,
+        max_length,
+        length=1,
+        dtype=None,
+        index_per_row=False,
+    ):
         super().__init__(name=f"{model.name}_step")
         backbone = getattr(model, "backbone", model)
         if not isinstance(backbone, CachedBackbone):
@@ -80,7 +91,10 @@ class StepModel(keras.Model):
         dtype = floating_dtype("dtype", dtype or backbone.compute_dtype)
         self._names = []
         specs = {
-            "cache_update_index": ((), "int32"),
+            "cache_update_index": (
+                (batch_size,) if index_per_row else (),
+                "int32",
+            ),
             "token_ids": ((batch_size, length), "int32"),
         }
         for i, (heads, dim) in enumerate(backbone.cache_spec):

@@ -50,7 +50,8 @@ class Generation(typing.NamedTuple):
 
     def ended(self, limit):
         """Which rows need no more tokens, bool `(B,)`."""
-        return ops.logical_or(self.done, self.index + 1 >= limit)
+        is_full = ops.greater_equal(self.index + 1, limit)
+        return ops.logical_or(self.done, is_full)
 
 
 class Bounds(typing.NamedTuple):
