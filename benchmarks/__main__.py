@@ -6,6 +6,7 @@ down all of them. The first round compiles and is not counted, and no time is
 reported unless all systems generated the same tokens in it.
 
     python -m benchmarks speed --model gpt2 --batch 8 --prompt 128 --new 384
+    python -m benchmarks rows --model smollm2 --prompts 8 --longest 350
     python -m benchmarks first-token --model smollm2
     python -m benchmarks position --model smollm2
     python -m benchmarks memory --model gpt2
@@ -45,6 +46,12 @@ LENGTHS = {
     "max_length": "the length that systems are to be ready for",
     "positions": "numbers of tokens that are there",
     "lengths": "numbers of tokens, prompt included",
+    "prompts": "number of prompts",
+    "shortest": "number of tokens of the shortest prompt",
+    "longest": "number of tokens of the longest prompt",
+    "least": "the least number of tokens to generate",
+    "most": "the largest number of tokens to generate",
+    "places": "number of prompts that are generated after at a time",
 }
 # Tokens whose logits are closer than this are a tie that rounding decides.
 TIE = 1e-3
@@ -90,7 +97,7 @@ def workers(args, systems=SYSTEMS):
     for system in args.systems:
         if system not in systems:
             continue
-        if system in ("ours", "keras_hub"):
+        if system in ("ours", "in_batches", "keras_hub"):
             names += [f"{system}-{backend}" for backend in args.backends]
         else:
             names.append(system)
@@ -178,6 +185,44 @@ def speed(args):
                 systems[name]["tokens_per_second"] * seconds / args.batch
             )
     return {"systems": systems, "floors": floors, "ties": ties}
+
+
+def rows(args):
+    """Useful tokens per second after prompts of different lengths.
+
+    Prompts have from `shortest` to `longest` tokens. What is to be generated
+    after each is drawn from a geometric law between `least` and `most`.
+    """
+    rng = np.random.default_rng(0)
+    lengths = np.linspace(args.shortest, args.longest, args.prompts).astype(int)
+    prompts = [
+        rng.integers(100, 10_000, x).tolist() for x in rng.permutation(lengths)
+    ]
+    drawn = rng.geometric(2 / (args.least + args.most), args.prompts)
+    new = np.clip(drawn + args.least - 1, args.least, args.most).tolist()
+    request = {"prompts": prompts, "new": new, "places": args.places}
+    found = {}
+    with workers(args) as running:
+        first = {
+            name: worker.ask("timed_rows", **request)
+            for name, worker in running.items()
+        }
+        ties = check_tokens(first, running, prompts)
+        for _ in range(args.rounds):
+            for name, worker in running.items():
+                answer = worker.ask("timed_rows", **request)
+                found.setdefault(name, []).append(answer)
+    systems = {}
+    for name, answers in found.items():
+        rates = [sum(new) / x["seconds"] for x in answers]
+        systems[name] = {
+            "tokens_per_second": statistics.median(rates),
+            "slowest": min(rates),
+            "fastest": max(rates),
+            "first_call_seconds": first[name]["seconds"],
+            "peak_mib": answers[-1]["peak_mib"],
+        }
+    return {"systems": systems, "ties": ties, "new_tokens": sum(new)}
 
 
 def first_token(args):
@@ -334,6 +379,15 @@ def main():
         sub.set_defaults(function=function)
 
     command(speed, batch=1, prompt=32, new=128)
+    command(
+        rows,
+        prompts=8,
+        shortest=8,
+        longest=350,
+        least=48,
+        most=48,
+        places=8,
+    )
     command(first_token, prompt=32, max_lengths=[128, 256, 512, 1024])
     command(position, positions=[128, 512, 1024, 2048, 3968], max_length=4096)
     command(memory, batch=8, prompt=32, lengths=[64, 256, 512])
@@ -350,6 +404,9 @@ def main():
     case = [args.command, args.model]
     if args.command == "speed":
         case += [f"batch{args.batch}", f"{args.prompt}+{args.new}"]
+    if args.command == "rows":
+        case += [f"{args.prompts}x{args.shortest}to{args.longest}"]
+        case += [f"new{args.least}to{args.most}"]
     path = results / f"{'-'.join(case)}.json"
     write(path, result)
     print(f"{path.stem}, {args.dtype}, {result['machine']}")

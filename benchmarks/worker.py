@@ -41,6 +41,39 @@ class System:
             "peak_mib": peak_mib(),
         }
 
+    def rows(self, prompts, new, places):
+        """Greedy tokens after prompts of any length, some at a time.
+
+        Here, a batch of prompts after the other, each until all of its texts
+        are as long as they are to be.
+
+        Args:
+            prompts: List of lists of token ids.
+            new: List of ints. How many tokens to generate after each.
+            places: int. How many prompts to generate after at a time.
+
+        Returns:
+            A list with a list of tokens for each.
+        """
+        tokens = []
+        for at in range(0, len(prompts), places):
+            batch = slice(at, at + places)
+            tokens += self.batch(prompts[batch], new[batch])
+        return tokens
+
+    def batch(self, prompts, new):
+        """Greedy tokens after a batch of prompts of any length."""
+        raise NotImplementedError
+
+    def timed_rows(self, **kwargs):
+        start = time.perf_counter()
+        tokens = self.rows(**kwargs)
+        return {
+            "seconds": time.perf_counter() - start,
+            "tokens": [[int(x) for x in row] for row in tokens],
+            "peak_mib": peak_mib(),
+        }
+
     def memory(self, prompt, **kwargs):
         """How much a generation adds at its peak to what was loaded."""
         with open("/proc/self/clear_refs", "w") as file:
@@ -70,6 +103,20 @@ class KerasSystem(System):
         )
         return output["token_ids"][:, length : length + new]
 
+    def batch(self, prompts, new):
+        lengths = np.array([len(x) for x in prompts])
+        total = int((lengths + new).max())
+        mask = np.arange(total) < lengths[:, None]
+        token_ids = np.zeros(mask.shape, "int32")
+        token_ids[mask] = np.concatenate(prompts)
+        output = self.lm.generate(
+            {"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=None
+        )["token_ids"]
+        return [
+            row[length : length + count]
+            for row, length, count in zip(output, lengths, new)
+        ]
+
     def logit_gap(self, tokens, candidates):
         """How far apart two candidates for the next token are."""
         tokens = np.asarray(tokens, "int32")[None]
@@ -86,6 +133,15 @@ class Ours(KerasSystem):
 
         super().__init__(models, preset, dtype)
 
+    def rows(self, prompts, new, places):
+        requests = [
+            {"prompt": prompt, "max_new_tokens": count}
+            for prompt, count in zip(prompts, new)
+        ]
+        return self.lm.generate(
+            requests, batch_size=places, stop_token_ids=None, strip_prompt=True
+        )
+
     def step_milliseconds(self, prompt, new, max_length):
         """The mean duration of a decode step after a prompt."""
         prompt = np.asarray(prompt, "int32")
@@ -98,6 +154,16 @@ class Ours(KerasSystem):
         generation = loop.decode(generation, length + 1 + new)
         np.asarray(generation.token_ids)  # JAX does not wait otherwise.
         return {"milliseconds": (time.perf_counter() - start) / new * 1e3}
+
+
+class InBatches(Ours):
+    """keras_nlp_cache, a batch of prompts after the other."""
+
+    def rows(self, prompts, new, places):
+        return System.rows(self, prompts, new, places)
+
+    def batch(self, prompts, new):
+        return super().rows(prompts, new, places=len(prompts))
 
 
 class KerasHub(KerasSystem):
@@ -140,6 +206,29 @@ class Transformers(System):
             )
         return output[:, prompt.shape[1] :].numpy(force=True)
 
+    def batch(self, prompts, new):
+        import torch
+
+        lengths = np.array([len(x) for x in prompts])
+        most = lengths.max()
+        mask = np.arange(most) >= most - lengths[:, None]
+        token_ids = np.zeros(mask.shape, "int64")
+        token_ids[mask] = np.concatenate(prompts)
+        with torch.no_grad():
+            output = self.model.generate(
+                torch.tensor(token_ids, device=torch_device()),
+                attention_mask=torch.tensor(
+                    mask.astype("int64"), device=torch_device()
+                ),
+                do_sample=False,
+                min_new_tokens=max(new),
+                max_new_tokens=max(new),
+                pad_token_id=0,
+                eos_token_id=None,
+                **self.options,
+            ).numpy(force=True)
+        return [row[most : most + n] for row, n in zip(output, new)]
+
     def step_milliseconds(self, prompt, new, max_length):
         prompt = np.asarray(prompt, "int32")
         start = time.perf_counter()
@@ -164,6 +253,7 @@ class TransformersCompiled(Transformers):
 
 SYSTEMS = {
     "ours": Ours,
+    "in_batches": InBatches,
     "keras_hub": KerasHub,
     "transformers": Transformers,
     "transformers_compiled": TransformersCompiled,
