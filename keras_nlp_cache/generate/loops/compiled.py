@@ -20,13 +20,13 @@ class CompiledLoop(Loop):
     JAX what lies between is too small to use again.
     """
 
-    # A prompt fills its last chunk by half on average, and 32 rows are enough
-    # to keep two cores busy. One size, for one compilation.
-    chunk = 32
     compiles_sampler = True
 
     def __init__(self, lm):
         super().__init__(lm)
+        # A prompt fills its last chunk by half on average, and 32 rows are
+        # enough to keep two cores busy. One size, for one compilation.
+        self.chunk = 256 if self.access.on_an_accelerator() else 32
         self._spare_caches = {}
         # Streams are passed on from step to step.
         self.sampler_variables = []
