@@ -13,8 +13,8 @@ import pytest
 
 import keras_nlp_cache
 from keras_nlp_cache import default_model
-from keras_nlp_cache.command_line.chat import chat_prompt
 from keras_nlp_cache.command_line.cli import main
+from keras_nlp_cache.files.chat_template import chat_prompt
 from keras_nlp_cache.files.gguf_preset import conversion
 from tests import gguf_files
 from tests import test_gguf_preset

@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from keras_nlp_cache import models
-from keras_nlp_cache.command_line.chat import chat_prompt
 from keras_nlp_cache.files import gguf_preset
+from keras_nlp_cache.files.chat_template import chat_prompt
 from keras_nlp_cache.files.gguf_preset import conversion
 from tests import gguf_files
 from tests.families import random_tokens

@@ -257,7 +257,7 @@ def _sampler(args):
 
 
 def _chat_prompt(preset, question, preprocessor):
-    from keras_nlp_cache.command_line.chat import chat_prompt
+    from keras_nlp_cache.files.chat_template import chat_prompt
 
     tokenizer = preprocessor.tokenizer
     start_token = None
