@@ -9,13 +9,14 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ChatTemplate": "keras_nlp_cache.files.chat_template",
     "StepModel": "keras_nlp_cache.generate.step_model",
     "load_model": "keras_nlp_cache.drop_in",
 }
 
 _MODULES = ("models", "surgery")
 
-__all__ = ["StepModel", "load_model", "models", "surgery"]
+__all__ = ["ChatTemplate", "StepModel", "load_model", "models", "surgery"]
 
 
 def __getattr__(name):

@@ -14,7 +14,6 @@ import pytest
 import keras_nlp_cache
 from keras_nlp_cache import default_model
 from keras_nlp_cache.command_line.cli import main
-from keras_nlp_cache.files.chat_template import chat_prompt
 from keras_nlp_cache.files.gguf_preset import conversion
 from tests import gguf_files
 from tests import test_gguf_preset
@@ -169,7 +168,9 @@ def test_mistakes(kind, capsys):
     [
         [],
         ["generate"],
-        ["chat"],
+        ["chat", "a prompt"],
+        ["chat", "--sampler", "beam"],
+        ["chat", "--system"],
         ["generate", "x", "--sampler", "beam"],
         ["generate", "x", "--max-new-tokens", "0"],
         ["generate", "x", "--max-new-tokens", "many"],
@@ -229,12 +230,3 @@ def test_gguf_files_that_cannot_be_read(
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith("keras-nlp-cache: error: cannot ")
     assert re.search(words, line)
-
-
-def test_chat_template(smollm2, tmp_path):
-    prompt = chat_prompt(smollm2, "Hi!", start_token="<|im_start|>")
-    assert prompt.startswith("system\n")
-    assert prompt.endswith(
-        "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert chat_prompt(str(tmp_path), "Hi!") == "Hi!"

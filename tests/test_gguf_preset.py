@@ -14,7 +14,6 @@ import transformers
 
 from keras_nlp_cache import models
 from keras_nlp_cache.files import gguf_preset
-from keras_nlp_cache.files.chat_template import chat_prompt
 from keras_nlp_cache.files.gguf_preset import conversion
 from tests import gguf_files
 from tests.families import random_tokens
@@ -223,9 +222,10 @@ def test_chat_templates_and_what_they_spell(name, tmp_path):
         metadata["tokenizer.ggml.token_type"][-2] = 4
 
     gguf_files.write(path, name, change=change)
-    assert chat_prompt(path, "hi", start_token="<bos>") == "hi"
-    assert chat_prompt(str(path), "hi") == "<bos>hi"
-    tokenizer = models.CausalLM.from_preset(path).preprocessor.tokenizer
+    lm = models.CausalLM.from_preset(path)
+    message = {"role": "user", "content": "hi"}
+    assert lm.chat_template.render([message]) == "<bos>hi"
+    tokenizer = lm.preprocessor.tokenizer
     last = tokenizer.vocabulary_size() - 1
     assert last in np.array(tokenizer("the <start_of_turn>fox"))
     assert last - 1 in np.array(tokenizer("the  fox"))

@@ -7,17 +7,14 @@ import pathlib
 import sys
 import time
 
-_SAMPLERS = {
-    "greedy": "GreedySampler",
-    "top_k": "TopKSampler",
-    "top_p": "TopPSampler",
-    "random": "RandomSampler",
-}
+from keras_nlp_cache.command_line.model_arguments import CommandError
+from keras_nlp_cache.command_line.model_arguments import load
+from keras_nlp_cache.command_line.model_arguments import model_arguments
+from keras_nlp_cache.command_line.model_arguments import positive
+from keras_nlp_cache.command_line.model_arguments import sampler
+from keras_nlp_cache.command_line.model_arguments import sampler_arguments
+
 _BACKENDS = ("jax", "tensorflow", "torch")
-
-
-class CommandError(Exception):
-    """A mistake to be explained in one line, without a traceback."""
 
 
 def main(argv=None):
@@ -64,26 +61,16 @@ def _parser():
 
     generate = commands.add_parser(
         "generate",
-        parents=[common, _answering(max_new_tokens=256)],
+        parents=[common, _prompt(), model_arguments(256), sampler_arguments()],
         help="answer a prompt",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    generate.add_argument("--sampler", choices=_SAMPLERS, default="greedy")
-    generate.add_argument(
-        "--temperature", type=_positive(float), default=1.0, metavar="T"
-    )
-    generate.add_argument(
-        "--seed",
-        type=int,
-        help="make a random sampler repeatable",
-        default=argparse.SUPPRESS,
     )
     generate.set_defaults(run=_generate)
 
     steer = commands.add_parser(
         "steer",
         # Three answers take three times as long, and share a screen.
-        parents=[common, _answering(max_new_tokens=64)],
+        parents=[common, _prompt(), model_arguments(64)],
         help="answer a prompt in three moods, steered by a control vector",
         description="Train a control vector on a contrast of two personas "
         "(happy and sad, by default), and answer a prompt with the vector "
@@ -92,7 +79,7 @@ def _parser():
     )
     steer.add_argument(
         "--strength",
-        type=_positive(float),
+        type=positive(float),
         default=3.0,
         metavar="X",
         help="what to multiply the vector by",
@@ -128,61 +115,28 @@ def _parser():
     return parser
 
 
-def _answering(max_new_tokens):
+def _prompt():
     """The arguments of commands that answer a prompt."""
-    answer = argparse.ArgumentParser(add_help=False)
-    answer.add_argument("prompt", help="a question, or with --raw any text")
-    answer.add_argument(
-        "--preset",
-        help="a keras_hub preset or hub handle, or the path of a local preset "
-        "or Hugging Face directory, or of a GGUF file (default: "
-        "SmolLM2-135M-Instruct)",
-        default=argparse.SUPPRESS,
-    )
-    answer.add_argument(
-        "--max-new-tokens",
-        type=_positive(int),
-        default=max_new_tokens,
-        metavar="N",
-    )
-    answer.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="dtype of weights and computation",
-    )
-    answer.add_argument(
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("prompt", help="a question, or with --raw any text")
+    parser.add_argument(
         "--raw",
         action="store_true",
         help="pass the prompt on as it is, without a chat template",
     )
-    return answer
-
-
-def _positive(kind):
-    def parse(text):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(
-                f"expected a number above 0, received {text}"
-            )
-        return value
-
-    parse.__name__ = kind.__name__  # Named in argparse's own errors.
-    return parse
+    return parser
 
 
 def _generate(args):
     _check_prompt(args.prompt)
-    preset = _preset(args)
-    lm = _load(preset, args.dtype)
-    lm.compile(sampler=_sampler(args))
-    prompt = args.prompt
-    if not args.raw:
-        prompt = _chat_prompt(preset, prompt, lm.preprocessor)
+    lm = load(args)
+    lm.compile(sampler=sampler(args))
+    stream = lm.stream
+    if lm.chat_template is not None and not args.raw:
+        stream = lm.stream_chat
     times = [time.perf_counter()]
     try:
-        for piece in _answer(lm, prompt, args.max_new_tokens, times):
+        for piece in _answer(stream, args.prompt, args.max_new_tokens, times):
             print(piece, end="", flush=True)
     finally:
         if len(times) > 1:
@@ -196,10 +150,10 @@ def _check_prompt(prompt):
         raise CommandError("expected a prompt, received an empty one")
 
 
-def _answer(lm, prompt, max_new_tokens, times):
+def _answer(stream, prompt, max_new_tokens, times):
     """Yields an answer in pieces, and notes in `times` when each came."""
     try:
-        for piece in lm.stream(prompt, max_new_tokens):
+        for piece in stream(prompt, max_new_tokens):
             times.append(time.perf_counter())
             yield piece
     except ValueError as e:
@@ -220,69 +174,20 @@ def _speed(times):
     return text + "]"
 
 
-def _preset(args):
-    """The preset that was asked for, as a directory if it is a GGUF file."""
-    from keras_nlp_cache import default_model
-    from keras_nlp_cache.files import gguf_preset
-
-    preset = getattr(args, "preset", None)
-    try:
-        if preset is None:
-            return default_model.preset()
-        return gguf_preset.directory(preset)
-    except (ImportError, OSError, ValueError) as e:
-        name = "the default model" if preset is None else repr(preset)
-        raise CommandError(f"cannot convert {name}: {e}") from e
-
-
-def _load(preset, dtype):
-    from keras_nlp_cache.models import CausalLM
-
-    try:
-        return CausalLM.from_preset(preset, dtype=dtype)
-    except Exception as e:
-        # Damaged files raise whatever the library that reads them raises.
-        raise CommandError(
-            f"cannot load the preset {preset!r}: {type(e).__name__}: {e}"
-        ) from e
-
-
-def _sampler(args):
-    import keras_hub
-
-    config = {"temperature": args.temperature}
-    if args.sampler != "greedy":
-        config["seed"] = getattr(args, "seed", None)
-    return getattr(keras_hub.samplers, _SAMPLERS[args.sampler])(**config)
-
-
-def _chat_prompt(preset, question, preprocessor):
-    from keras_nlp_cache.files.chat_template import chat_prompt
-
-    tokenizer = preprocessor.tokenizer
-    start_token = None
-    if getattr(preprocessor, "add_start_token", False):
-        start_token = tokenizer.id_to_token(tokenizer.start_token_id)
-    return chat_prompt(preset, question, start_token)
-
-
 def _steer(args):
     _check_prompt(args.prompt)
     # Mistakes come to light before the work that they would waste.
     personas = _personas(args)
     vector = _load_vector(args.vector) if personas is None else None
     _check_save(args)
-    preset = _preset(args)
-    lm = _load(preset, args.dtype)
+    lm = load(args)
     lm.compile(sampler="greedy")
-
-    def chat_prompt(text):
-        if args.raw:
-            return text
-        return _chat_prompt(preset, text, lm.preprocessor)
 
     from keras_nlp_cache.command_line import steer_command
     from keras_nlp_cache.surgery.control_vector import AddDirection
+
+    def chat_prompt(text):
+        return text if args.raw else steer_command.chat_prompt(lm, text)
 
     try:
         if vector is None:
@@ -305,7 +210,10 @@ def _steer(args):
         layer.strength.assign(strength)
         times = [time.perf_counter()]
         pieces = _answer(
-            steered, chat_prompt(args.prompt), args.max_new_tokens, times
+            steered.stream,
+            chat_prompt(args.prompt),
+            args.max_new_tokens,
+            times,
         )
         answers[heading] = "".join(pieces)
         print(f"{heading}: {_speed(times)}", file=sys.stderr)

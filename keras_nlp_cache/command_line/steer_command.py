@@ -49,6 +49,25 @@ def train(lm, positive, negative, chat_prompt):
     )
 
 
+def chat_prompt(lm, question):
+    """Puts a question into the chat template of a model, if it has one.
+
+    Args:
+        lm: A `CausalLM` with a preprocessor.
+        question: str.
+
+    Returns:
+        str, without the start token that the preprocessor will put first.
+    """
+    if lm.chat_template is None:
+        return question
+    prompt = lm.chat_template.render([{"role": "user", "content": question}])
+    tokenizer, start_token = lm.preprocessor.tokenizer, None
+    if getattr(lm.preprocessor, "add_start_token", False):
+        start_token = tokenizer.id_to_token(tokenizer.start_token_id)
+    return prompt.removeprefix(start_token or "")
+
+
 def _prompts(personas, chat_prompt):
     """Prompts that have a model begin to answer as each of some personas."""
     prompts = []

@@ -17,6 +17,7 @@ from keras_hub.src.utils.transformers.preset_loader import (
 
 from keras_nlp_cache.files import gguf_preset
 from keras_nlp_cache.files import hugging_face
+from keras_nlp_cache.files.chat_template import ChatTemplate
 
 _SENTENCE_PIECE = "tokenizer.model"
 
@@ -37,6 +38,18 @@ def preset_loader(preset):
     if type(loader) is TransformersPresetLoader:
         return _HuggingFaceLoader(loader.preset, loader.config)
     return loader
+
+
+def template_of(loader):
+    """The `ChatTemplate` of a preset, `None` if it has none.
+
+    Args:
+        loader: What `preset_loader()` returned.
+    """
+    return ChatTemplate.from_preset(
+        loader.preset,
+        of_keras=not isinstance(loader, TransformersPresetLoader),
+    )
 
 
 class _HuggingFaceLoader(TransformersPresetLoader):

@@ -16,7 +16,10 @@ from keras_nlp_cache import drop_in
 from keras_nlp_cache.cache import policies
 from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.access import accessing
+from keras_nlp_cache.files.chat_template import ChatTemplate
 from keras_nlp_cache.files.preset_loader import preset_loader
+from keras_nlp_cache.files.preset_loader import template_of
+from keras_nlp_cache.generate import conversation
 from keras_nlp_cache.generate import loops
 from keras_nlp_cache.generate import many
 from keras_nlp_cache.generate import prompts
@@ -82,6 +85,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
     """
 
     embeddings_name = "token_embedding"
+    _chat_template = None
 
     def __init__(self, *args, **kwargs):
         # In upstream's order, which is not the same for all families.
@@ -580,6 +584,57 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             prompt, max_new_tokens, stop_token_ids, truncation
         )
 
+    @property
+    def chat_template(self):
+        """How the model expects conversations, `None` if nobody says.
+
+        A `ChatTemplate`, which presets carry. Assign one, a string in Jinja, or
+        `None`. `save_to_preset()` keeps it.
+        """
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, template):
+        self._chat_template = conversation.template_for(
+            template,
+            getattr(self.preprocessor, "tokenizer", None),
+            self._chat_template,
+        )
+
+    def chat(self, messages, max_new_tokens=256, **options):
+        """Answers a conversation in the form that the model was trained on.
+
+        Args:
+            messages: List of dictionaries with `"role"` and `"content"`. Or a
+                string, what a user says.
+            max_new_tokens: int. Stop after that many tokens.
+            **options: As for `Session.chat()`.
+
+        Returns:
+            str, the answer, without tokens of the template.
+
+        Raises:
+            ValueError: If the model has no chat template or no preprocessor, or
+                for `Session.chat()`'s reasons.
+
+        Example:
+        ```python
+        lm.chat_template = (
+            "{% for m in messages %}{{ m.content }} {% endfor %}"
+        )
+        lm.chat([{"role": "user", "content": "the fox"}], max_new_tokens=4)
+        ```
+        """
+        return Session(self).chat(messages, max_new_tokens, **options)
+
+    def stream_chat(self, messages, max_new_tokens=256, **options):
+        """Does what `chat()` does, and yields the answer as it is produced.
+
+        Returns:
+            An iterator as that of `stream()`.
+        """
+        return Session(self).stream_chat(messages, max_new_tokens, **options)
+
     def start_session(self, path=None):
         """Starts a text that can be continued turn by turn.
 
@@ -724,7 +779,9 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                     f"preset={preset!r}, of a `{family.__name__}`. Call "
                     "`CausalLM.from_preset`, which picks the class."
                 )
-            return loader.load_task(task, load_weights, True, **kwargs)
+            lm = loader.load_task(task, load_weights, True, **kwargs)
+        lm.chat_template = template_of(loader)
+        return lm
 
     @classmethod
     def from_config(cls, config):
@@ -734,9 +791,26 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         with drop_in.scope(*own):
             return super().from_config(config)
 
+    def save_assets(self, dir_path):
+        """Keras' hook: what of a task is in no config. See `load_assets()`."""
+        if self.chat_template is not None:
+            self.chat_template.save(dir_path)
+
+    def load_assets(self, dir_path):
+        """Keras' hook: keras_hub's classes pass over it, as they have none."""
+        if dir_path is not None:
+            self.chat_template = ChatTemplate.from_preset(
+                dir_path, of_keras=True
+            )
+
     def save_to_preset(self, preset_dir, max_shard_size=10):
         with drop_in.saving_preset(preset_dir) as folder:
             super().save_to_preset(folder, max_shard_size=max_shard_size)
+            if self.chat_template is not None:
+                self.chat_template.save(folder)
+        if self.chat_template is None:
+            # Of an older preset in the same folder.
+            ChatTemplate.remove(preset_dir)
 
 
 # What upstream's users override to say how a model generates.

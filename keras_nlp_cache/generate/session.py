@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 from keras import tree
 
+from keras_nlp_cache.generate import conversation
 from keras_nlp_cache.generate import session_file
 from keras_nlp_cache.generate.loops.generation import drawn
 from keras_nlp_cache.generate.loops.generation import slots_for
@@ -24,8 +25,8 @@ class Session:
 
     `CausalLM.start_session()` makes one. What was sent and what was answered
     stays in the key/value cache, so that the next turn costs no more than what
-    is new in it. The text is what the model sees: if the model expects a chat
-    template, put each turn into it.
+    is new in it. What `send()` adds is what the model sees; `chat()` puts each
+    turn into the chat template of the model.
 
     The cache belongs to the weights that it was computed with. After training
     the model, start a new session.
@@ -38,6 +39,7 @@ class Session:
         token_ids: int32 array `(T,)`, all tokens up to now.
         prefilled_tokens: int. How many tokens the model has read so far that
             it did not generate itself, over all turns.
+        conversation: A `Conversation`, what was said by `chat()`.
 
     Raises:
         ValueError: If the model has no preprocessor.
@@ -66,6 +68,7 @@ class Session:
         self.lm = lm
         self.token_ids = np.zeros((0,), "int32")
         self.prefilled_tokens = 0
+        self.conversation = conversation.Conversation()
         # The cache, how many slots of it are filled, and whose it is.
         self._cache, self._filled, self._loop = None, 0, None
         self._turn = 0
@@ -76,6 +79,23 @@ class Session:
         if not len(self.token_ids):
             return ""
         return self.lm.preprocessor.tokenizer.detokenize(self.token_ids)
+
+    @property
+    def messages(self):
+        """What was said by `chat()`, a list of dictionaries.
+
+        May be changed or assigned. The next turn reads what is then new.
+        """
+        return self.conversation.messages
+
+    @messages.setter
+    def messages(self, messages):
+        self.conversation.messages = conversation.checked(messages)
+
+    @property
+    def changes(self):
+        """How often the session was changed, but for an answer that grows."""
+        return self._turn
 
     def send(
         self,
@@ -154,6 +174,99 @@ class Session:
             token_ids = cut(token_ids, room, truncation, kept=start)
         self._turn += 1
         return self._stream(token_ids, max_new_tokens, stop, self._turn)
+
+    def chat(
+        self,
+        message,
+        max_new_tokens=256,
+        stop_token_ids="auto",
+        template_options=None,
+    ):
+        """Says something, and has the model answer as its chat template says.
+
+        All messages are put into the template, and what the session has not
+        read of that is read: as a rule, no more than the message. Where a
+        template writes earlier messages otherwise by now, such as without what
+        the model thought before it answered, it is read again from there on.
+
+        Special tokens that a user spells out, such as `"<|im_end|>"`, are read
+        letter by letter, so that nobody ends a turn but the template. That
+        holds for messages of all roles but `"system"` and `"developer"`, and
+        in those of `"assistant"` for the tokens that end a turn.
+
+        Args:
+            message: str, what the user says. Or a message as a dictionary with
+                `"role"` and `"content"`, or a list of these, such as one of the
+                system and one of the user.
+            max_new_tokens: int. Stop after that many tokens.
+            stop_token_ids: `None`, `"auto"` or a collection of token ids to
+                stop at. `"auto"` are those of `CausalLM.generate()` and the
+                one that the template ends an answer with.
+            template_options: Optional dictionary of what else the template is
+                to know, such as `{"enable_thinking": False}`.
+
+        Returns:
+            str, the answer, without tokens of the template.
+
+        Raises:
+            ValueError: If the model has no chat template, or it refuses the
+                messages; if these are not what they should be; if text was
+                sent to the session otherwise; or if the conversation gets
+                longer than the positions that the model learned.
+
+        Example:
+        ```python
+        lm.chat_template = (
+            "{% for m in messages %}{{ m.content }} {% endfor %}"
+        )
+        session = lm.start_session()
+        session.chat("the fox", max_new_tokens=4)
+        session.chat("the dog", max_new_tokens=4)
+        session.rewind_turn()
+        ```
+        """
+        return "".join(
+            self.stream_chat(
+                message, max_new_tokens, stop_token_ids, template_options
+            )
+        )
+
+    def stream_chat(
+        self,
+        message,
+        max_new_tokens=256,
+        stop_token_ids="auto",
+        template_options=None,
+    ):
+        """Does what `chat()` does, and yields the answer as it is produced.
+
+        May be left early. What was yielded until then is the answer.
+
+        Returns:
+            An iterator as that of `stream()`.
+
+        Raises:
+            ValueError: As `chat()`, when it is called.
+            RuntimeError: As `stream()`.
+        """
+        check_loop(self.lm)
+        _check_postprocess(self.lm.preprocessor)
+        return conversation.stream_turn(
+            self, message, max_new_tokens, stop_token_ids, template_options
+        )
+
+    def rewind_turn(self, count=1):
+        """Forgets the last turns of a chat, each what a user said and on.
+
+        Args:
+            count: int. How many, at most all. What the system said before the
+                first stays.
+
+        Raises:
+            ValueError: If there are not as many, or `count` is not an integer
+                of 0 or more.
+        """
+        conversation.rewind_turns(self, count)
 
     def stream_tokens(self, token_ids, max_new_tokens=256, stop_token_ids=()):
         """Does what `stream()` does, with token ids for text.
@@ -250,6 +363,7 @@ class Session:
         other = Session(self.lm)
         other.token_ids = self.token_ids.copy()
         other.prefilled_tokens = self.prefilled_tokens
+        other.conversation = self.conversation.copy()
         if self._cache is not None:
             loop = self.lm.generation_loop
             other._cache = loop.restore_cache(_arrays(self._cache))
@@ -289,7 +403,13 @@ class Session:
         arrays = None
         if self._cache is not None:
             arrays = _with_slots(self._cache, self._filled)
-        session_file.write(path, self.lm.backbone, self.token_ids, arrays)
+        session_file.write(
+            path,
+            self.lm.backbone,
+            self.token_ids,
+            arrays,
+            self.conversation.to_json() if self.messages else None,
+        )
 
     def load(self, path):
         """Replaces this session by one that `save()` wrote.
@@ -302,8 +422,11 @@ class Session:
                 model. The session is then what it was.
             OSError: If the file cannot be read.
         """
-        token_ids, arrays = session_file.read(path, self.lm.backbone)
+        token_ids, arrays, said = session_file.read(
+            path, self.lm.backbone, conversation.Conversation.from_json
+        )
         self._turn += 1
+        self.conversation = said or conversation.Conversation()
         self.token_ids, self._cache, self._filled = token_ids, None, 0
         self.prefilled_tokens = 0
         if arrays is not None:

@@ -40,7 +40,7 @@ def fingerprint(backbone):
     return digest.hexdigest()
 
 
-def write(path, backbone, token_ids, arrays):
+def write(path, backbone, token_ids, arrays, conversation=None):
     """Writes a session. See `Session.save()`.
 
     Args:
@@ -48,6 +48,7 @@ def write(path, backbone, token_ids, arrays):
         backbone: The backbone that the cache is of.
         token_ids: int32 array `(T,)`.
         arrays: Pairs of arrays `(1, heads, filled, head_dim)`, or `None`.
+        conversation: Optional str, what was said in chat.
     """
     import safetensors.numpy
 
@@ -65,16 +66,25 @@ def write(path, backbone, token_ids, arrays):
         "model": fingerprint(backbone),
         "dtype": str(arrays[0][0].dtype) if arrays else "",
     }
+    if conversation is not None:
+        metadata["conversation"] = conversation
     content = safetensors.numpy.save(tensors, metadata)
     with atomic_file.replacing(path) as unfinished:
         unfinished.write_bytes(content)
 
 
-def read(path, backbone):
+def read(path, backbone, parse_conversation):
     """Reads what `write()` wrote.
 
+    Args:
+        path: str or path.
+        backbone: The backbone that is to go on.
+        parse_conversation: Function that is called with the `conversation`, if
+            there is one, and raises a `ValueError` if it is damaged.
+
     Returns:
-        `(token_ids, arrays)`, as they were written.
+        `(token_ids, arrays, conversation)`, as they were written, the last one
+        as it was parsed.
 
     Raises:
         ValueError: If the file is damaged, no session's, or another model's.
@@ -111,8 +121,14 @@ def read(path, backbone):
     token_ids = tensors.pop("token_ids", np.zeros((1, 1)))
     if token_ids.ndim != 1:
         raise _damaged(path, "no row of token ids")
+    conversation = metadata.get("conversation")
+    if conversation is not None:
+        try:
+            conversation = parse_conversation(conversation)
+        except ValueError as e:
+            raise _damaged(path, f"a conversation that is damaged ({e})") from e
     if not tensors:
-        return token_ids, None
+        return token_ids, None, conversation
     arrays = []
     filled = tensors.get("key.0", np.zeros((1, 1, 0, 1))).shape[2]
     for i, (heads, head_dim) in enumerate(backbone.cache_spec):
@@ -123,7 +139,7 @@ def read(path, backbone):
         arrays.append(tuple(_from_bits(x, metadata["dtype"]) for x in pair))
     if tensors or filled > len(token_ids):
         raise _damaged(path, "more keys than tokens or blocks")
-    return token_ids, tuple(arrays)
+    return token_ids, tuple(arrays), conversation
 
 
 def _damaged(path, what):

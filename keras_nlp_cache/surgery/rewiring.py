@@ -180,6 +180,7 @@ def _with_backbone(lm, backbone):
     config = lm.get_config()
     config.update(backbone=backbone, preprocessor=lm.preprocessor)
     new = type(lm)(**config, compile=False)
+    new.chat_template = lm.chat_template
     if lm.compiled:
         # Optimizers and metrics keep variables for the weights of one model.
         compile_config = keras.tree.map_structure(
