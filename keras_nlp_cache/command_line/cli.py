@@ -1,4 +1,4 @@
-"""The command line: `keras-nlp-cache generate`, `steer` and `info`."""
+"""The command line: `keras-nlp-cache generate`, `chat`, `steer`, `info`."""
 
 import argparse
 import importlib.metadata
@@ -66,6 +66,28 @@ def _parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser(
+        "chat",
+        parents=[common, model_arguments(256), sampler_arguments()],
+        help="talk to a model, turn by turn",
+        description="Talk to a model. It remembers what was said. Type /help "
+        "for what else can be done.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    chat.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="what the model is told first",
+        default=argparse.SUPPRESS,
+    )
+    chat.add_argument(
+        "--load",
+        metavar="FILE",
+        help="go on with what /save wrote",
+        default=argparse.SUPPRESS,
+    )
+    chat.set_defaults(run=_chat)
 
     steer = commands.add_parser(
         "steer",
@@ -172,6 +194,25 @@ def _speed(times):
         rate = (count - 2) / (times[-1] - times[2])
         text += f", then {rate:.1f} tokens/s"
     return text + "]"
+
+
+def _chat(args):
+    from keras_nlp_cache.command_line import chat_command
+
+    if hasattr(args, "system") and hasattr(args, "load"):
+        raise CommandError(
+            "expected --system or --load, received both; what the model is "
+            "told first is in the file"
+        )
+    lm = load(args)
+    lm.compile(sampler=sampler(args))
+    dialogue = chat_command.Dialogue(
+        lm, args.max_new_tokens, getattr(args, "system", None)
+    )
+    if hasattr(args, "load"):
+        dialogue.load(args.load)
+    dialogue.run()
+    return 0
 
 
 def _steer(args):
