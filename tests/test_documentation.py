@@ -1,6 +1,7 @@
 """What the documentation shows runs, and its commands are CI's."""
 
 import ast
+import functools
 import importlib
 import inspect
 import itertools
@@ -126,15 +127,20 @@ def run_blocks(name, namespace, edit=lambda block: block):
 def small_model(tmp_path):
     """One whose tokenizer has something for every character."""
     family = next(x for x in FAMILIES if x.name == "llama")
-    family.text_lm().save_to_preset(tmp_path / "small")
+    lm = family.text_lm()
+    lm.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    lm.save_to_preset(tmp_path / "small")
     return str(tmp_path / "small")
 
 
 @in_words
 def test_readme(namespace, smollm2, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Two sections load it, which takes long.
+    load = functools.cache(models.CausalLM.from_preset)
+    monkeypatch.setattr(models.CausalLM, "from_preset", load)
     blocks = run_blocks("README.md", namespace)
-    (demo,) = (block for block in blocks if "default_model" in block)
+    (demo,) = (block for block in blocks if "import default_model" in block)
     assert len(demo.splitlines()) < 15
     # A layer after every block changes the text, and so does steering.
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
