@@ -14,9 +14,16 @@ _HOMES = {
     "load_model": "keras_nlp_cache.drop_in",
 }
 
-_MODULES = ("models", "surgery")
+_MODULES = ("batch_job", "models", "surgery")
 
-__all__ = ["ChatTemplate", "StepModel", "load_model", "models", "surgery"]
+__all__ = [
+    "ChatTemplate",
+    "StepModel",
+    "batch_job",
+    "load_model",
+    "models",
+    "surgery",
+]
 
 
 def __getattr__(name):

@@ -167,7 +167,7 @@ def test_mistakes(kind, capsys):
     "arguments",
     [
         [],
-        ["generate"],
+        ["steer"],
         ["chat", "a prompt"],
         ["chat", "--sampler", "beam"],
         ["chat", "--system"],

@@ -23,6 +23,7 @@ ORDER = (
     "generate",
     "models",
     "surgery",
+    "batch_job",
     "command_line",
     "__main__",
 )

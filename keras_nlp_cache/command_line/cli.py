@@ -1,12 +1,14 @@
 """The command line: `keras-nlp-cache generate`, `chat`, `steer`, `info`."""
 
 import argparse
+import functools
 import importlib.metadata
 import os
 import pathlib
 import sys
 import time
 
+from keras_nlp_cache.command_line import batch_command
 from keras_nlp_cache.command_line.model_arguments import CommandError
 from keras_nlp_cache.command_line.model_arguments import load
 from keras_nlp_cache.command_line.model_arguments import model_arguments
@@ -61,10 +63,16 @@ def _parser():
 
     generate = commands.add_parser(
         "generate",
-        parents=[common, _prompt(), model_arguments(256), sampler_arguments()],
-        help="answer a prompt",
+        parents=[
+            common,
+            _prompt(nargs="?"),
+            model_arguments(256),
+            sampler_arguments(),
+        ],
+        help="answer a prompt, or all in a file",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    batch_command.add_arguments(generate, positive(int))
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser(
@@ -137,10 +145,15 @@ def _parser():
     return parser
 
 
-def _prompt():
+def _prompt(nargs=None):
     """The arguments of commands that answer a prompt."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("prompt", help="a question, or with --raw any text")
+    parser.add_argument(
+        "prompt",
+        nargs=nargs,
+        default=argparse.SUPPRESS,
+        help="a question, or with --raw any text",
+    )
     parser.add_argument(
         "--raw",
         action="store_true",
@@ -149,10 +162,22 @@ def _prompt():
     return parser
 
 
-def _generate(args):
-    _check_prompt(args.prompt)
+def _compiled(args):
+    """The model that was asked for, ready to generate as it is to."""
     lm = load(args)
     lm.compile(sampler=sampler(args))
+    return lm
+
+
+def _generate(args):
+    try:
+        if batch_command.is_asked(args):
+            load_model = functools.partial(_compiled, args)
+            return batch_command.answer_all(args, load_model)
+    except (ImportError, OSError, ValueError) as e:
+        raise CommandError(e) from e
+    _check_prompt(args.prompt)
+    lm = _compiled(args)
     stream = lm.stream
     if lm.chat_template is not None and not args.raw:
         stream = lm.stream_chat

@@ -78,7 +78,7 @@ def load(args):
     """
     from keras_nlp_cache.models import CausalLM
 
-    preset = _preset(args)
+    preset = find_preset(args)
     try:
         return CausalLM.from_preset(preset, dtype=args.dtype)
     except Exception as e:
@@ -88,7 +88,7 @@ def load(args):
         ) from e
 
 
-def _preset(args):
+def find_preset(args):
     """The preset that was asked for, as a directory if it is a GGUF file."""
     from keras_nlp_cache import default_model
     from keras_nlp_cache.files import gguf_preset

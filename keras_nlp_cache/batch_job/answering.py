@@ -1,0 +1,75 @@
+"""Answers to prompts of which some cannot be answered."""
+
+import json
+
+from keras_nlp_cache.generate import session_file
+
+
+def answer_each(lm, prompts, **options):
+    """Answers prompts, and goes on after those that cannot be.
+
+    Args:
+        lm: A `CausalLM`.
+        prompts: Iterable of str.
+        **options: As for `CausalLM.generate_many()`.
+
+    Yields:
+        `(index, answer)` for each prompt in the order in which they are done,
+        where `answer` is a dictionary with an `"answer"`, or an `"error"`.
+
+    Raises:
+        ValueError: If prompts can be answered one by one, and not together.
+    """
+    numbered = enumerate(prompts)
+    more = True
+    while more:
+        under_way = {}  # By the index that the model knows them by.
+        try:
+            texts = lm.generate_many(_noting(numbered, under_way), **options)
+            for i, text in texts:
+                index, _ = under_way.pop(i)
+                yield index, {"answer": text}
+            more = False
+        except ValueError:
+            # It does not say of which prompt. Each by itself will.
+            refused = False
+            for index, prompt in under_way.values():
+                answer = _answer_one(lm, prompt, options)
+                refused = refused or "error" in answer
+                yield index, answer
+            if not refused:
+                raise
+
+
+def identity(lm):
+    """What a model is known by, a dictionary of JSON's types."""
+    sampler = lm.sampler
+    config = sampler.get_config() if hasattr(sampler, "get_config") else {}
+    return plain(
+        {
+            **config,
+            "weights": session_file.fingerprint(lm.backbone),
+            "sampler": type(sampler).__name__,
+            "cache_dtype": getattr(lm, "cache_dtype", None),
+        }
+    )
+
+
+def plain(x):
+    """A dictionary of JSON's types, and of the types of what is none."""
+    text = json.dumps(x, default=lambda value: type(value).__name__)
+    return json.loads(text)
+
+
+def _noting(numbered, under_way):
+    for i, (index, prompt) in enumerate(numbered):
+        under_way[i] = index, prompt
+        yield prompt
+
+
+def _answer_one(lm, prompt, options):
+    try:
+        ((_, text),) = lm.generate_many([prompt], **options)
+    except ValueError as e:
+        return {"error": str(e)}
+    return {"answer": text}
