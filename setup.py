@@ -26,6 +26,7 @@ STEER = ["gguf", "rich", "scikit-learn"]
 DEMO = [*STEER, *BACKENDS["torch"]]
 # What `StepModel.export()` needs, and what runs the files it writes.
 EXPORT = ["ai-edge-litert", "onnx", "onnxruntime", "onnxscript", "tf2onnx"]
+RAY = ["ray[data]"]
 BENCH = [
     *DEMO,
     *BACKENDS["jax"],
@@ -37,6 +38,7 @@ BENCH = [
 TEST = [
     *DEMO,
     *EXPORT,
+    *RAY,
     *BACKENDS["jax"],
     "accelerate",  # What transformers wants in order to read a GGUF file.
     "grain",  # Upstream's `TestCase`, which tests of the patches extend.
@@ -80,6 +82,7 @@ setup(
         "steer": STEER,
         "demo": DEMO,
         "export": EXPORT,
+        "ray": RAY,
         "test": TEST,
         "bench": BENCH,
     },
