@@ -29,7 +29,14 @@ pytestmark = on_one_backend("what becomes of files is tried")
 COUNT = 12
 LINES = [{"prompt": f"prömpt {i}", "id": f"id {i}"} for i in range(COUNT)]
 ANSWERS = [
-    {"id": f"id {i}", "index": i, "answer": f"PRÖMPT {i}"} for i in range(COUNT)
+    {
+        "id": f"id {i}",
+        "index": i,
+        "answer": f"PRÖMPT {i}",
+        "finish_reason": "stop",
+        "tokens": 2,
+    }
+    for i in range(COUNT)
 ]
 
 
@@ -65,7 +72,14 @@ class Model:
         for i, prompt in reversed(rows):
             self.before(self.count)
             self.count += 1
-            yield i, prompt.upper()
+            yield (
+                i,
+                {
+                    "text": prompt.upper(),
+                    "finish_reason": "stop",
+                    "token_ids": [1, 2],
+                },
+            )
 
 
 def run(model, files, **kwargs):
@@ -252,7 +266,8 @@ def test_a_prompt_that_cannot_be_answered(tmp_path):
 class Halving(Model):
     def answers(self, rows):
         for i, _ in rows:
-            yield i, "half of a pair: \ud83d"
+            text = "half of a pair: \ud83d"
+            yield i, {"text": text, "finish_reason": "stop", "token_ids": [1]}
 
 
 def test_an_answer_that_is_no_unicode(files):
@@ -321,7 +336,7 @@ BAD_LINES = {
     "no object": ("3", "object.*received 3"),
     "no prompt": ("{}", r'either a "prompt" or "messages", received \[\]'),
     "both": ('{"prompt": "", "messages": []}', "either"),
-    "an unknown key": ('{"prompt": "x", "seed": 1}', r'received \["seed"\]'),
+    "an unknown key": ('{"prompt": "x", "sead": 1}', r'received \["sead"\]'),
     "a number": ('{"prompt": 3}', "a string, received 3"),
     "no Unicode": (r'{"prompt": "\ud800"}', "Unicode"),
     "a bad id": ('{"prompt": "x", "id": true}', "id.*received true"),

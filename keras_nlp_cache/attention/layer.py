@@ -12,6 +12,9 @@ from keras import ops
 from keras_nlp_cache.attention.functions import attend
 from keras_nlp_cache.attention.sinks import nearer_sinks
 from keras_nlp_cache.cache.access import access
+from keras_nlp_cache.cache.int8 import Int8
+from keras_nlp_cache.cache.int8 import turn
+from keras_nlp_cache.cache.int8 import turn_back
 from keras_nlp_cache.cache.int8 import widened
 from keras_nlp_cache.cache.layer_cache import LayerCache
 from keras_nlp_cache.cache.slots import slots
@@ -228,6 +231,10 @@ class CachedAttention(Specialized, Remembers):
         entry, key, value = cache.update(
             ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         )
+        if hasattr(self, "replaced_attention"):
+            key, value = widened(key, x.dtype), widened(value, x.dtype)
+        elif isinstance(key, Int8):
+            query = turn(query)
         # Few families have these, and few functions know them.
         further = {}
         if self.sink is not None:
@@ -236,10 +243,9 @@ class CachedAttention(Specialized, Remembers):
             further["bias"] = self.logits_bias(cache.distance)
         elif hasattr(cache.key, "nearer") and self.rotary() is not None:
             further["bias"] = self._nearer_sinks(x, query, key, cache)
-        function = access().attention(cache, ops.shape(x)[1]) or attend
-        if hasattr(self, "replaced_attention"):
-            function = self.replaced_attention
-            key, value = widened(key, x.dtype), widened(value, x.dtype)
+        function = getattr(self, "replaced_attention", None) or (
+            access().attention(cache, ops.shape(x)[1]) or attend
+        )
         x = function(
             query=query,
             key=key,
@@ -250,12 +256,16 @@ class CachedAttention(Specialized, Remembers):
             dropout=self.weights_dropout,
             **further,
         )
+        if isinstance(value, Int8):
+            x = turn_back(x)
         return self.merge_heads(x), entry
 
     def _nearer_sinks(self, x, query, key, cache):
         """The bias that makes the first tokens seem to be nearer."""
         slot = slots(cache.index, x.shape[1])
         moved, _, _ = self.project(x, cache.positions - cache.key.nearer(slot))
+        if isinstance(key, Int8):
+            moved = turn(moved)
         return nearer_sinks(
             query, moved, key, cache.key, slot, self.scale, self.soft_cap
         )

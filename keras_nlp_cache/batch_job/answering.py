@@ -25,10 +25,12 @@ def answer_each(lm, prompts, **options):
     while more:
         under_way = {}  # By the index that the model knows them by.
         try:
-            texts = lm.generate_many(_noting(numbered, under_way), **options)
-            for i, text in texts:
+            results = lm.generate_many(
+                _noting(numbered, under_way), return_dict=True, **options
+            )
+            for i, result in results:
                 index, _ = under_way.pop(i)
-                yield index, {"answer": text}
+                yield index, _told(result)
             more = False
         except ValueError:
             # It does not say of which prompt. Each by itself will.
@@ -51,6 +53,7 @@ def identity(lm):
             "weights": session_file.fingerprint(lm.backbone),
             "sampler": type(sampler).__name__,
             "cache_dtype": getattr(lm, "cache_dtype", None),
+            "cache_policy": repr(getattr(lm, "cache_policy", None)),
         }
     )
 
@@ -69,7 +72,16 @@ def _noting(numbered, under_way):
 
 def _answer_one(lm, prompt, options):
     try:
-        ((_, text),) = lm.generate_many([prompt], **options)
+        ((_, result),) = lm.generate_many([prompt], return_dict=True, **options)
     except ValueError as e:
         return {"error": str(e)}
-    return {"answer": text}
+    return _told(result)
+
+
+def _told(result):
+    """What is written of a result."""
+    return {
+        "answer": result["text"],
+        "finish_reason": result["finish_reason"],
+        "tokens": len(result["token_ids"]),
+    }

@@ -48,8 +48,9 @@ def run(
     r"""Answers the prompts in a file, and goes on where it stopped.
 
     Each line of `output` is an object with the `"id"` of the prompt, or its
-    line number if it has none, its `"index"`, which counts from 0, and the
-    `"answer"`, in the order in which they are done. An answer is written as
+    line number if it has none, its `"index"`, which counts from 0, the
+    `"answer"`, the number of its `"tokens"` and its `"finish_reason"`, in the
+    order in which they are done. An answer is written as
     soon as it is there. Whatever ends the job, started again with the same
     arguments it answers what is left. A prompt that the model refuses, one
     that is too long, say, has an `"error"` in place of an answer.
@@ -63,15 +64,16 @@ def run(
         input: Path of a file of JSON lines in UTF-8, objects with a
             `"prompt"`, or with `"messages"`, a list of objects with a
             `"role"` and a `"content"`, and optionally an `"id"`, a string or
-            an integer. All are looked through before anything is generated.
+            an integer, and a `"max_new_tokens"` and a `"seed"` of its own. All
+            are looked through before anything is generated.
         output: Path of the file of answers.
         max_new_tokens: int. How many tokens an answer has at most.
         batch_size: int. How many prompts to answer at once.
         stop_token_ids: As for `CausalLM.generate_many()`.
         strip_prompt: bool. Whether answers are without their prompts.
-        chat_prompt: Optional function from a list of messages to a text for
-            the model. A `"prompt"` is the one message of a user. Without it,
-            prompts are passed on as they are, and messages refused.
+        chat_prompt: Optional function from a list of messages to a text or
+            token ids for the model. A `"prompt"` is the one message of a user.
+            Without it, prompts are passed on as they are, and messages refused.
         overwrite: bool. Whether to begin anew, whatever is in `output`.
         progress: bool. Whether to show a progress bar on standard error.
             `None` shows it on a terminal.
@@ -105,7 +107,7 @@ def run(
         def texts():
             for i, prompt in enumerate(job.unfinished()):
                 asked[i] = prompt
-                yield prompt.text
+                yield prompt.asked
 
         answers = answering.answer_each(
             lm, texts(), batch_size=batch_size, **options

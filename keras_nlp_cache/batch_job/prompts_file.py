@@ -6,7 +6,7 @@ import json
 import os
 from typing import NamedTuple
 
-_KEYS = ("prompt", "messages", "id")
+_KEYS = ("prompt", "messages", "id", "max_new_tokens", "seed")
 # More mistakes than this are not listed, only counted.
 _LISTED = 5
 
@@ -17,12 +17,13 @@ class Prompt(NamedTuple):
     Attributes:
         index: int. How many prompts stand before it.
         id: str or int. What the line says, or its number.
-        text: str. What the model is to go on from.
+        asked: What the model is to go on from, as `generate_many()` takes it: a
+            string, token ids, or a dictionary with one of these and more.
     """
 
     index: int
     id: str | int
-    text: str
+    asked: object
 
 
 class PromptsFile:
@@ -31,7 +32,8 @@ class PromptsFile:
     Args:
         path: str or path.
         chat_prompt: Optional function from a list of messages, dictionaries
-            with a `"role"` and a `"content"`, to a text. What it raises a
+            with a `"role"` and a `"content"`, to a text or token ids. What it
+            raises a
             `ValueError` for is no prompt. Without it, prompts are passed on as
             they are, and messages refused.
 
@@ -65,10 +67,10 @@ class PromptsFile:
         self._file.seek(0)
         try:
             # Lines that somebody has added since are left alone.
-            for index, (_, id, _, text) in zip(
+            for index, (_, id, _, asked) in zip(
                 range(self.count), self._lines()
             ):
-                yield Prompt(index, id, text)
+                yield Prompt(index, id, asked)
         except ValueError as e:
             raise OSError(
                 errno.ESTALE,
@@ -78,7 +80,7 @@ class PromptsFile:
 
     def _look_through(self):
         digest, lines, mistakes = hashlib.sha256(), {}, []
-        for number, id, messages, _ in self._lines(mistakes):
+        for number, id, said, _ in self._lines(mistakes):
             if id in lines:
                 mistakes.append(
                     f"line {number}: expected an id of its own, received "
@@ -87,7 +89,7 @@ class PromptsFile:
                 )
             lines[id] = number
             # Not the texts: a template may put the day into them.
-            digest.update(json.dumps([id, messages]).encode())
+            digest.update(json.dumps([id, said]).encode())
         if mistakes:
             more = len(mistakes) - _LISTED
             raise ValueError(
@@ -107,7 +109,7 @@ class PromptsFile:
     def _lines(self, mistakes=None):
         """Yields the lines that are not blank.
 
-        Each is `(number, id, messages, text)`.
+        Each is `(number, id, said, asked)`.
 
         Args:
             mistakes: Optional list, to add what is wrong to rather than raise
@@ -148,14 +150,29 @@ class PromptsFile:
             messages = [{"role": "user", "content": x["prompt"]}]
         else:
             messages = _checked_messages(x["messages"])
+        further = {
+            key: _checked_number(key, x[key])
+            for key in ("max_new_tokens", "seed")
+            if key in x
+        }
+        said = [messages, further] if further else messages
         if self._chat_prompt is not None:
-            return id, messages, self._chat_prompt(messages)
-        if "prompt" not in x:
+            asked = self._chat_prompt(messages)
+        elif "prompt" in x:
+            asked = x["prompt"]
+        else:
             raise ValueError(
                 'expected a "prompt", as prompts are passed on as they are, '
                 'received "messages", which take a chat template'
             )
-        return id, messages, x["prompt"]
+        return id, said, {"prompt": asked, **further} if further else asked
+
+
+def _checked_number(key, x):
+    least = 1 if key == "max_new_tokens" else 0
+    if isinstance(x, bool) or not isinstance(x, int) or x < least:
+        raise _unlike(f'a "{key}" that is an integer of {least} or more', x)
+    return x
 
 
 def _checked_messages(messages):

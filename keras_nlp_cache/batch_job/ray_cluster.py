@@ -93,7 +93,10 @@ def run_on_ray(
                     _BATCHES * batch_size, max(1, len(asked) // workers)
                 )
                 data = ray.data.from_items(
-                    [{"i": i, "text": x.text} for i, x in enumerate(asked)],
+                    [
+                        {"i": i, "asked": json.dumps(x.asked)}
+                        for i, x in enumerate(asked)
+                    ],
                     override_num_blocks=-(-len(asked) // per_block),
                 )
                 data = data.map_batches(
@@ -136,7 +139,9 @@ class _Worker:
             self._model = json.dumps(answering.identity(lm))
             self._lm = lm
         answers = list(
-            answering.answer_each(self._lm, batch["text"].tolist(), **options)
+            answering.answer_each(
+                self._lm, map(json.loads, batch["asked"]), **options
+            )
         )
         return {
             "i": [batch["i"][i] for i, _ in answers],

@@ -4,8 +4,9 @@ What is *kept* of keys or of values is *stored* as a tensor `(B,
 key_value_heads, S, head_dim)`, or as an `Int8`, in places that belong to slots
 one after the other. Or it is an object of a policy, which says otherwise: a
 named tuple with the methods `update()`, `read_slots()` and `can_go_back()` that
-functions of this module call. Of all tensors in it, the first axis is the
-batch; of what is stored, the third are the places.
+functions of this module call, and with what `moving.py` asks for. Of all
+tensors in it, the first axis is the batch; of what is stored, the third are the
+places.
 """
 
 from keras import ops

@@ -26,8 +26,8 @@ def main(argv=None):
         argv: Optional list of arguments. Defaults to those of the process.
 
     Returns:
-        The exit status: 0, 2 for a mistake in what was asked, 130 if
-        interrupted.
+        The exit status: 0, 1 if some of many prompts cannot be answered, 2
+        for a mistake in what was asked, 130 if interrupted.
     """
     args = _parser().parse_args(argv)
     if args.backend is not None:
@@ -38,8 +38,8 @@ def main(argv=None):
     except CommandError as e:
         print(f"keras-nlp-cache: error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"\nkeras-nlp-cache: {e}" if str(e) else "", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would complain once

@@ -556,6 +556,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         max_new_tokens=256,
         stop_token_ids="auto",
         truncation="error",
+        **options,
     ):
         """Generates text after a prompt, and yields it as it is produced.
 
@@ -564,6 +565,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             max_new_tokens: int. Stop after that many tokens.
             stop_token_ids: As for `generate()`.
             truncation: As for `Session.send()`.
+            **options: As for `Session.send()`.
 
         Returns:
             An iterator with one string for each token, which may be left
@@ -581,7 +583,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         ```
         """
         return Session(self).stream(
-            prompt, max_new_tokens, stop_token_ids, truncation
+            prompt, max_new_tokens, stop_token_ids, truncation, **options
         )
 
     @property

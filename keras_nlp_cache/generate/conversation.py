@@ -3,6 +3,7 @@
 import json
 
 from keras_nlp_cache.files.chat_template import ChatTemplate
+from keras_nlp_cache.generate.options.stop_strings import StopStrings
 from keras_nlp_cache.generate.pieces import TextPieces
 from keras_nlp_cache.generate.prompts import is_int
 from keras_nlp_cache.generate.prompts import stop_tokens
@@ -224,7 +225,7 @@ def template_for(value, tokenizer, before):
 
 
 def stream_turn(
-    session, messages, max_new_tokens, stop_token_ids, variables=None
+    session, messages, max_new_tokens, stop_token_ids, variables, options
 ):
     """Does what `Session.stream_chat()` says."""
     tokens = template_tokens(session.lm)
@@ -261,11 +262,16 @@ def stream_turn(
     kept = min(kept, len(token_ids) - 1)
     session.rewind(len(held) - kept)
     conversation.spans = spans
-    steps = session.stream_tokens(token_ids[kept:], max_new_tokens, stops)
-    return _answer(session, tokens, messages, steps, stops, session.changes)
+    steps = session.stream_tokens(
+        token_ids[kept:], max_new_tokens, stops, options
+    )
+    until = StopStrings(options.stop_strings or ())
+    return _answer(
+        session, tokens, messages, steps, stops, until, session.changes
+    )
 
 
-def _answer(session, tokens, messages, steps, stops, changes):
+def _answer(session, tokens, messages, steps, stops, until, changes):
     """Yields an answer in pieces, and keeps it with the question.
 
     Both are kept from its first token on. An answer that is left before that
@@ -275,9 +281,13 @@ def _answer(session, tokens, messages, steps, stops, changes):
     answer = {"role": "assistant", "content": ""}
     pieces = TextPieces(tokenizer.detokenize)
 
-    def say(piece, token_ids, is_closed):
+    def say(piece, token_ids, is_closed, is_last=False):
         conversation.spans.append(Span(piece, token_ids, is_closed))
-        answer["content"] += piece
+        shown = until.add(piece)
+        if is_last:
+            shown += until.rest()
+        answer["content"] += shown
+        return shown
 
     try:
         while True:
@@ -295,11 +305,12 @@ def _answer(session, tokens, messages, steps, stops, changes):
             piece = pieces.add(token_id) if is_text else ""
             # Where no text is certain, the next token is of the same
             # character.
-            say(piece, (token_id,), is_closed=bool(piece) or not is_text)
-            yield piece
+            is_closed = bool(piece) or not is_text
+            yield say(piece, (token_id,), is_closed)
+            if until.found is not None:
+                return
         # Nothing completes what there is of a character, or there is nothing.
-        rest = pieces.rest()
-        say(rest, (), is_closed=True)
+        rest = say(pieces.rest(), (), is_closed=True, is_last=True)
         if token_id is not None:
             text = tokenizer.id_to_token(token_id)
             conversation.spans.append(Span(text, (token_id,), is_closed=True))

@@ -123,7 +123,8 @@ class Prompts:
             most = len(token_ids) + max_new_tokens
             if room is not None and most > room:
                 most = room - max_new_tokens
-                token_ids = self._cut(i, token_ids, max(most, 1))
+                why = f" to fit the {room} positions that the model learned"
+                token_ids = self._cut(i, token_ids, max(most, 1), why)
                 most = room
         else:
             token_ids = self._cut(i, token_ids, most)
@@ -137,13 +138,13 @@ class Prompts:
             )
         return token_ids, most
 
-    def _cut(self, i, token_ids, length):
+    def _cut(self, i, token_ids, length, why=" to fit"):
         if len(token_ids) <= length:
             return token_ids
         if self._limits.truncation == "error":
             raise ValueError(
                 f"Expected prompts of at most {length} tokens, for them and "
-                f"what is generated to fit. Received: prompt {i} of "
+                f"what is generated{why}. Received: prompt {i} of "
                 f"{len(token_ids)} tokens. Shorten it, raise the limit, or "
                 "have it cut by `truncation`."
             )

@@ -2,13 +2,17 @@
 
 import numpy as np
 from keras import ops
-from keras import tree
 
+from keras_nlp_cache.cache.kept import can_go_back
+from keras_nlp_cache.cache.moving import put_in
+from keras_nlp_cache.cache.moving import take_out
 from keras_nlp_cache.generate import conversation
 from keras_nlp_cache.generate import session_file
 from keras_nlp_cache.generate.loops.generation import drawn
 from keras_nlp_cache.generate.loops.generation import slots_for
 from keras_nlp_cache.generate.loops.sampling import check_loop
+from keras_nlp_cache.generate.options.options import Options
+from keras_nlp_cache.generate.options.stop_strings import StopStrings
 from keras_nlp_cache.generate.pieces import TextPieces
 from keras_nlp_cache.generate.prompts import check_continuation
 from keras_nlp_cache.generate.prompts import check_count
@@ -71,6 +75,9 @@ class Session:
         self.conversation = conversation.Conversation()
         # The cache, how many slots of it are filled, and whose it is.
         self._cache, self._filled, self._loop = None, 0, None
+        self._slots = 0
+        # How many slots were ever written, rewound or not.
+        self._mark = 0
         self._turn = 0
 
     @property
@@ -103,6 +110,7 @@ class Session:
         max_new_tokens=256,
         stop_token_ids="auto",
         truncation="error",
+        **options,
     ):
         """Adds to the text and has the model go on with it.
 
@@ -117,6 +125,9 @@ class Session:
                 and the new tokens, needs more positions than the model learned:
                 `"error"`, or what of it fills them, `"left"` for its last
                 tokens after the start token or `"right"` for its first.
+            **options: As for `CausalLM.generate()`, such as `stop_strings`, but
+                for `return_logprobs`. A penalty counts all that was said before
+                as the prompt.
 
         Returns:
             str, the answer.
@@ -128,7 +139,9 @@ class Session:
                 or there is no room at all.
         """
         return "".join(
-            self.stream(text, max_new_tokens, stop_token_ids, truncation)
+            self.stream(
+                text, max_new_tokens, stop_token_ids, truncation, **options
+            )
         )
 
     def stream(
@@ -137,6 +150,7 @@ class Session:
         max_new_tokens=256,
         stop_token_ids="auto",
         truncation="error",
+        **options,
     ):
         """Does what `send()` does, and yields the answer as it is produced.
 
@@ -172,8 +186,23 @@ class Session:
                     "`max_new_tokens`."
                 )
             token_ids = cut(token_ids, room, truncation, kept=start)
+        options = self._options(options)
         self._turn += 1
-        return self._stream(token_ids, max_new_tokens, stop, self._turn)
+        return self._stream(
+            token_ids, max_new_tokens, stop, options, self._turn
+        )
+
+    def _options(self, options):
+        """What a user said of an answer, as `Options`."""
+        if isinstance(options, Options):
+            return options
+        options = Options(**options).tokenized(self.lm.preprocessor.tokenizer)
+        if options.return_logprobs is not None:
+            raise ValueError(
+                "Expected no `return_logprobs` of a text that is streamed. "
+                f"Received: {options.return_logprobs}. Call `generate()`."
+            )
+        return options
 
     def chat(
         self,
@@ -181,6 +210,7 @@ class Session:
         max_new_tokens=256,
         stop_token_ids="auto",
         template_options=None,
+        **options,
     ):
         """Says something, and has the model answer as its chat template says.
 
@@ -204,6 +234,7 @@ class Session:
                 one that the template ends an answer with.
             template_options: Optional dictionary of what else the template is
                 to know, such as `{"enable_thinking": False}`.
+            **options: As for `send()`.
 
         Returns:
             str, the answer, without tokens of the template.
@@ -227,7 +258,11 @@ class Session:
         """
         return "".join(
             self.stream_chat(
-                message, max_new_tokens, stop_token_ids, template_options
+                message,
+                max_new_tokens,
+                stop_token_ids,
+                template_options,
+                **options,
             )
         )
 
@@ -237,6 +272,7 @@ class Session:
         max_new_tokens=256,
         stop_token_ids="auto",
         template_options=None,
+        **options,
     ):
         """Does what `chat()` does, and yields the answer as it is produced.
 
@@ -252,7 +288,12 @@ class Session:
         check_loop(self.lm)
         _check_postprocess(self.lm.preprocessor)
         return conversation.stream_turn(
-            self, message, max_new_tokens, stop_token_ids, template_options
+            self,
+            message,
+            max_new_tokens,
+            stop_token_ids,
+            template_options,
+            self._options(options),
         )
 
     def rewind_turn(self, count=1):
@@ -264,17 +305,22 @@ class Session:
 
         Raises:
             ValueError: If there are not as many, or `count` is not an integer
-                of 0 or more.
+                of 0 or more; or if the cache policy did not keep what the
+                tokens before these have seen.
         """
         conversation.rewind_turns(self, count)
 
-    def stream_tokens(self, token_ids, max_new_tokens=256, stop_token_ids=()):
+    def stream_tokens(
+        self, token_ids, max_new_tokens=256, stop_token_ids=(), options=None
+    ):
         """Does what `stream()` does, with token ids for text.
 
         Args:
             token_ids: 1D integer array. What to add, if only to go on.
             max_new_tokens: int, as for `send()`.
             stop_token_ids: As for `send()`.
+            options: Optional `Options`. Stop strings are the business of who
+                makes text of tokens.
 
         Yields:
             Token ids, as ints.
@@ -297,7 +343,7 @@ class Session:
                 # At first, and where the sampler, say, is another one by now.
                 loop = self.lm.generation_loop
                 generation = self._prefill(loop, token_ids, end)
-                steps = loop.steps(generation, end, stops)
+                steps = loop.steps(generation, end, stops, options)
             # While a step is under way there is no cache to go on with.
             cache, self._cache = self._cache, None
             generation = next(steps, None)
@@ -312,15 +358,17 @@ class Session:
             for token_id in tokens:
                 # An answer may be left between two tokens of a step.
                 self._filled = len(self.token_ids)
+                self._mark = max(self._mark, self._filled)
                 self.token_ids = np.append(self.token_ids, token_id)
                 yield int(token_id)
             if token_id in stops:
                 return
             token_ids = self.token_ids
 
-    def _stream(self, token_ids, max_new_tokens, stop, turn):
+    def _stream(self, token_ids, max_new_tokens, stop, options, turn):
         pieces = TextPieces(self.lm.preprocessor.tokenizer.detokenize)
-        tokens = self.stream_tokens(token_ids, max_new_tokens, stop)
+        until = StopStrings(options.stop_strings or ())
+        tokens = self.stream_tokens(token_ids, max_new_tokens, stop, options)
         while True:
             if turn != self._turn:
                 raise RuntimeError(
@@ -331,8 +379,10 @@ class Session:
             token_id = next(tokens, None)
             if token_id is None or token_id in stop:
                 break
-            yield pieces.add(token_id)
-        rest = pieces.rest()
+            yield until.add(pieces.add(token_id))
+            if until.found is not None:
+                return
+        rest = until.add(pieces.rest()) + until.rest()
         if rest:
             yield rest
 
@@ -343,9 +393,10 @@ class Session:
         cache, self._cache = self._cache, None
         start = 0
         if cache is not None:
-            start, slots = self._filled, max(slots, _slots(cache))
-            if loop is not self._loop or slots > _slots(cache):
-                cache = loop.restore_cache(_with_slots(cache, slots))
+            start, slots = self._filled, max(slots, self._slots)
+            if loop is not self._loop or slots > self._slots:
+                tokens = take_out(cache, start, self._mark)
+                cache = self._restored(loop, tokens, slots)
         generation = loop.prefill(
             token_ids[None],
             np.ones((1, len(token_ids)), "bool"),
@@ -355,8 +406,21 @@ class Session:
         )
         self.prefilled_tokens += max(0, len(token_ids) - 1 - start)
         self.token_ids, self._filled = token_ids, len(token_ids) - 1
-        self._cache, self._loop = generation.cache, loop
+        self._mark = max(self._mark, self._filled)
+        self._cache, self._loop, self._slots = generation.cache, loop, slots
         return generation
+
+    def _restored(self, loop, tokens, slots):
+        """A cache that holds tokens, for a loop of this model."""
+        arrays, self._mark = put_in(
+            self.lm.backbone,
+            tokens,
+            self._filled,
+            slots,
+            self.lm.cache_dtype,
+            self.lm.cache_policy,
+        )
+        return loop.restore_cache(arrays)
 
     def fork(self):
         """Returns a copy that goes its own way from here."""
@@ -365,9 +429,10 @@ class Session:
         other.prefilled_tokens = self.prefilled_tokens
         other.conversation = self.conversation.copy()
         if self._cache is not None:
-            loop = self.lm.generation_loop
-            other._cache = loop.restore_cache(_arrays(self._cache))
-            other._filled, other._loop = self._filled, loop
+            loop = other._loop = self.lm.generation_loop
+            other._filled, other._slots = self._filled, self._slots
+            tokens = take_out(self._cache, self._filled, self._mark)
+            other._cache = other._restored(loop, tokens, self._slots)
         return other
 
     def rewind(self, count):
@@ -378,7 +443,8 @@ class Session:
 
         Raises:
             ValueError: If there are not as many, or `count` is not an integer
-                of 0 or more.
+                of 0 or more; or if the cache policy did not keep what the
+                tokens before these have seen.
         """
         total = len(self.token_ids)
         if not is_int(count) or not 0 <= count <= total:
@@ -386,6 +452,17 @@ class Session:
                 f"Expected `count` to be an integer from 0 to {total}, the "
                 f"tokens of this session. Received: count={count!r}."
             )
+        # The last token that is left will be read once more.
+        filled = min(self._filled, max(total - count - 1, 0))
+        if self._cache is not None and filled < self._filled:
+            if not can_go_back(self._cache, self._mark, filled):
+                raise ValueError(
+                    f"Expected a cache that remembers what the first "
+                    f"{total - count} tokens have seen. Received one of the "
+                    f"policy {self.lm.cache_policy}, in which later tokens "
+                    f"took their places. Rewind less than {count} tokens, or "
+                    "start another session."
+                )
         self._turn += 1
         self.token_ids = self.token_ids[: total - count]
         self._filled = min(self._filled, len(self.token_ids))
@@ -402,7 +479,7 @@ class Session:
         """
         arrays = None
         if self._cache is not None:
-            arrays = _with_slots(self._cache, self._filled)
+            arrays = take_out(self._cache, self._filled, self._mark)
         session_file.write(
             path,
             self.lm.backbone,
@@ -422,19 +499,28 @@ class Session:
                 model. The session is then what it was.
             OSError: If the file cannot be read.
         """
-        token_ids, arrays, said = session_file.read(
+        token_ids, tokens, said = session_file.read(
             path, self.lm.backbone, conversation.Conversation.from_json
         )
-        self._turn += 1
-        self.conversation = said or conversation.Conversation()
-        self.token_ids, self._cache, self._filled = token_ids, None, 0
-        self.prefilled_tokens = 0
-        if arrays is not None:
-            filled = _slots(arrays)
-            slots = slots_for(max(filled, 1), self.lm.backbone.max_positions)
-            loop = self.lm.generation_loop
-            self._cache = loop.restore_cache(_with_slots(arrays, slots))
-            self._filled, self._loop = filled, loop
+        new = Session(self.lm)
+        new.token_ids = token_ids
+        new.conversation = said or conversation.Conversation()
+        if tokens is not None:
+            new._filled = int(max(tokens[0][0].slots, default=-1)) + 1
+            new._slots = slots_for(
+                max(new._filled, 1), self.lm.backbone.max_positions
+            )
+            new._loop = self.lm.generation_loop
+            try:
+                new._cache = new._restored(new._loop, tokens, new._slots)
+            except (TypeError, ValueError) as e:
+                raise ValueError(
+                    f"Expected {str(path)!r} to hold what the cache policy "
+                    f"{self.lm.cache_policy} keeps. Received a session of "
+                    f"another one: {e}"
+                ) from e
+        turn = self._turn + 1
+        vars(self).update(vars(new), _turn=turn)
 
     def _tokenize(self, text):
         """Token ids to add, and how many of them every text begins with."""
@@ -468,21 +554,3 @@ def _check_postprocess(preprocessor):
             "`generate_postprocess` of its own, which streams and sessions "
             "would pass by. Call `generate()`."
         )
-
-
-def _slots(cache):
-    return int(cache[0][0].shape[2])
-
-
-def _arrays(cache):
-    return tree.map_structure(ops.convert_to_numpy, cache)
-
-
-def _with_slots(cache, slots):
-    """The arrays of a cache, cut or padded to some number of slots."""
-
-    def resize(x):
-        x = x[:, :, :slots]
-        return np.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
-
-    return tree.map_structure(resize, _arrays(cache))

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache.cache.int8 import Int8
+from keras_nlp_cache.cache.moving import Tokens
 from keras_nlp_cache.files import atomic_file
 
 _FORMAT = "keras_nlp_cache.session"
@@ -40,14 +42,14 @@ def fingerprint(backbone):
     return digest.hexdigest()
 
 
-def write(path, backbone, token_ids, arrays, conversation=None):
+def write(path, backbone, token_ids, tokens, conversation=None):
     """Writes a session. See `Session.save()`.
 
     Args:
         path: str or path that ends in `.safetensors`.
         backbone: The backbone that the cache is of.
         token_ids: int32 array `(T,)`.
-        arrays: Pairs of arrays `(1, heads, filled, head_dim)`, or `None`.
+        tokens: From `moving.take_out()`, or `None`.
         conversation: Optional str, what was said in chat.
     """
     import safetensors.numpy
@@ -57,14 +59,21 @@ def write(path, backbone, token_ids, arrays, conversation=None):
             "Expected the file of a session to be named *.safetensors. "
             f"Received: {str(path)!r}."
         )
-    tensors = {"token_ids": np.asarray(token_ids, "int32")}
-    for i, pair in enumerate(arrays or ()):
-        for name, x in zip(("key", "value"), pair):
-            tensors[f"{name}.{i}"] = _as_bits(x)
+    tensors, dtype = {"token_ids": np.asarray(token_ids, "int32")}, ""
+    for i, pair in enumerate(tokens or ()):
+        for name, some in zip(("key", "value"), pair):
+            if len(some.slots) and some.slots[-1] + 1 > len(some.slots):
+                tensors[f"{name}.{i}.slots"] = some.slots
+            if isinstance(some.stored, Int8):
+                tensors[f"{name}.{i}.scale"] = _as_bits(some.stored.scale)
+                tensors[f"{name}.{i}"] = _as_bits(some.stored.values)
+            else:
+                dtype = str(some.stored.dtype)
+                tensors[f"{name}.{i}"] = _as_bits(some.stored)
     metadata = {
         "format": _FORMAT,
         "model": fingerprint(backbone),
-        "dtype": str(arrays[0][0].dtype) if arrays else "",
+        "dtype": dtype,
     }
     if conversation is not None:
         metadata["conversation"] = conversation
@@ -83,7 +92,7 @@ def read(path, backbone, parse_conversation):
             there is one, and raises a `ValueError` if it is damaged.
 
     Returns:
-        `(token_ids, arrays, conversation)`, as they were written, the last one
+        `(token_ids, tokens, conversation)`, as they were written, the last one
         as it was parsed.
 
     Raises:
@@ -129,17 +138,38 @@ def read(path, backbone, parse_conversation):
             raise _damaged(path, f"a conversation that is damaged ({e})") from e
     if not tensors:
         return token_ids, None, conversation
-    arrays = []
-    filled = tensors.get("key.0", np.zeros((1, 1, 0, 1))).shape[2]
-    for i, (heads, head_dim) in enumerate(backbone.cache_spec):
-        pair = tuple(tensors.pop(f"{x}.{i}", None) for x in ("key", "value"))
-        for x in pair:
-            if x is None or x.shape != (1, heads, filled, head_dim):
-                raise _damaged(path, f"block {i} incomplete")
-        arrays.append(tuple(_from_bits(x, metadata["dtype"]) for x in pair))
-    if tensors or filled > len(token_ids):
+    tokens = tuple(
+        tuple(
+            _tokens(path, tensors, f"{name}.{i}", shape, metadata["dtype"])
+            for name in ("key", "value")
+        )
+        for i, shape in enumerate(backbone.cache_spec)
+    )
+    ends = {int(x.slots[-1]) if len(x.slots) else -1 for y in tokens for x in y}
+    if tensors or max(ends) >= len(token_ids):
         raise _damaged(path, "more keys than tokens or blocks")
-    return token_ids, tuple(arrays), conversation
+    if len(ends) > 1:
+        raise _damaged(path, "a block incomplete")
+    return token_ids, tokens, conversation
+
+
+def _tokens(path, tensors, name, shape, dtype):
+    """Takes the `Tokens` of some name out of the tensors of a file."""
+    heads, head_dim = shape
+    x, scale, slots = (
+        tensors.pop(name + end, None) for end in ("", ".scale", ".slots")
+    )
+    count = 0 if x is None or x.ndim != 4 else x.shape[2]
+    slots = np.arange(count) if slots is None else slots
+    if x is None or x.shape != (1, heads, count, head_dim):
+        raise _damaged(path, f"block {name.split('.')[1]} incomplete")
+    if slots.shape != (count,) or (np.diff(slots) <= 0).any():
+        raise _damaged(path, f"other slots than those of {name}")
+    if scale is None:
+        return Tokens(slots, _from_bits(x, dtype))
+    if scale.shape != (1, heads, count, 1):
+        raise _damaged(path, f"{name}.scale incomplete")
+    return Tokens(slots, Int8(x, scale))
 
 
 def _damaged(path, what):
@@ -150,7 +180,8 @@ def _damaged(path, what):
 
 
 def _as_bits(x):
-    # NumPy has no bfloat16 of its own, so its bits are stored.
+    # Memory is written as it lies. NumPy has no bfloat16 of its own, so its bits
+    # are stored.
     x = np.ascontiguousarray(x)
     return x.view("uint16") if str(x.dtype) == "bfloat16" else x
 

@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 
+import numpy as np
 from keras import ops
 
 from keras_nlp_cache.cache import kept
@@ -63,7 +64,19 @@ class Ring(typing.NamedTuple):
         return ops.concatenate([before, slots(index, length)], axis=1)
 
     def can_go_back(self, filled, to):
-        return turns_back(kept.places(self.stored), filled, to)
+        return turns_back(self.count_in_turns, filled, to)
+
+    # The first slot whose place others may take, and how many places that is.
+    first_in_turns = 0
+
+    @property
+    def count_in_turns(self):
+        return kept.places(self.stored)
+
+    def needed(self, filled):
+        """The slots that tokens from some slot on see, an int array."""
+        window = self.count_in_turns - SPARE
+        return np.arange(max(0, filled - window), filled)
 
 
 def turns_back(count, filled, to):

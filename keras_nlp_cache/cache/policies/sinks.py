@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 
+import numpy as np
 from keras import ops
 
 from keras_nlp_cache.cache import kept
@@ -119,8 +120,22 @@ class SinksAndRing(typing.NamedTuple):
         return ops.concatenate([read, slots(index, length)], axis=1)
 
     def can_go_back(self, filled, to):
-        count = kept.places(self.stored) - self.count
-        return rotating.turns_back(count, filled - self.count, to - self.count)
+        return rotating.turns_back(
+            self.count_in_turns, filled - self.count, to - self.count
+        )
+
+    @property
+    def first_in_turns(self):
+        return self.count
+
+    @property
+    def count_in_turns(self):
+        return kept.places(self.stored) - self.count
+
+    def needed(self, filled):
+        """The slots that tokens from some slot on see, an int array."""
+        slots = np.arange(filled)
+        return slots[(slots < self.count) | (slots >= filled - self.window)]
 
     def sees(self, read, distance):
         """What of some slots a query may attend to, bool `(B or 1, T, S)`.

@@ -10,6 +10,8 @@ and sampled ones have its distribution.
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache.cache.kept import has_policy
+from keras_nlp_cache.cache.policies import rotating
 from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.generate.loops.generation import on_host
 from keras_nlp_cache.generate.loops.generation import with_logprobs
@@ -181,14 +183,23 @@ def decode(loop, guesser, generation, count, limit, stops=(), options=None):
     Returns:
         A `Generation`.
     """
-    slots = generation.token_ids.shape[1]
+    count_of_slots = generation.token_ids.shape[1]
+    for pair in generation.cache:
+        if any(map(has_policy, pair)) and count + 1 >= rotating.SPARE // 2:
+            raise ValueError(
+                "Expected to guess at most "
+                f"{rotating.SPARE // 2 - 1} tokens at a time, which is how far "
+                "a cache goes back in which later tokens take the places of "
+                f"earlier ones. Received: {count}. Guess fewer, or compile "
+                "with another `cache_policy`."
+            )
     while True:
         now = on_host(generation)
         ended = np.asarray(ops.convert_to_numpy(now.ended(limit)))
         if ended.all():
             guesser.stop()
             return generation
-        if now.index[~ended].max() + count + 2 > slots:
+        if now.index[~ended].max() + count + 2 > count_of_slots:
             # Too few slots are left to guess into.
             guesser.stop()
             return loop.decode(generation, limit, stops, options)
