@@ -1,5 +1,6 @@
 """The task that generates through the backbone's graph."""
 
+import contextlib
 import contextvars
 import inspect
 import threading
@@ -294,7 +295,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         own_step = self.overridden("generate_step")
         if not own_step:  # What that takes is its business.
             prompts.check_tokens(inputs, self.backbone)
-            if supports(self.sampler) and not self.overridden("_build_cache"):
+            if self._has_loop():
                 return generate_batch(
                     self, inputs, stops, _assistant_model.get()
                 )
@@ -306,6 +307,12 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             )
         return self._compiled_generate_step()(
             inputs, stop_token_ids=stops or None
+        )
+
+    def _has_loop(self):
+        """Whether what generates is a loop of ours, and no step of a user's."""
+        return supports(self.sampler) and not self.overridden(
+            "generate_step", "_build_cache"
         )
 
     def _compiled_generate_step(self):
@@ -457,15 +464,22 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             generate = super().generate.__func__
             strip = {"strip_prompt": strip_prompt}
             knows = "strip_prompt" in inspect.signature(generate).parameters
-            return generate(
-                reading.Call(
-                    self, max_length, truncation, **({} if knows else strip)
-                ),
-                inputs,
-                max_length=max_length,
-                stop_token_ids=stop_token_ids,
-                **(strip if knows else {}),
+            call = reading.Call(
+                self, max_length, truncation, **({} if knows else strip)
             )
+            scope = contextlib.nullcontext()
+            if self._has_loop() and not self.overridden(
+                "make_generate_function"
+            ):
+                scope = call.with_whole_prompts()
+            with scope:
+                return generate(
+                    call,
+                    inputs,
+                    max_length=max_length,
+                    stop_token_ids=stop_token_ids,
+                    **(strip if knows else {}),
+                )
         finally:
             _assistant_model.reset(token)
 

@@ -1,5 +1,8 @@
 """How prompts become token ids: what is cut, and what is refused."""
 
+import contextlib
+
+import keras
 import numpy as np
 from keras import ops
 
@@ -82,6 +85,7 @@ class Call:
     def __init__(self, lm, max_length, truncation, strip_prompt=False):
         self._lm, self._max_length = lm, max_length
         self._truncation, self._strip_prompt = truncation, strip_prompt
+        self._hidden = None
         self.preprocessor = lm.preprocessor
         if lm.preprocessor is not None:
             self.preprocessor = _Reader(lm.preprocessor, truncation)
@@ -94,8 +98,27 @@ class Call:
         # For `super()` in upstream's methods.
         return type(self._lm)
 
+    @contextlib.contextmanager
+    def with_whole_prompts(self):
+        """In this scope, prompts are not split over devices.
+
+        Upstream splits them if there is a `keras.distribution`, so that only
+        some numbers of prompts are possible, and no process can read those that
+        are on the devices of another.
+        """
+        self._hidden = keras.distribution.distribution()
+        keras.distribution.set_distribution(None)
+        try:
+            yield self
+        finally:
+            keras.distribution.set_distribution(self._hidden)
+            self._hidden = None
+
     def make_generate_function(self):
         generate = self._lm.make_generate_function()
+        if self._hidden is not None:
+            # To generate, there is one again.
+            generate = self._hidden.scope()(generate)
         if not self._strip_prompt:
             return generate
 
