@@ -6,39 +6,11 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.generate.loops.compiled import CompiledLoop
-
-
-def sharded(cache):
-    """Lays a cache out over the devices of a `keras.distribution`.
-
-    The batch is split along the distribution's batch axis, the key/value heads
-    along the other one, each as far as it can be split evenly.
-
-    Args:
-        cache: Pairs of arrays `(B, heads, S, head_dim)`, or of what a policy
-            keeps.
-
-    Returns:
-        The cache, as it is if there is no distribution.
-    """
-    distribution = keras.distribution.distribution()
-    if distribution is None:
-        return cache
-    mesh, batch_axis = distribution.device_mesh, distribution.batch_dim_name
-    sizes = dict(zip(mesh.axis_names, mesh.shape))
-    others = [name for name in mesh.axis_names if name != batch_axis]
-
-    def shard(x):
-        axes = [batch_axis, others[0] if others else None, None, None]
-        axes = axes[: x.ndim]
-        axes = [
-            axis if axis is not None and size % sizes[axis] == 0 else None
-            for axis, size in zip(axes, x.shape)
-        ]
-        layout = keras.distribution.TensorLayout(axes, mesh)
-        return keras.distribution.distribute_tensor(x, layout)
-
-    return jax.tree.map(shard, cache)
+from keras_nlp_cache.generate.loops.jax_layout import check_same
+from keras_nlp_cache.generate.loops.jax_layout import new_tensor
+from keras_nlp_cache.generate.loops.jax_layout import readable
+from keras_nlp_cache.generate.loops.jax_layout import readable_generation
+from keras_nlp_cache.generate.loops.jax_layout import sharded
 
 
 class JaxLoop(CompiledLoop):
@@ -59,7 +31,7 @@ class JaxLoop(CompiledLoop):
             self._stateless_prefill_more, donate_argnames="cache"
         )
         self._compiled_put_row = jax.jit(
-            super().put_row, donate_argnames="cache"
+            self._sharded_put_row, donate_argnames="cache"
         )
         self._compiled_decode = jax.jit(
             self._stateless_decode,
@@ -86,10 +58,12 @@ class JaxLoop(CompiledLoop):
         )
 
     def _prefill(self, token_ids, length):
+        check_same((token_ids, length))
         cache = self.new_cache(*token_ids.shape)
         return self._compiled_prefill(self._weights(), token_ids, length, cache)
 
     def _prefill_more(self, token_ids, length, cache, start):
+        check_same((token_ids, length, start))
         return self._compiled_prefill_more(
             self._weights(), token_ids, length, cache, start
         )
@@ -105,6 +79,10 @@ class JaxLoop(CompiledLoop):
 
     def _sample(self, compiled, *args):
         """Calls a compiled function that draws random numbers."""
+        generation, *rest = args
+        if isinstance(generation.token_ids, np.ndarray):
+            # From the host, and not from the step before.
+            check_same((generation._replace(logprobs=(), cache=()), rest))
         seeds = self.sampler_variables
         generation, values = compiled(
             self._weights(), [x.value for x in seeds], *args
@@ -120,12 +98,7 @@ class JaxLoop(CompiledLoop):
         )
 
     def _new_tensor(self, shape, dtype):
-        # JAX would compile what makes zeros, for each shape.
-        return sharded(
-            jax.device_put(
-                np.zeros(shape, jax.numpy.dtype(dtype)), may_alias=False
-            )
-        )
+        return new_tensor(shape, dtype)
 
     def _weights(self):
         return [x.value for x in self.variables]
@@ -139,7 +112,10 @@ class JaxLoop(CompiledLoop):
     def _stateless_prefill_more(self, weights, token_ids, length, cache, start):
         mapping = list(zip(self.variables, weights))
         with keras.StatelessScope(state_mapping=mapping):
-            return self._fill(token_ids, length, cache, start)
+            return sharded(self._fill(token_ids, length, cache, start))
+
+    def _sharded_put_row(self, cache, row, row_cache):
+        return sharded(super().put_row(cache, row, row_cache))
 
     def _stateless_decode(
         self, weights, seeds, generation, bounds, values, structure
@@ -161,7 +137,7 @@ class JaxLoop(CompiledLoop):
             body,
             (np.int32(0), generation, seeds),
         )
-        return generation, seeds
+        return readable_generation(generation), readable(seeds)
 
     def _stateless_verify(
         self,
@@ -174,13 +150,14 @@ class JaxLoop(CompiledLoop):
         count,
         structure,
     ):
-        return self._stateless(
+        generation, seeds = self._stateless(
             weights,
             seeds,
             lambda: super(JaxLoop, self)._verify(
                 generation, drafted, bounds, values, count, structure
             ),
         )
+        return readable_generation(generation), readable(seeds)
 
     def _stateless(self, weights, seeds, function):
         """What a function returns, and the state of the sampler after it."""
