@@ -180,8 +180,8 @@ def _damaged(path, what):
 
 
 def _as_bits(x):
-    # Memory is written as it lies. NumPy has no bfloat16 of its own, so its bits
-    # are stored.
+    # Memory is written as it lies. NumPy has no bfloat16 of its own, so its
+    # bits are stored.
     x = np.ascontiguousarray(x)
     return x.view("uint16") if str(x.dtype) == "bfloat16" else x
 
