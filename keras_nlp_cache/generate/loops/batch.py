@@ -116,11 +116,12 @@ def _generated(
 ):
     """The `Generation` of prompts that have ended, of arrays."""
     loop = lm.generation_loop
-    limits = [lm.backbone.max_positions]
+    length, room = int(limit.max()), [lm.backbone.max_positions]
     if guesser is not None:
-        limits.append(guesser.max_positions)
-    limits = [x for x in limits if x is not None]
-    slots = slots_for(int(limit.max()) + count, min(limits, default=None))
+        length += count
+        room.append(guesser.max_positions)
+    room = min((x for x in room if x is not None), default=None)
+    slots = slots_for(length if room is None else min(length, room), room)
     generation = loop.prefill(
         token_ids,
         given,
