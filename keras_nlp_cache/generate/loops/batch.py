@@ -118,10 +118,11 @@ def _generated(
     loop = lm.generation_loop
     length, room = int(limit.max()), [lm.backbone.max_positions]
     if guesser is not None:
-        length += count
         room.append(guesser.max_positions)
     room = min((x for x in room if x is not None), default=None)
-    slots = slots_for(length if room is None else min(length, room), room)
+    if guesser is not None and (room is None or length + count <= room):
+        length += count
+    slots = slots_for(length, room)
     generation = loop.prefill(
         token_ids,
         given,
