@@ -139,8 +139,8 @@ def test_newcomers_are_read_between_steps(monkeypatch):
         {"prompt": random_tokens(1, 50)[0], "max_new_tokens": 2},
     ]
     assert_likeliest(lm, prompts, generated(lm, prompts, batch_size=2))
-    assert done[:3] == [0, 0, "step"]
-    assert done[3:10] == [16, "step", 16, "step", 16, "step", 1]
+    later = done[done.index("step") + 1 :]
+    assert later[:7] == [16, "step", 16, "step", 16, "step", 1]
 
 
 @in_turn("batch_size", [1, 3])

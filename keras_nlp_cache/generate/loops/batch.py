@@ -3,10 +3,15 @@
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops import speculative
 from keras_nlp_cache.generate.loops.answers import ended
+from keras_nlp_cache.generate.loops.answers import Request
 from keras_nlp_cache.generate.loops.generation import on_host
 from keras_nlp_cache.generate.loops.generation import slots_for
+from keras_nlp_cache.generate.loops.places import Places
+from keras_nlp_cache.generate.loops.places import run
+from keras_nlp_cache.generate.options.options import Options
 
 # How many tokens a draft model guesses at a time.
 _GUESSES = 5
@@ -29,10 +34,39 @@ def generate_batch(lm, inputs, stop_token_ids, assistant=None):
     limit = token_ids.shape[1]
     stops = () if stop_token_ids is None else stop_token_ids
     lengths = given.sum(axis=1)
-    groups = [np.arange(len(given))]
-    if lm.generation_loop.in_step:
+    ends = lengths.copy()
+    for row, text in _texts(lm, token_ids, given, stops, draft(lm, assistant)):
+        token_ids[row, : len(text)], ends[row] = text, len(text)
+    if stop_token_ids is None:
+        ends[:] = limit
+    return {
+        "token_ids": token_ids,
+        "padding_mask": np.arange(limit) < ends[:, None],
+    }
+
+
+def _texts(lm, token_ids, given, stops, guesser):
+    """Yields each row with its text, as long as there is room for."""
+    loop, lengths = lm.generation_loop, given.sum(axis=1)
+    limit, of_one_length = token_ids.shape[1], len(set(lengths)) == 1
+    if guesser is None and not loop.in_step and not of_one_length:
+        stream = sampling.streams(loop.sampler, range(len(lengths)))
+        requests = [
+            Request(i, token_ids[i, :length], limit, stream[i])
+            for i, length in enumerate(lengths)
+        ]
+        slots = slots_for(limit, lm.backbone.max_positions)
+        lm.backbone.check_cache_size(len(lengths), slots)
+        places = Places(loop, len(lengths), slots, stops, Options())
+        try:
+            for answer in run(places, iter(requests)):
+                yield answer.number, answer.token_ids
+        finally:
+            places.leave()
+        return
+    groups = [np.arange(len(lengths))]
+    if loop.in_step:
         groups = [np.flatnonzero(lengths == x) for x in np.unique(lengths)]
-    ends, guesser = lengths.copy(), draft(lm, assistant)
     for rows in groups:
         generation = _generated(
             lm,
@@ -46,13 +80,7 @@ def generate_batch(lm, inputs, stop_token_ids, assistant=None):
         for row, text, last in zip(
             rows, generation.token_ids, generation.index
         ):
-            token_ids[row, : last + 1], ends[row] = text[: last + 1], last + 1
-    if stop_token_ids is None:
-        ends[:] = limit
-    return {
-        "token_ids": token_ids,
-        "padding_mask": np.arange(limit) < ends[:, None],
-    }
+            yield row, text[: last + 1]
 
 
 def draft(lm, assistant):

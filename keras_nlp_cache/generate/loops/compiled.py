@@ -21,6 +21,7 @@ class CompiledLoop(Loop):
     """
 
     compiles_sampler = True
+    reads_together = False
 
     def __init__(self, lm):
         super().__init__(lm)

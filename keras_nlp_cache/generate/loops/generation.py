@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 from keras import tree
 
+from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.cache.slots import slots as slots_from
 from keras_nlp_cache.generate.loops import sampling
@@ -99,21 +100,41 @@ def decode_step(pick, call, generation, bounds):
     """
     logits, cache = call(generation)
     token, stream = pick(logits, generation, generation.index[:, None] + 1)
-    going = ops.logical_not(generation.ended(bounds.limit))
-    index = generation.index + ops.cast(going, "int32")
-    here = slots_from(0, ops.shape(generation.token_ids)[1]) == index[:, None]
-    here = ops.logical_and(here, going[:, None])
     stops = ops.any(token == bounds.stops[None], axis=1)
+    if generation.index.shape[0] == 1:
+        # A row that is alone has not ended, or there would be no step.
+        index = generation.index + 1
+    else:
+        going = ops.logical_not(generation.ended(bounds.limit))
+        index = generation.index + ops.cast(going, "int32")
+        stops = ops.logical_and(going, stops)
+        going = going[:, None]
+        last = tokens_from(generation.token_ids, generation.index)
+        token = ops.where(going, token, last)
+        stream = ops.where(going, stream, generation.stream)
+    told = generation.logprobs
+    if told:
+        here = slots_from(0, generation.token_ids.shape[1]) == index[:, None]
+        if generation.index.shape[0] > 1:
+            here = ops.logical_and(here, going)
+        told = with_logprobs(told, logits, token, here, ops.zeros_like(here))
     return generation._replace(
-        token_ids=ops.where(here, token, generation.token_ids),
+        token_ids=_written(generation.token_ids, token, index),
         index=index,
-        done=ops.logical_or(generation.done, ops.logical_and(going, stops)),
-        stream=ops.where(going[:, None], stream, generation.stream),
-        logprobs=with_logprobs(
-            generation.logprobs, logits, token, here, ops.zeros_like(here)
-        ),
+        done=ops.logical_or(generation.done, stops),
+        stream=stream,
+        logprobs=told,
         cache=cache,
     )
+
+
+def _written(token_ids, token, index):
+    """Token ids `(B, S)` with a token `(B, 1)` in a slot of each row."""
+    index = index if index.shape[0] > 1 else index[0]
+    written = access().write(
+        token_ids[:, None, :, None], token[:, None, :, None], index
+    )
+    return written[:, 0, :, 0]
 
 
 def with_logprobs(logprobs, logits, tokens, is_new, which):
@@ -145,8 +166,10 @@ def with_logprobs(logprobs, logits, tokens, is_new, which):
     return tuple(in_slots(old, x) for old, x in zip(logprobs, told))
 
 
-def tokens_from(token_ids, index, length):
+def tokens_from(token_ids, index, length=1):
     """Some tokens of each row, int32 `(B, length)`, from a slot of its own."""
+    if length == 1 and index.shape[0] == 1:
+        return ops.take(token_ids, index, axis=1)
     where = slots_from(index, length)
     # A row that has ended may have no more slots behind it.
     where = ops.minimum(where, ops.shape(token_ids)[1] - 1)
@@ -166,6 +189,8 @@ class Loop:
     Attributes:
         sampler: What picks tokens.
         access: The `Access` to its cache.
+        reads_together: bool. Whether it takes less time to read several prompts
+            at once, rather than one after the other.
         in_step: bool. Whether all rows have to stand at the same place, as for
             a `call_with_cache()` of a user's, who knows of no other.
         compilations: int. How many functions were compiled so far.
@@ -174,6 +199,7 @@ class Loop:
 
     # A prompt goes through the model in pieces, for memory to be bounded.
     chunk = 512
+    reads_together = True
     compilations = 0
     tokens_per_piece = 1
     # Whether what the sampler's attributes were is part of what is compiled.
@@ -297,22 +323,23 @@ class Loop:
         return self.start(token_ids, lengths, slots, cache, stream, logprobs)
 
     def read(self, token_ids, length, slots, cache=None, start=0):
-        """Reads the prompt of one row, all but its last token.
+        """Reads a prompt, or several at once, all but the last token.
 
         Args:
-            token_ids: int32 array `(T,)`.
+            token_ids: int32 array `(T,)`, or `(B, T)`.
             length: int. How many of them to have read but one.
             slots: int. How many slots the cache has.
-            cache: Optional cache of one row, not to be used any more. Defaults
-                to a new one.
+            cache: Optional cache of as many rows, not to be used any more.
+                Defaults to a new one.
             start: int. How many slots of `cache` are filled with what
                 `token_ids` begins with.
 
         Returns:
-            A cache of one row.
+            A cache of as many rows.
         """
-        padded = np.zeros((1, slots), "int32")
-        padded[0, : len(token_ids)] = token_ids
+        token_ids = np.atleast_2d(token_ids)
+        padded = np.zeros((len(token_ids), slots), "int32")
+        padded[:, : token_ids.shape[1]] = token_ids
         if cache is None:
             return self._prefill(padded, np.int32(length))
         return self._prefill_more(
@@ -574,13 +601,15 @@ class Loop:
 
     def _index(self, generation, length):
         """Where the call writes: one slot for all rows, or one for each."""
-        index, slots = generation.index, ops.shape(generation.token_ids)[1]
-        # A row that has ended may stand too far behind for all of these tokens.
-        # What it remembers does not matter any more.
-        index = ops.minimum(index, slots - length)
-        if self.in_step or index.shape[0] == 1:
-            return ops.max(index)
-        return index
+        index = generation.index
+        if length > 1:
+            # A row that has ended may stand too far behind for all of these
+            # tokens. What it remembers does not matter any more.
+            slots = ops.shape(generation.token_ids)[1]
+            index = ops.minimum(index, slots - length)
+        if index.shape[0] == 1:
+            return index[0]
+        return ops.max(index) if self.in_step else index
 
     def _further_inputs(self, tokens):
         """What the backbone is told of tokens besides, if it wants to know.

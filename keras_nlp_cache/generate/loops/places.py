@@ -6,9 +6,14 @@ a place that is free. All shapes stay the same, so that nothing is compiled
 again.
 """
 
+import itertools
+
 import numpy as np
+from keras import tree
 
 from keras_nlp_cache.cache.kept import can_go_back
+from keras_nlp_cache.cache.kept import has_policy
+from keras_nlp_cache.cache.policies import rotating
 from keras_nlp_cache.generate.loops.answers import ended
 from keras_nlp_cache.generate.loops.generation import ALL
 from keras_nlp_cache.generate.loops.generation import on_host
@@ -17,6 +22,10 @@ from keras_nlp_cache.generate.loops.generation import on_host
 # many steps they do before the next ones are.
 _READ = 512
 _STEPS = 8
+# How many tokens prompts have in common for it to pay to read them once, and
+# how many a prompt may be padded by to be read together with another.
+_COMMON = 16
+_PADDING = 32
 
 
 class Reader:
@@ -111,7 +120,7 @@ class Places:
 
     def __init__(self, loop, batch, slots, stops, options, watch=None):
         self._loop, self._stops, self._options = loop, stops, options
-        self._watch = watch
+        self._watch, self._slots = watch, slots
         self.reader = Reader(loop, slots)
         self._requests = [None] * batch
         self._limit = np.zeros(batch, "int32")
@@ -126,6 +135,19 @@ class Places:
         )
 
     @property
+    def reads_together(self):
+        """Whether several prompts are better read at once."""
+        return self._loop.reads_together and len(self._requests) > 1
+
+    @property
+    def most_padding(self):
+        """How much padding takes no place that is needed."""
+        cache = self._generation.cache
+        if any(has_policy(kept) for pair in cache for kept in pair):
+            return rotating.SPARE // 2
+        return ALL
+
+    @property
     def free(self):
         """Indices of the places that are free."""
         return [i for i, x in enumerate(self._requests) if x is None]
@@ -134,8 +156,27 @@ class Places:
     def is_empty(self):
         return len(self.free) == len(self._requests)
 
+    def put_together(self, requests):
+        """Reads several prompts at once, and gives each a place."""
+        lengths = np.array([len(x.token_ids) for x in requests])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        token_ids = np.zeros(mask.shape, "int32")
+        token_ids[mask] = np.concatenate([x.token_ids for x in requests])
+        # What is read past the end of a prompt is written again before it
+        # counts.
+        cache = self._loop.read(token_ids, mask.shape[1], self._slots)
+        for i, request in enumerate(requests):
+            row = tree.map_structure(lambda x, i=i: x[i : i + 1], cache)
+            self._put(request, row)
+
     def put(self, request):
         """Gives a place to the prompt that the reader has read."""
+        if len(self._requests) == 1:
+            self._put(request, self.reader.take())
+        else:
+            self._put(request, self.reader.cache)
+
+    def _put(self, request, row_cache):
         row, generation = self.free[0], self._generation
         self._requests[row] = request
         self._limit[row] = request.limit
@@ -148,10 +189,9 @@ class Places:
         }.items():
             getattr(generation, name)[row] = value
         generation.token_ids[row, :given] = request.token_ids
-        if len(self._requests) == 1:
-            cache = self.reader.take()
-        else:
-            cache = self._loop.put_row(generation.cache, row, self.reader.cache)
+        cache = row_cache
+        if len(self._requests) > 1:
+            cache = self._loop.put_row(generation.cache, row, row_cache)
         self._generation = generation._replace(cache=cache)
 
     def step(self, steps=ALL, until_one_ends=False):
@@ -209,6 +249,27 @@ class Places:
         self._loop.advance(self._drawn)
 
 
+def _have_beginnings_in_common(requests):
+    """Whether prompts have so much in common that it is better read once."""
+    first = [tuple(x.token_ids[:_COMMON]) for x in requests]
+    first = [x for x in first if len(x) == _COMMON]
+    return len(set(first)) < len(first)
+
+
+def _of_similar_length(requests, most_padding):
+    """Yields lists of requests whose prompts have about as many tokens."""
+    together = []
+    for request in sorted(requests, key=lambda x: len(x.token_ids)):
+        shortest = len(together[0].token_ids) if together else 0
+        padding = min(max(shortest // 2, _PADDING), most_padding)
+        if together and len(request.token_ids) > shortest + padding:
+            yield together
+            together = []
+        together.append(request)
+    if together:
+        yield together
+
+
 def run(places, requests):
     """Answers requests, as many at a time as there are places.
 
@@ -221,6 +282,13 @@ def run(places, requests):
         An `Answer` for each, in the order in which they end.
     """
     newcomer, is_over = None, False
+    if places.reads_together:
+        waiting = list(itertools.islice(requests, len(places.free)))
+        if _have_beginnings_in_common(waiting):
+            requests = itertools.chain(waiting, requests)
+        else:
+            for together in _of_similar_length(waiting, places.most_padding):
+                places.put_together(together)
     while True:
         budget = None if places.is_empty else _READ
         while places.free and not is_over and (budget is None or budget > 0):

@@ -136,7 +136,7 @@ class TorchLoop(EagerTorchLoop):
 
     def __init__(self, lm):
         super().__init__(lm)
-        self._captured = {}
+        self._captured, self._bound = {}, {}
         self._capturing = threading.Lock()
 
     @property
@@ -147,22 +147,38 @@ class TorchLoop(EagerTorchLoop):
         with DenseProducts():
             return super()._prefill_more(*args)
 
-    def _make_call(self, length=1):
-        step = bound_for = None
+    def keep(self, cache):
+        # What is bound to it is of no use without it.
+        self._bound.clear()
 
+    def _make_call(self, length=1):
         def call(generation):
-            nonlocal step, bound_for
             cache = generation.cache
-            choices = operator_choices(generation.token_ids.device)
             index = self._index(generation, length)
             now = tokens_from(generation.token_ids, generation.index, length)
             further = self._further_inputs(now)
-            if choices != bound_for:
-                step = self._bind(now, index, cache, further)
-                bound_for = choices
+            step = self._bound_step(length, now, index, cache, further)
             return step(now, index, further), cache
 
         return call
+
+    def _bound_step(self, length, tokens, index, cache, further):
+        """A step on this cache and these weights, the last one if it is."""
+        bound_to = [
+            *pytree.tree_leaves(cache),
+            *(x.value for x in self.variables),
+        ]
+        choices = operator_choices(tokens.device)
+        key = length, index.ndim, threading.get_ident()
+        step, before, made_with = self._bound.get(key, (None, (), None))
+        if (
+            choices != made_with
+            or len(before) != len(bound_to)
+            or any(x is not y for x, y in zip(before, bound_to))
+        ):
+            step = self._bind(tokens, index, cache, further)
+            self._bound[key] = step, bound_to, choices
+        return step
 
     def _bind(self, tokens, index, cache, further):
         """A step from tokens to logits, on the weights and cache of now."""
