@@ -2,11 +2,11 @@
 
 import keras_hub
 import numpy as np
+import pytest
 import tensorflow as tf
 from keras import ops
 from parameterized import parameterized
 
-from keras_nlp_cache.generate.loops.sampling import streams
 from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
@@ -15,6 +15,7 @@ from tests.families import every_family
 from tests.families import FAMILIES
 from tests.families import in_turn
 from tests.families import padding_mask
+from tests.families import PATCHED
 from tests.families import random_tokens
 
 LENGTH = 16
@@ -31,6 +32,7 @@ SAMPLERS = {
     "beam": lambda: keras_hub.samplers.BeamSampler(num_beams=3),
     "contrastive": lambda: keras_hub.samplers.ContrastiveSampler(k=3),
 }
+DRAWING = ("top_k", "top_p", "random")
 
 
 def generate_both(lms, inputs, sampler, **kwargs):
@@ -49,14 +51,17 @@ def test_tokens(family):
     assert_same_tokens(family, "greedy")
 
 
-@in_turn("sampler", ("beam", "contrastive"))
+@in_turn("sampler", ("beam", "contrastive", *(DRAWING if PATCHED else ())))
 def test_tokens_of_other_samplers(family, sampler):
     assert_same_tokens(family, sampler)
 
 
-@in_turn("sampler", ("top_k", "top_p", "random"))
+@pytest.mark.skipif(PATCHED, reason="upstream draws for all rows at once")
+@in_turn("sampler", DRAWING)
 def test_rows_are_sampled_as_if_alone(family, sampler):
     """Each row as upstream alone, with a seed that its number makes."""
+    from keras_nlp_cache.generate.loops.sampling import streams
+
     ours, upstream = family.lm_pair
     ours.compile(sampler=SAMPLERS[sampler]())
     together = ours.generate(PROMPTS, stop_token_ids=None)["token_ids"]

@@ -7,23 +7,26 @@ from hypothesis import HealthCheck
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from keras_nlp_cache.cache.policies import Rotating
-from keras_nlp_cache.cache.policies import SinksAndWindow
 from tests.families import compiled
 from tests.families import each_kind
 from tests.families import examples
+from tests.families import PATCHED
 from tests.families import random_tokens
 from tests.families import to_numpy
 
 # Long enough for the few places of a window to be taken several times.
 LENGTH, SLOTS = 40, 48
-POLICIES = {
-    "full": None,
-    "int8": "int8",
-    "rotating": "rotating",
-    "rotating_int8": Rotating("int8"),
-    "sinks": SinksAndWindow(sinks=2, window=6),
-}
+# Arguments of `make_cache()`.
+POLICIES = {"full": {}}
+if not PATCHED:
+    from keras_nlp_cache.cache import policies
+
+    POLICIES |= {
+        "int8": {"policy": "int8"},
+        "rotating": {"policy": "rotating"},
+        "rotating_int8": {"policy": policies.Rotating("int8")},
+        "sinks": {"policy": policies.SinksAndWindow(sinks=2, window=6)},
+    }
 # Those that lose nothing that a model sees.
 EXACT = ("full", "rotating")
 
@@ -38,7 +41,8 @@ property_test = settings(
 @pytest.fixture(autouse=True)
 def _few_places(monkeypatch):
     """Small models have small windows."""
-    monkeypatch.setattr("keras_nlp_cache.cache.policies.rotating.SPARE", 8)
+    if not PATCHED:
+        monkeypatch.setattr(policies.rotating, "SPARE", 8)
 
 
 @st.composite
@@ -57,7 +61,7 @@ def read(backbone, token_ids, prompt, firsts, calls, policy):
         Dictionary from `(row, slot)` to hidden states.
     """
     batch = len(token_ids)
-    cache = backbone.make_cache(batch, SLOTS, policy=policy)
+    cache = backbone.make_cache(batch, SLOTS, **policy)
     call = compiled(backbone)
     index, states = np.array(firsts), {}
     inputs = {"cache": cache, "cache_update_index": 0}
