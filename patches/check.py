@@ -31,6 +31,7 @@ TESTS = (
     "test_functional_graph.py",
     "test_generate.py",
     "test_inputs.py",
+    "test_rows.py",
 )
 
 

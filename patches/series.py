@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import tomllib
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -69,6 +70,10 @@ class Series:
         """Dictionary of the files that are generated from the package.
 
         From their paths in the project to their text.
+
+        Raises:
+            DoesNotApply: If a module is another than the one that
+                `generated.diff` was made for.
         """
         path = self.folder / "generated.toml"
         if not path.exists():
@@ -79,8 +84,11 @@ class Series:
             for kind in ("generated", "written")
             for module, path in modules[kind].items()
         }
+        texts = _changed(modules["generated"], path.with_suffix(".diff"))
         return {
-            path: generate(module, names, modules["without"].get(module, ()))
+            path: generate(
+                module, texts[module], names, modules["without"].get(module, ())
+            )
             for module, path in modules["generated"].items()
         }
 
@@ -202,19 +210,42 @@ def export(tree, into, *options):
     )
 
 
-def generate(module, names, without=()):
+def _changed(modules, diff):
+    """The texts of modules of the package, after a diff of the package."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        files = {
+            module: pathlib.Path(*module.split(".")).with_suffix(".py")
+            for module in modules
+        }
+        for file in files.values():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / file, folder / file)
+        # Within a repository around it, git would apply nothing, and say so to
+        # nobody.
+        _git(folder, "init", "--quiet")
+        try:
+            _git(folder, "apply", diff.resolve())
+        except subprocess.CalledProcessError as e:
+            raise DoesNotApply(_explain(diff, e.stderr)) from e
+        return {
+            module: (folder / file).read_text()
+            for module, file in files.items()
+        }
+
+
+def generate(module, text, names, without=()):
     """The text of a module of the package, for a place in another project.
 
     Args:
         module: str, such as `"keras_nlp_cache.cache.layer_cache"`.
+        text: str. What is in it.
         names: Dictionary from the names of modules of the package to those of
             the modules that stand for them in the project.
         without: Names of functions, classes and methods to leave out, such as
             `"LayerCache.update"`. Imports that nothing else uses go, too.
     """
     lines, imports = [], []
-    source = REPOSITORY / (module.replace(".", "/") + ".py")
-    text = source.read_text()
     if without:
         text = _leave_out(text, without)
     for line in text.splitlines(keepends=True):

@@ -4,6 +4,7 @@ import importlib
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ MENDING = 13
 TESTS = ["test_functional_graph.py"]
 if keras.config.backend() == "torch":
     TESTS += ["test_cached_decoding.py", "test_generate.py", "test_inputs.py"]
+    TESTS += ["test_rows.py"]
 without_a_change = on_one_backend("what was wrong upstream is shown")
 
 
@@ -150,11 +152,19 @@ def test_generated_files_are_those_of_the_package(monkeypatch, tmp_path):
     for patch in HUB.patches:
         text = patch.read_text().replace("def attend(", "def attend_to(")
         (tmp_path / patch.name).write_text(text)
-    (tmp_path / "generated.toml").write_bytes(
-        (HUB.folder / "generated.toml").read_bytes()
-    )
+    for name in ("generated.toml", "generated.diff"):
+        shutil.copy(HUB.folder / name, tmp_path)
     monkeypatch.setattr(series.Series, "folder", tmp_path)
     assert HUB.stale() == ["keras_hub/src/layers/cache/attend.py"]
+    diff = (tmp_path / "generated.diff").read_text()
+    (tmp_path / "generated.diff").write_text(
+        diff.replace("\n-    key, key_scale", "\n-    key, scale_of_key")
+    )
+    with pytest.raises(
+        series.DoesNotApply,
+        match=r"generated.diff .*\n.*attention/functions.py, hunk \d+ of \d+",
+    ):
+        HUB.stale()
 
 
 @pytest.mark.parametrize(
