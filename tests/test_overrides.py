@@ -167,8 +167,9 @@ def test_a_call_is_called_for_each_token_on_torch():
     expected = tokens(lm)
     lm.call_with_cache = counted
     np.testing.assert_array_equal(tokens(lm), expected)
-    # One prefill of all prompts have in common, then one call for each token.
-    assert len(seen) == 1 + LENGTH - 3
+    # Prompts of each length for themselves, since the method knows of one index
+    # for all: one prefill, then one call for each token.
+    assert len(seen) == sum(1 + LENGTH - n for n in MASK.sum(axis=1))
 
 
 def test_a_function_that_is_made():
