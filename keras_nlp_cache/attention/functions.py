@@ -146,7 +146,12 @@ def attention_logits(query, key, mask, scale, soft_cap=None):
 def weighted_values(weights, value):
     """Sums values: `(B, heads, groups, T, S)` of `(B, heads, S, head_dim)`."""
     batch, heads, groups, length, slots = ops.shape(weights)
-    weights = ops.reshape(weights, (batch, heads, groups * length, slots))
+    if isinstance(length, int) and length == 1:
+        # The optimizer of ONNX files drops a reshape here, and has each group
+        # weigh the values of another where there are as many of all.
+        weights = weights[:, :, :, 0]
+    else:
+        weights = ops.reshape(weights, (batch, heads, groups * length, slots))
     value, value_scale = _numbers_and_scale(value)
     if value_scale is not None:
         value_scale = ops.cast(value_scale, weights.dtype)
