@@ -149,7 +149,10 @@ class TorchLoop(EagerTorchLoop):
 
     def keep(self, cache):
         # What is bound to it is of no use without it.
-        self._bound.clear()
+        first = pytree.tree_leaves(cache)[0]
+        for key, (_, bound_to, _) in list(self._bound.items()):
+            if bound_to[0] is first:
+                self._bound.pop(key, None)
 
     def _make_call(self, length=1):
         def call(generation):
