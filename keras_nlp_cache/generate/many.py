@@ -424,6 +424,13 @@ class Call:
         options,
     ):
         check_loop(lm)
+        if lm.backbone.rows is not None:
+            raise ValueError(
+                "Expected a model that treats all rows alike, since a prompt "
+                "takes the row that is free. Received one with something else "
+                f"for each of {lm.backbone.rows} rows. Call `generate()` with "
+                "as many prompts and `max_length`."
+            )
         check_count("num_return_sequences", num_return_sequences)
         for name in ("max_new_tokens", "max_length"):
             if getattr(limits, name) is not None:

@@ -190,6 +190,18 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         return getattr(self, self.blocks_name)
 
     @property
+    def rows(self):
+        """How many rows a batch has to have, `None` if any number will do.
+
+        Some layers, such as a control vector with a strength for each row,
+        treat each row in its own way, and say so by an attribute `rows`.
+        """
+        for layer in self._flatten_layers(include_self=False):
+            if isinstance(getattr(layer, "rows", None), int):
+                return layer.rows
+        return None
+
+    @property
     def taps(self):
         """Names of the activations that are returned beside the output."""
         return tuple(self._outputs_struct[2])

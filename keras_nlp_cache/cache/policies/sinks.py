@@ -12,6 +12,7 @@ from keras_nlp_cache.cache.policies.policy import Policy
 from keras_nlp_cache.cache.policies.rotating import latest
 from keras_nlp_cache.cache.policies.rotating import put_in_turns
 from keras_nlp_cache.cache.policies.rotating import Rotating
+from keras_nlp_cache.cache.slots import is_per_row
 from keras_nlp_cache.cache.slots import slots
 
 
@@ -95,7 +96,9 @@ class SinksAndRing(typing.NamedTuple):
     def update(self, x, index):
         length = x.shape[2]
         if length == 1:
-            written = kept.write(self.stored, x, self._places(index, 1)[:, 0])
+            place = self._places(index, 1)[:, 0]
+            place = place if is_per_row(index) else place[0]
+            written = kept.write(self.stored, x, place)
             return self._replace(stored=written), written
         # The first tokens see some whose places the last ones take.
         read = kept.join(self.stored, x)

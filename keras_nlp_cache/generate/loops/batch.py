@@ -48,8 +48,9 @@ def generate_batch(lm, inputs, stop_token_ids, assistant=None):
 def _texts(lm, token_ids, given, stops, guesser):
     """Yields each row with its text, as long as there is room for."""
     loop, lengths = lm.generation_loop, given.sum(axis=1)
-    limit, of_one_length = token_ids.shape[1], len(set(lengths)) == 1
-    if guesser is None and not loop.in_step and not of_one_length:
+    limit = token_ids.shape[1]
+    in_places = len(set(lengths)) > 1 and lm.backbone.rows is None
+    if guesser is None and not loop.in_step and in_places:
         stream = sampling.streams(loop.sampler, range(len(lengths)))
         requests = [
             Request(i, token_ids[i, :length], limit, stream[i])

@@ -7,6 +7,7 @@ from keras import tree
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.cache.kept import has_policy
 from keras_nlp_cache.cache.policies import rotating
+from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.generation import Loop
 
@@ -59,7 +60,7 @@ class CompiledLoop(Loop):
             # The last chunk may overlap the one before, and writes the same.
             # What it writes past the prompt is written again before it is read.
             at = ops.minimum(start + i * chunk, slots - chunk)
-            tokens = ops.slice(token_ids, (0, at), (batch, chunk))
+            tokens = ops.slice(token_ids, start_at(0, at), (batch, chunk))
             return self.lm.read(tokens, cache, at)[1]
 
         with accessing(self.access):

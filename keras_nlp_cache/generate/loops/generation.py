@@ -276,7 +276,8 @@ class Loop:
     ):
         """Starts to generate after prompts.
 
-        Prompts of one length are read together, others one after the other.
+        Prompts of one length are read together, others one after the other,
+        unless the model treats each row in its own way.
 
         Args:
             token_ids: int32 array `(B, T)`, prompts padded at their end.
@@ -298,10 +299,13 @@ class Loop:
         batch = len(token_ids)
         self.lm.backbone.check_cache_size(batch, slots)
         lengths = np.sum(given, axis=1)
-        if cache is not None or (lengths == lengths[0]).all():
+        # What is read past the end of a prompt is written again before it
+        # counts.
+        as_one = cache is not None or self.lm.backbone.rows is not None
+        if as_one or (lengths == lengths[0]).all():
             padded = np.zeros((batch, slots), "int32")
             padded[:, : token_ids.shape[1]] = token_ids
-            end = np.int32(lengths.min())
+            end = np.int32(lengths.max())
             if cache is None:
                 cache = self._prefill(padded, end)
             else:

@@ -54,7 +54,7 @@ def verify_step(pick, call, generation, drafted, count, bounds):
         going[:, None],
     ):
         kept = ops.logical_and(kept, condition)
-    gained = ops.sum(ops.cast(kept, "int32"), axis=1)
+    gained = ops.cast(ops.sum(ops.cast(kept, "int32"), axis=1), "int32")
 
     # Which of the new tokens belongs to each slot, if one does.
     everywhere = slots(0, ops.shape(drafted.token_ids)[1])
