@@ -95,6 +95,10 @@ class JaxAccess(XLAAccess):
         return dense(x)
 
 
+# Up to how many rows, one write for each compiles in no time.
+_FEW_ROWS = 16
+
+
 def _filled(cache, length):
     """How many of the first tokens that attention reads are to be read.
 
@@ -119,7 +123,23 @@ class TensorFlowAccess(XLAAccess):
         update = ops.cast(update, kept.dtype)
         if not is_per_row(index):
             return ops.slice_update(kept, start_at(0, 0, index, 0), update)
-        for row in range(update.shape[0]):
+        batch, heads, length, _ = update.shape
+        if batch > _FEW_ROWS:
+            import tensorflow as tf
+
+            indices = tf.stack(
+                tf.meshgrid(
+                    tf.range(batch),
+                    tf.range(heads),
+                    tf.range(length),
+                    indexing="ij",
+                ),
+                axis=-1,
+            )
+            first = ops.cast(index, "int32")[:, None, None, None]
+            indices += first * tf.constant([0, 0, 1])
+            return tf.tensor_scatter_nd_update(kept, indices, update)
+        for row in range(batch):
             kept = ops.slice_update(
                 kept,
                 start_at(row, 0, index[row], 0),
