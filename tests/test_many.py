@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_nlp_cache import surgery
 from keras_nlp_cache.generate.loops import places
+from keras_nlp_cache.generate.loops.answers import padded
 from tests.families import deep_families
 from tests.families import each_kind
 from tests.families import FAMILIES
@@ -254,6 +255,28 @@ def test_methods_that_users_override_are_called():
         np.testing.assert_array_equal(answer, row[: len(answer)])
     # Nobody is told of an index for each row who does not know of it.
     assert set(calls) == {()}
+
+
+def test_guesses_for_a_method_that_users_override():
+    """It knows of one index for all, and rows accept as much as they do."""
+    lm, prompts = new_lm(LLAMA), token_prompts(3)
+    draft = surgery.insert_before(lm, 1, keras.layers.Rescaling(1.5))
+    draft.compile(sampler="greedy", **XLA)
+    expected = generated(lm, prompts)
+    call = lm.call_with_cache
+    lm.call_with_cache = lambda *args, **kwargs: call(*args, **kwargs)
+    for kwargs in ({}, {"assistant_model": draft}):
+        for a, b in zip(expected, generated(lm, prompts, **kwargs)):
+            np.testing.assert_array_equal(a, b)
+    token_ids, mask = padded([x["prompt"] for x in prompts])
+    space = ((0, 0), (0, 12))
+    inputs = {
+        "token_ids": np.pad(token_ids, space),
+        "padding_mask": np.pad(mask, space),
+    }
+    plain = lm.generate(inputs, stop_token_ids=None)
+    guessed = lm.generate(inputs, stop_token_ids=None, assistant_model=draft)
+    np.testing.assert_array_equal(plain["token_ids"], guessed["token_ids"])
 
 
 def test_results_as_dictionaries():

@@ -67,6 +67,18 @@ def can_go_back(cache, filled, to):
     )
 
 
+def spare(cache):
+    """How many tokens may be written that are then not part of the text.
+
+    Returns:
+        int, or `None` for any number: no token takes the place of another.
+    """
+    return min(
+        (kept.spare for pair in cache for kept in pair if has_policy(kept)),
+        default=None,
+    )
+
+
 def has_policy(kept):
     """Whether places belong to other slots than those of their number."""
     return hasattr(kept, "read_slots")

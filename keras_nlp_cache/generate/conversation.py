@@ -5,6 +5,7 @@ import json
 from keras_nlp_cache.files.chat_template import ChatTemplate
 from keras_nlp_cache.generate.options.stop_strings import StopStrings
 from keras_nlp_cache.generate.pieces import TextPieces
+from keras_nlp_cache.generate.prompts import check_count
 from keras_nlp_cache.generate.prompts import is_int
 from keras_nlp_cache.generate.prompts import stop_tokens
 from keras_nlp_cache.generate.template_tokens import Span
@@ -231,11 +232,7 @@ def stream_turn(
     tokens = template_tokens(session.lm)
     messages = checked([*session.messages, *checked(messages)])
     check_answerable(messages, tokens.template)
-    if not is_int(max_new_tokens) or max_new_tokens < 1:
-        raise ValueError(
-            "Expected `max_new_tokens` to be an integer of 1 or more. "
-            f"Received: {max_new_tokens!r}."
-        )
+    check_count("max_new_tokens", max_new_tokens)
     stops = stop_tokens(stop_token_ids)
     stops = tokens.stop_ids if stops == "auto" else (stops or ())
     conversation = session.conversation

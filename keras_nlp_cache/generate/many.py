@@ -12,6 +12,7 @@ from tqdm import tqdm
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops import speculative
+from keras_nlp_cache.generate.loops.answers import padded
 from keras_nlp_cache.generate.loops.answers import Request
 from keras_nlp_cache.generate.loops.batch import checked
 from keras_nlp_cache.generate.loops.batch import draft
@@ -295,6 +296,8 @@ def checked_answers(
     Yields:
         The `Answer` of each.
     """
+    if lm.generation_loop.in_step or guesser.in_step:
+        batch = 1
     queue = _Queue(requests)
     while waiting := list(queue.take(batch)):
         yield from checked(lm, waiting, stops, options, guesser, count, watch)
@@ -431,6 +434,7 @@ class Call:
                 f"for each of {lm.backbone.rows} rows. Call `generate()` with "
                 "as many prompts and `max_length`."
             )
+        reading.check_truncation(limits.truncation)
         check_count("num_return_sequences", num_return_sequences)
         for name in ("max_new_tokens", "max_length"):
             if getattr(limits, name) is not None:
@@ -630,8 +634,5 @@ def _of_dataset(dataset):
 
 def _as_arrays(rows):
     """Rows of token ids, padded at their end, as upstream returns them."""
-    lengths = np.array([len(x) for x in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    token_ids = np.zeros(mask.shape, "int32")
-    token_ids[mask] = np.concatenate(rows)
+    token_ids, mask = padded(rows)
     return {"token_ids": token_ids, "padding_mask": mask}

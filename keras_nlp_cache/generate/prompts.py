@@ -5,13 +5,9 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.generate.loops.sampling import check_loop
+from keras_nlp_cache.generate.options.checking import is_int
 from keras_nlp_cache.generate.reading import check_empty
 from keras_nlp_cache.graph.backbone import CachedBackbone
-
-
-def is_int(x):
-    """Whether something is an integer, and no boolean."""
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
 def check_assistant(lm, assistant):

@@ -73,6 +73,10 @@ class Ring(typing.NamedTuple):
     def count_in_turns(self):
         return kept.places(self.stored)
 
+    @property
+    def spare(self):
+        return SPARE // 2
+
     def needed(self, filled):
         """The slots that tokens from some slot on see, an int array."""
         window = self.count_in_turns - SPARE

@@ -135,6 +135,10 @@ class SinksAndRing(typing.NamedTuple):
     def count_in_turns(self):
         return kept.places(self.stored) - self.count
 
+    @property
+    def spare(self):
+        return rotating.SPARE // 2
+
     def needed(self, filled):
         """The slots that tokens from some slot on see, an int array."""
         slots = np.arange(filled)

@@ -2,6 +2,8 @@
 
 import typing
 
+import numpy as np
+
 
 class Request(typing.NamedTuple):
     """A prompt that waits for a place.
@@ -36,6 +38,22 @@ class Answer(typing.NamedTuple):
     given: int
     finish_reason: str
     logprobs: typing.Any
+
+
+def padded(rows):
+    """Token ids of any lengths in one array, padded at their end.
+
+    Args:
+        rows: List of int arrays `(T,)`.
+
+    Returns:
+        `(token_ids, mask)`: int32 and bool arrays `(B, T)`, of the longest.
+    """
+    lengths = np.array([len(x) for x in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    token_ids = np.zeros(mask.shape, "int32")
+    token_ids[mask] = np.concatenate(rows)
+    return token_ids, mask
 
 
 def ended(generation, row, request, watch=None):

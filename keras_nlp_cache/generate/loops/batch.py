@@ -6,6 +6,7 @@ from keras import ops
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops import speculative
 from keras_nlp_cache.generate.loops.answers import ended
+from keras_nlp_cache.generate.loops.answers import padded
 from keras_nlp_cache.generate.loops.answers import Request
 from keras_nlp_cache.generate.loops.generation import on_host
 from keras_nlp_cache.generate.loops.generation import slots_for
@@ -66,7 +67,10 @@ def _texts(lm, token_ids, given, stops, guesser):
             places.leave()
         return
     groups = [np.arange(len(lengths))]
-    if loop.in_step:
+    if guesser is not None and (loop.in_step or guesser.in_step):
+        # What is accepted takes rows out of step.
+        groups = np.arange(len(lengths))[:, None]
+    elif loop.in_step:
         groups = [np.flatnonzero(lengths == x) for x in np.unique(lengths)]
     for rows in groups:
         generation = _generated(
@@ -111,10 +115,7 @@ def checked(lm, requests, stops, options, guesser, count, watch=None):
     Returns:
         A list with the `Answer` of each.
     """
-    lengths = np.array([len(x.token_ids) for x in requests])
-    given = np.arange(lengths.max()) < lengths[:, None]
-    token_ids = np.zeros(given.shape, "int32")
-    token_ids[given] = np.concatenate([x.token_ids for x in requests])
+    token_ids, given = padded([x.token_ids for x in requests])
     generation = _generated(
         lm,
         token_ids,

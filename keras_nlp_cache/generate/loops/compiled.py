@@ -5,8 +5,7 @@ from keras import ops
 from keras import tree
 
 from keras_nlp_cache.cache.access import accessing
-from keras_nlp_cache.cache.kept import has_policy
-from keras_nlp_cache.cache.policies import rotating
+from keras_nlp_cache.cache.kept import spare
 from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.generation import Loop
@@ -52,9 +51,8 @@ class CompiledLoop(Loop):
         """Prefills, to be compiled: `length` and `start` may be tensors."""
         batch, slots = ops.shape(token_ids)
         chunk = min(self.chunk, slots)
-        if any(has_policy(kept) for pair in cache for kept in pair):
-            # What it writes past the prompt takes no place that is needed.
-            chunk = min(chunk, rotating.SPARE // 2)
+        # What it writes past the prompt takes no place that is needed.
+        chunk = min(chunk, spare(cache) or chunk)
 
         def body(i, cache):
             # The last chunk may overlap the one before, and writes the same.

@@ -9,6 +9,7 @@ from keras import tree
 from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.cache.slots import slots as slots_from
+from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.conditions import Conditions
@@ -303,25 +304,15 @@ class Loop:
         # counts.
         as_one = cache is not None or self.lm.backbone.rows is not None
         if as_one or (lengths == lengths[0]).all():
-            padded = np.zeros((batch, slots), "int32")
-            padded[:, : token_ids.shape[1]] = token_ids
-            end = np.int32(lengths.max())
-            if cache is None:
-                cache = self._prefill(padded, end)
-            else:
-                cache = self._prefill_more(padded, end, cache, np.int32(start))
+            cache = self.read(
+                token_ids, int(lengths.max()), slots, cache, start
+            )
         else:
-            cache = self.new_cache(batch, slots)
-            row_cache = None
+            cache, row_cache = self.new_cache(batch, slots), None
             for row, length in enumerate(lengths):
-                padded = np.zeros((1, slots), "int32")
-                padded[0, :length] = token_ids[row, :length]
-                if row_cache is None:
-                    row_cache = self._prefill(padded, np.int32(length))
-                else:
-                    row_cache = self._prefill_more(
-                        padded, np.int32(length), row_cache, np.int32(0)
-                    )
+                row_cache = self.read(
+                    token_ids[row, :length], int(length), slots, row_cache
+                )
                 cache = self.put_row(cache, row, row_cache)
             self.keep(row_cache)
         return self.start(token_ids, lengths, slots, cache, stream, logprobs)
@@ -368,7 +359,9 @@ class Loop:
             The cache with that row.
         """
         return tree.map_structure(
-            lambda x, y: ops.slice_update(x, (row, *[0] * (x.ndim - 1)), y),
+            lambda x, y: ops.slice_update(
+                x, start_at(row, *[0] * (x.ndim - 1)), y
+            ),
             cache,
             row_cache,
         )
@@ -487,7 +480,7 @@ class Loop:
         batch = generation.token_ids.shape[0]
         return Bounds(
             limit=np.broadcast_to(np.asarray(limit, "int32"), (batch,)),
-            stops=_padded(stops),
+            stops=_padded_stops(stops),
             steps=np.int32(steps),
             enough=np.int32(batch if enough is None else enough),
         )
@@ -648,7 +641,7 @@ def _array(x):
     return np.array(ops.convert_to_numpy(x))
 
 
-def _padded(stop_token_ids):
+def _padded_stops(stop_token_ids):
     """An array of one of few sizes, for their number to compile nothing."""
     count = len(stop_token_ids)
     padded = np.full(max(8, 1 << max(count - 1, 0).bit_length()), -1)

@@ -12,9 +12,9 @@ import numpy as np
 from keras import tree
 
 from keras_nlp_cache.cache.kept import can_go_back
-from keras_nlp_cache.cache.kept import has_policy
-from keras_nlp_cache.cache.policies import rotating
+from keras_nlp_cache.cache.kept import spare
 from keras_nlp_cache.generate.loops.answers import ended
+from keras_nlp_cache.generate.loops.answers import padded
 from keras_nlp_cache.generate.loops.generation import ALL
 from keras_nlp_cache.generate.loops.generation import on_host
 
@@ -142,10 +142,7 @@ class Places:
     @property
     def most_padding(self):
         """How much padding takes no place that is needed."""
-        cache = self._generation.cache
-        if any(has_policy(kept) for pair in cache for kept in pair):
-            return rotating.SPARE // 2
-        return ALL
+        return spare(self._generation.cache) or ALL
 
     @property
     def free(self):
@@ -158,13 +155,10 @@ class Places:
 
     def put_together(self, requests):
         """Reads several prompts at once, and gives each a place."""
-        lengths = np.array([len(x.token_ids) for x in requests])
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        token_ids = np.zeros(mask.shape, "int32")
-        token_ids[mask] = np.concatenate([x.token_ids for x in requests])
+        token_ids, _ = padded([x.token_ids for x in requests])
         # What is read past the end of a prompt is written again before it
         # counts.
-        cache = self._loop.read(token_ids, mask.shape[1], self._slots)
+        cache = self._loop.read(token_ids, token_ids.shape[1], self._slots)
         for i, request in enumerate(requests):
             row = tree.map_structure(lambda x, i=i: x[i : i + 1], cache)
             self._put(request, row)

@@ -10,8 +10,7 @@ and sampled ones have its distribution.
 import numpy as np
 from keras import ops
 
-from keras_nlp_cache.cache.kept import has_policy
-from keras_nlp_cache.cache.policies import rotating
+from keras_nlp_cache.cache.kept import spare
 from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.generate.loops.generation import on_host
 from keras_nlp_cache.generate.loops.generation import with_logprobs
@@ -92,6 +91,7 @@ class Draft:
     def __init__(self, loop):
         self._loop, self._generation = loop, None
         self.max_positions = loop.lm.backbone.max_positions
+        self.in_step = loop.in_step
 
     def start(self, prompts, given, slots):
         self._generation = self._loop.prefill(prompts, given, slots)
@@ -137,6 +137,7 @@ class Lookup:
     """
 
     max_positions = None
+    in_step = False
 
     def __init__(self, longest=2):
         self._longest = longest
@@ -184,15 +185,14 @@ def decode(loop, guesser, generation, count, limit, stops=(), options=None):
         A `Generation`.
     """
     count_of_slots = generation.token_ids.shape[1]
-    for pair in generation.cache:
-        if any(map(has_policy, pair)) and count + 1 >= rotating.SPARE // 2:
-            raise ValueError(
-                "Expected to guess at most "
-                f"{rotating.SPARE // 2 - 1} tokens at a time, which is how far "
-                "a cache goes back in which later tokens take the places of "
-                f"earlier ones. Received: {count}. Guess fewer, or compile "
-                "with another `cache_policy`."
-            )
+    most = spare(generation.cache)
+    if most is not None and count + 1 >= most:
+        raise ValueError(
+            f"Expected to guess at most {most - 1} tokens at a time, which is "
+            "how far a cache goes back in which later tokens take the places "
+            f"of earlier ones. Received: {count}. Guess fewer, or compile with "
+            "another `cache_policy`."
+        )
     while True:
         now = on_host(generation)
         ended = np.asarray(ops.convert_to_numpy(now.ended(limit)))
