@@ -22,7 +22,6 @@ from keras_nlp_cache.files.preset_loader import preset_loader
 from keras_nlp_cache.files.preset_loader import template_of
 from keras_nlp_cache.generate import conversation
 from keras_nlp_cache.generate import loops
-from keras_nlp_cache.generate import many
 from keras_nlp_cache.generate import prompts
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate import scoring
@@ -30,6 +29,7 @@ from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.batch import generate_batch
 from keras_nlp_cache.generate.loops.conditions import Conditions
 from keras_nlp_cache.generate.loops.sampling import supports
+from keras_nlp_cache.generate.many import call as many
 from keras_nlp_cache.generate.session import Session
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.backbone import without_taps
@@ -538,22 +538,21 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             print(index, text)
         ```
         """
-        call = many.Call(
+        return many.generate_many(
             self,
-            stop_token_ids,
-            strip_prompt,
-            many.Limits(max_new_tokens, max_length, truncation),
-            prefix,
-            seed,
-            num_return_sequences,
-            return_dict,
-            options,
-        )
-        total = len(prompts) if hasattr(prompts, "__len__") else None
-        if total is not None:
-            total *= num_return_sequences
-        return iter(
-            many.shown_progress(call.run(prompts, batch_size), total, progress)
+            prompts,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            batch_size=batch_size,
+            stop_token_ids=stop_token_ids,
+            strip_prompt=strip_prompt,
+            truncation=truncation,
+            prefix=prefix,
+            seed=seed,
+            num_return_sequences=num_return_sequences,
+            return_dict=return_dict,
+            progress=progress,
+            options=options,
         )
 
     def turn_end_id(self):

@@ -1,0 +1,1 @@
+"""Many prompts, of any length and number, a few at a time."""
