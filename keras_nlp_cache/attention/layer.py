@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_nlp_cache.attention.functions import attend
 from keras_nlp_cache.attention.sinks import nearer_sinks
+from keras_nlp_cache.cache import kept
 from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.int8 import turn
@@ -241,8 +242,10 @@ class CachedAttention(Specialized, Remembers):
             further["sink"] = self.sink
         if self.logits_bias is not None:
             further["bias"] = self.logits_bias(cache.distance)
-        elif hasattr(cache.key, "nearer") and self.rotary() is not None:
-            further["bias"] = self._nearer_sinks(x, query, key, cache)
+        elif self.rotary() is not None:
+            bias = self._nearer_sinks(x, query, key, cache)
+            if bias is not None:
+                further["bias"] = bias
         function = getattr(self, "replaced_attention", None) or (
             access().attention(cache, ops.shape(x)[1]) or attend
         )
@@ -261,9 +264,12 @@ class CachedAttention(Specialized, Remembers):
         return self.merge_heads(x), entry
 
     def _nearer_sinks(self, x, query, key, cache):
-        """The bias that makes the first tokens seem to be nearer."""
+        """The bias that makes the first tokens seem nearer, if they are to."""
+        nearer = kept.nearer(cache.key, cache.index, x.shape[1])
+        if nearer is None:
+            return None
         slot = slots(cache.index, x.shape[1])
-        moved, _, _ = self.project(x, cache.positions - cache.key.nearer(slot))
+        moved, _, _ = self.project(x, cache.positions - nearer)
         if isinstance(key, Int8):
             moved = turn(moved)
         return nearer_sinks(

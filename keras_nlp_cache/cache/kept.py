@@ -4,7 +4,8 @@ What is *kept* of keys or of values is *stored* as a tensor `(B,
 key_value_heads, S, head_dim)`, or as an `Int8`, in places that belong to slots
 one after the other. Or it is an object of a policy, which says otherwise: a
 named tuple with the methods `update()`, `read_slots()` and `can_go_back()` that
-functions of this module call, and with what `moving.py` asks for. Of all
+functions of this module call, `sees()` and `nearer()` where it has something to
+say there, and with what `moving.py` asks for. Of all
 tensors in it, the first axis is the batch; of what is stored, the third are the
 places.
 """
@@ -49,6 +50,41 @@ def read_slots(kept, index, length):
     if has_policy(kept):
         return kept.read_slots(index, length)
     return slots(0, places(kept))
+
+
+def sees(kept, read, distance):
+    """What of that a query may attend to, as far as what is kept decides.
+
+    Args:
+        kept: What is kept before a call.
+        read: int32 `(B or 1, S)`, from `read_slots()`.
+        distance: int32 `(B or 1, T, S)`. How many slots they are behind.
+
+    Returns:
+        bool `(B or 1, 1 or T, S)`, or `None` for all.
+    """
+    if not has_policy(kept):
+        return None
+    is_there = read[:, None, :] >= 0
+    if not hasattr(kept, "sees"):
+        return is_there
+    return ops.logical_and(is_there, kept.sees(read, distance))
+
+
+def nearer(kept, index, length):
+    """How much nearer than they are the first `kept.count` tokens seem to be.
+
+    Args:
+        kept: What is kept.
+        index: int32, `()` or `(B,)`. The slot of the first of the queries.
+        length: int. How many queries there are.
+
+    Returns:
+        int32 `(B or 1, T)`, or `None` if all are where they are.
+    """
+    if not hasattr(kept, "nearer"):
+        return None
+    return kept.nearer(slots(index, length))
 
 
 def can_go_back(cache, filled, to):

@@ -9,8 +9,7 @@ upstream's own code then does all that is to be done.
 import keras
 from keras import ops
 
-from keras_nlp_cache.cache.kept import has_policy
-from keras_nlp_cache.cache.kept import read_slots
+from keras_nlp_cache.cache import kept
 from keras_nlp_cache.cache.masks import additive
 from keras_nlp_cache.cache.masks import causal_mask
 from keras_nlp_cache.cache.masks import MASKED
@@ -81,7 +80,7 @@ class Behind:
         self._are_slots = token_positions is None
         self.read = slots(0, length)
         if key is not None:
-            self.read = read_slots(key, self._index, length)
+            self.read = kept.read_slots(key, self._index, length)
         self.in_slots = slot_distance(self._index, length, self.read)
 
     def in_positions(self):
@@ -116,12 +115,11 @@ class Distance(Weightless):
             return None
         behind = Behind(positions, padding_mask, key, index, token_positions)
         distance = behind.in_positions()
-        if hasattr(key, "nearer"):
-            slot = slots(0 if index is None else index, positions.shape[1])
-            is_first = behind.read[:, None, :] < key.count
-            nearer = key.nearer(slot)[:, :, None]
-            distance = ops.where(is_first, distance - nearer, distance)
-        return distance
+        nearer = kept.nearer(key, index, positions.shape[1])
+        if nearer is None:
+            return distance
+        is_first = behind.read[:, None, :] < key.count
+        return ops.where(is_first, distance - nearer[:, :, None], distance)
 
     def compute_output_spec(
         self,
@@ -193,12 +191,8 @@ class AttentionMask(Weightless):
                 attention_mask = additive(attention_mask)
             attention_mask = _read(attention_mask, key, behind.read)
             mask = mask + ops.cast(attention_mask, "float32")[:, None]
-        if has_policy(key):
-            seen = behind.read[:, None, :] >= 0
-            if hasattr(key, "sees"):
-                seen = ops.logical_and(
-                    seen, key.sees(behind.read, behind.in_slots)
-                )
+        seen = kept.sees(key, behind.read, behind.in_slots)
+        if seen is not None:
             mask = mask + additive(seen)[:, None]
         if attention_mask is not None:
             # A softmax over infinities would not be a number.
@@ -221,7 +215,7 @@ class AttentionMask(Weightless):
 
 def _read(x, key, read):
     """Of something with a column for each slot, those that attention reads."""
-    if not has_policy(key):
+    if not kept.has_policy(key):
         return x
     if len(x.shape) == 2:
         return columns(x, read)

@@ -145,21 +145,12 @@ class SinksAndRing(typing.NamedTuple):
         return slots[(slots < self.count) | (slots >= filled - self.window)]
 
     def sees(self, read, distance):
-        """What of some slots a query may attend to, bool `(B or 1, T, S)`.
-
-        Args:
-            read: int32 `(B or 1, S)`, from `read_slots()`.
-            distance: int32 `(B or 1, T, S)`. How far they are behind.
-        """
+        """See `kept.sees()`."""
         is_first = read[:, None, :] < self.count
         return ops.logical_or(is_first, distance < self.window)
 
     def nearer(self, slot):
-        """How much nearer than they are the first tokens seem to be.
-
-        Args:
-            slot: int32 tensor. The slot of a query.
-        """
+        """See `kept.nearer()`."""
         return ops.maximum(slot - (self.count + self.window - 1), 0)
 
     def _places(self, index, length):
