@@ -58,7 +58,7 @@ class Model:
 
     def generate_many(self, prompts, *, batch_size, **options):
         rows = []
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(x["prompt"] for x in prompts):
             self.asked.append(prompt)
             rows.append((i, prompt))
             if len(rows) == batch_size:
@@ -534,6 +534,29 @@ def test_the_command_goes_on(preset, tmp_path, monkeypatch, capsys):
     assert [x["answer"] for x in answers_in(files)] == [
         "".join(lm.stream(f"{x} ", 5)) for x in PROMPTS
     ]
+
+
+def test_what_is_drawn_does_not_depend_on_where_a_job_began(tmp_path):
+    lines = [{"prompt": x} for x in PROMPTS]
+    lines[3]["seed"] = 9
+    (tmp_path / "anew").mkdir()
+    files, anew = make_files(tmp_path, lines), make_files(tmp_path / "anew")
+    lm = FAMILIES[0].text_lm()
+    sampler = keras_hub.samplers.RandomSampler(seed=3, temperature=20.0)
+    lm.compile(sampler=sampler)
+    options = {"max_new_tokens": 5, "batch_size": 2}
+    batch_job.run(lm, *files, **options)
+    whole = answers_in(files)
+    assert len({x["answer"] for x in whole}) > 2
+    # Begun again without the first and the last, with much drawn since.
+    kept = [x for x in files[1].read_text().splitlines() if '"index": 2' in x]
+    files[1].write_text("\n".join([*kept, ""]))
+    batch_job.run(lm, *files, **options)
+    assert answers_in(files) == whole
+    # The one with a seed is what it is anywhere.
+    anew[0].write_text(json.dumps(lines[3]))
+    batch_job.run(lm, *anew, **options)
+    assert answers_in(anew)[0]["answer"] == whole[3]["answer"]
 
 
 def test_the_command_says_what_was_not_answered(preset, tmp_path, capsys):

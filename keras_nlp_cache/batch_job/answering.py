@@ -3,6 +3,7 @@
 import json
 
 from keras_nlp_cache.generate import session_file
+from keras_nlp_cache.generate.loops.sampling import seed_of
 
 
 def answer_each(lm, prompts, **options):
@@ -10,8 +11,9 @@ def answer_each(lm, prompts, **options):
 
     Args:
         lm: A `CausalLM`.
-        prompts: Iterable of str.
-        **options: As for `CausalLM.generate_many()`.
+        prompts: Iterable of what `CausalLM.generate_many()` takes.
+        **options: As for `CausalLM.generate_many()`. By default, the seed is
+            that of the sampler, whatever was drawn before.
 
     Yields:
         `(index, answer)` for each prompt in the order in which they are done,
@@ -20,6 +22,7 @@ def answer_each(lm, prompts, **options):
     Raises:
         ValueError: If prompts can be answered one by one, and not together.
     """
+    options.setdefault("seed", seed_of(lm.sampler))
     numbered = enumerate(prompts)
     more = True
     while more:

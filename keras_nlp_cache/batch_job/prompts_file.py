@@ -18,7 +18,8 @@ class Prompt(NamedTuple):
         index: int. How many prompts stand before it.
         id: str or int. What the line says, or its number.
         asked: What the model is to go on from, as `generate_many()` takes it: a
-            string, token ids, or a dictionary with one of these and more.
+            dictionary with a string or token ids, and more. What is drawn for
+            it depends on its index, wherever a job was begun.
     """
 
     index: int
@@ -70,6 +71,8 @@ class PromptsFile:
             for index, (_, id, _, asked) in zip(
                 range(self.count), self._lines()
             ):
+                if "seed" not in asked:
+                    asked = {**asked, "stream": index}
                 yield Prompt(index, id, asked)
         except ValueError as e:
             raise OSError(
@@ -165,7 +168,7 @@ class PromptsFile:
                 'expected a "prompt", as prompts are passed on as they are, '
                 'received "messages", which take a chat template'
             )
-        return id, said, {"prompt": asked, **further} if further else asked
+        return id, said, {"prompt": asked, **further}
 
 
 def _checked_number(key, x):

@@ -373,8 +373,10 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 string is continued from the start token that the preprocessor
                 adds. With one of the further arguments, any iterable of strings
                 or of lists of token ids, or of dictionaries with one of these
-                as `prompt` and, if wanted, a `seed` and `max_new_tokens` of its
-                own.
+                as `prompt` and, if wanted, a `max_new_tokens` and a `seed` of
+                its own, and a `stream`, an int that says which of the random
+                numbers of a seed it draws, by default its place among the
+                prompts.
             max_length: As for `keras_hub.models.CausalLM.generate()`. Without a
                 preprocessor, what token ids are padded to.
             stop_token_ids: As for `keras_hub.models.CausalLM.generate()`, or

@@ -94,6 +94,14 @@ def has_streams(sampler):
     return len(variables) == 1 and variables[0] is generator.state
 
 
+def seed_of(sampler):
+    """The seed that a sampler was made with, `None` if it has no streams."""
+    if not has_streams(sampler):
+        return None
+    seed, _ = ops.convert_to_numpy(sampler.seed_generator.state.value)
+    return int(seed)
+
+
 def streams(sampler, numbers, seed=None):
     """Where the streams of some prompts begin.
 

@@ -12,7 +12,7 @@ from keras_nlp_cache.generate.prompts import check_vocabulary
 from keras_nlp_cache.generate.prompts import is_int
 
 # What a prompt that is a dictionary may say.
-_KEYS = ("prompt", "max_new_tokens", "seed")
+_KEYS = ("prompt", "max_new_tokens", "seed", "stream")
 
 
 class Limits(typing.NamedTuple):
@@ -53,17 +53,25 @@ class Prompts:
             said = {"prompt": prompt}
             if isinstance(prompt, dict):
                 said = self._checked(i, prompt)
-            token_ids, limit = self._read(i, **said)
+            token_ids, limit = self._read(
+                i, said["prompt"], said.get("max_new_tokens")
+            )
             for copy in range(self._copies):
                 number = i * self._copies + copy
-                if said.get("seed") is None:
-                    stream = [number], self._seed
-                else:
-                    stream = [copy], said["seed"]
                 (stream,) = sampling.streams(
-                    self._lm.generation_loop.sampler, *stream
+                    self._lm.generation_loop.sampler,
+                    *self._drawn(i, copy, said),
                 )
                 yield Request(number, token_ids, limit, stream)
+
+    def _drawn(self, i, copy, said):
+        """Which stream of which seed a text is drawn from."""
+        stream, seed = said.get("stream"), said.get("seed")
+        if stream is None:
+            # A prompt with a seed does not care where it stands.
+            stream = i if seed is None else 0
+        seed = self._seed if seed is None else seed
+        return [stream * self._copies + copy], seed
 
     @staticmethod
     def _checked(i, prompt):
@@ -84,7 +92,7 @@ class Prompts:
                 )
         return prompt
 
-    def _read(self, i, prompt, max_new_tokens=None, seed=None):
+    def _read(self, i, prompt, max_new_tokens=None):
         """The token ids of a prompt, and how many there may be at most."""
         token_ids = self._token_ids(i, prompt)
         most = self._limits.max_length
