@@ -151,20 +151,27 @@ def together(formula, hidden_states, chosen, product=None):
     )
 
 
-def one_by_one(formula, hidden_states, chosen):
+def sliced(x, expert):
+    """Of the weights of all experts, those of one, `(1, ...)`."""
+    rest = [0] * (len(x.shape) - 1)
+    return ops.slice(x, start_at(expert, *rest), (1, *x.shape[1:]))
+
+
+def one_by_one(formula, hidden_states, chosen, read=sliced):
     """Computes one expert after the other, where XLA would copy all at once.
 
     Takes and returns what `together()` does. There is no gradient.
+
+    Args:
+        formula: As for `together()`.
+        hidden_states: As for `together()`.
+        chosen: As for `together()`.
+        read: What reads the weights of an expert, as `sliced()` does.
     """
 
     def body(i, outputs):
         expert = chosen.experts[i]
-
-        def read(x):
-            rest = [0] * (len(x.shape) - 1)
-            return ops.slice(x, start_at(expert, *rest), (1, *x.shape[1:]))
-
-        output = formula(hidden_states, read)
+        output = formula(hidden_states, lambda x: read(x, expert))
         return ops.scatter_update(outputs, expert[None, None], output)
 
     shape = (formula.num_experts, *hidden_states.shape)

@@ -168,7 +168,16 @@ def _one_by_one_in_two_rows(formula, hidden_states, chosen):
     rows = hidden_states.shape[0]
     if rows == 1:
         hidden_states = ops.concatenate([hidden_states] * 2)
-    return one_by_one(formula, hidden_states, chosen)[:, :rows]
+    outputs = one_by_one(formula, hidden_states, chosen, read=_gathered)
+    return outputs[:, :rows]
+
+
+def _gathered(x, expert):
+    # Where a slice begins, TensorFlow wants to know when it compiles, and asks
+    # XLA whether that is a constant. It evaluates what it depends on, among
+    # that the sizes of what `top_k()` returns, which it never set, and aborts
+    # the process if memory happens to hold a larger number there.
+    return ops.take(x, expert[None], axis=0)
 
 
 class TorchAccess(LoopAccess):
