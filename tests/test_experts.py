@@ -202,6 +202,28 @@ def test_xla_copies_no_more_than_one_expert():
     assert accessed(owned=True) < size / 2
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="asks TensorFlow")
+def test_an_expert_is_gathered_and_xla_slices_it():
+    """Where a `tf.slice()` begins is looked for in what `top_k()` returns."""
+    import tensorflow as tf
+
+    block, bank = specialized("qwen3_moe", num_experts=64)
+    shapes = {tuple(x.shape) for x in bank.variables}
+    function = tf.function(
+        lambda x: call(block, x, owned=True)[0], jit_compile=True
+    )
+    x = tf.constant(tokens(1))
+    sliced = [
+        operation
+        for operation in all_operations(function.get_concrete_function(x).graph)
+        if operation.type in ("Slice", "StridedSlice")
+        and tuple(operation.inputs[0].shape) in shapes
+    ]
+    assert sliced == []
+    program = function.experimental_get_compiler_ir(x)(stage="optimized_hlo")
+    assert " gather(" not in program and "dynamic-slice" in program
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX always is")
 @OWNED
 def test_compiled(owned):
