@@ -1,5 +1,6 @@
 """Many prompts in few places: each answer is what it is alone."""
 
+import gc
 import types
 
 import keras
@@ -67,6 +68,33 @@ def assert_likeliest(lm, prompts, answers):
         )
 
 
+def bytes_of_arrays():
+    """The bytes of all arrays that the backend holds for this process."""
+    gc.collect()
+    if BACKEND == "jax":
+        import jax
+
+        return sum(x.nbytes for x in jax.live_arrays())
+    if BACKEND == "torch":
+        import torch
+
+        found = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in gc.get_objects()
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu"
+        }
+        return sum(found.values())
+    import tensorflow as tf
+
+    variables = [x for x in gc.get_objects() if isinstance(x, tf.Variable)]
+    return sum(int(np.prod(x.shape)) * x.dtype.size for x in variables)
+
+
+def cache_bytes(lm, batch, slots):
+    cache = lm.backbone.make_cache(batch, slots)
+    return sum(to_numpy(x).nbytes for x in keras.tree.flatten(cache))
+
+
 @each_kind
 def test_each_answer_is_its_own(family):
     lm, prompts = new_lm(family), token_prompts(7)
@@ -76,7 +104,7 @@ def test_each_answer_is_its_own(family):
 
 def test_many_prompts_compile_little_and_take_no_more_memory(monkeypatch):
     lm, prompts = new_lm(LLAMA), token_prompts(200)
-    made = []
+    made, of_all, of_one = [], cache_bytes(lm, 8, 256), cache_bytes(lm, 1, 256)
     make_cache = lm.backbone.make_cache
 
     def count(*args, zeros=None, **kwargs):
@@ -86,8 +114,16 @@ def test_many_prompts_compile_little_and_take_no_more_memory(monkeypatch):
         return make_cache(*args, **kwargs, **zeros)
 
     monkeypatch.setattr(lm.backbone, "make_cache", count)
-    answers = generated(lm, prompts, batch_size=8)
+    answers, sizes = [None] * len(prompts), []
+    results = lm.generate_many(iter(prompts), batch_size=8, stop_token_ids=None)
+    for i, answer in results:
+        answers[i] = np.asarray(answer)
+        if i in (60, 180):
+            sizes.append(bytes_of_arrays())
     assert_likeliest(lm, prompts, answers)
+    assert sizes[0] >= of_all
+    # What a few prompts differ by is far less than a cache of one row.
+    assert sizes[1] < sizes[0] + of_one / 2
     if BACKEND != "torch":
         # A prompt that has nothing in common with the last is read anew.
         assert sorted(made) == [(1, 256), (8, 256)]
