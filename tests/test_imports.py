@@ -19,6 +19,7 @@ ORDER = (
     "experts",
     "blocks",
     "quantization",
+    "products",
     "graph",
     "generate",
     "models",

@@ -20,6 +20,7 @@ from keras import ops
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 from keras_nlp_cache.cache.masks import causal_mask
 from keras_nlp_cache.layers.block_call import first_argument
+from keras_nlp_cache.products.layers import is_exactly
 from keras_nlp_cache.surgery.adapters import AttentionSink
 from keras_nlp_cache.surgery.adapters import LowRankAdapter
 from keras_nlp_cache.surgery.adapters import ScaledHeads
@@ -231,7 +232,7 @@ def _is_positionwise(layer):
         return True
     if type(layer) in (LowRankAdapter, ScaledHeads):
         return _is_positionwise(layer.projection)
-    if type(layer) is keras.layers.EinsumDense:
+    if is_exactly(layer, keras.layers.EinsumDense):
         inputs, kernel, output = layer.equation.replace("->", ",").split(",")
         first = inputs[:2]
         return (
@@ -240,7 +241,9 @@ def _is_positionwise(layer):
             and not set(first) & set(kernel + (layer.bias_axes or ""))
             and _is_of_keras(layer.activation)
         )
-    if type(layer) in (keras.layers.Dense, keras.layers.Activation):
+    if type(layer) is keras.layers.Activation or is_exactly(
+        layer, keras.layers.Dense
+    ):
         return _is_of_keras(layer.activation)
     return type(layer) in (keras.layers.Dropout, keras.layers.Identity)
 

@@ -23,6 +23,8 @@ from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.experts.mixture import one_by_one
 from keras_nlp_cache.experts.mixture import together
 from keras_nlp_cache.layers.sharing import share
+from keras_nlp_cache.products import logits as own_logits
+from keras_nlp_cache.products.layers import is_exactly
 
 
 def loop_access():
@@ -49,6 +51,12 @@ class LoopAccess(Access):
     def on_an_accelerator(self):
         """Whether what is computed is computed on something else than a CPU."""
         raise NotImplementedError
+
+    def logits(self, embedding, hidden_states):
+        logits = own_logits.logits(embedding, hidden_states)
+        if logits is None:
+            return super().logits(embedding, hidden_states)
+        return logits
 
 
 class XLAAccess(LoopAccess):
@@ -90,7 +98,7 @@ class JaxAccess(XLAAccess):
 
     def project(self, dense, x):
         # Surgery may have put another layer there.
-        if type(dense) is keras.layers.EinsumDense:
+        if is_exactly(dense, keras.layers.EinsumDense):
             dense = share(dense, equation=in_order_of_kernel(dense.equation))
         return dense(x)
 
@@ -159,6 +167,9 @@ class TensorFlowAccess(XLAAccess):
     def logits(self, embedding, hidden_states):
         from keras_nlp_cache.generate.loops import tensorflow_products
 
+        logits = own_logits.logits(embedding, hidden_states)
+        if logits is not None:
+            return logits
         return tensorflow_products.logits(embedding, hidden_states)
 
 

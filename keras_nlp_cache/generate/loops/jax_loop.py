@@ -11,6 +11,9 @@ from keras_nlp_cache.generate.loops.jax_layout import new_tensor
 from keras_nlp_cache.generate.loops.jax_layout import readable
 from keras_nlp_cache.generate.loops.jax_layout import readable_generation
 from keras_nlp_cache.generate.loops.jax_layout import sharded
+from keras_nlp_cache.products.finding import find_weights
+from keras_nlp_cache.products.multiplying import multiplying_with
+from keras_nlp_cache.products.packing import packed_now
 
 
 class JaxLoop(CompiledLoop):
@@ -23,6 +26,7 @@ class JaxLoop(CompiledLoop):
 
     def __init__(self, lm):
         super().__init__(lm)
+        self.own_products = find_weights(lm)
         # Nothing reads the cache that comes in, which is there to be donated.
         self._compiled_prefill = jax.jit(
             self._stateless_prefill, donate_argnames="cache", keep_unused=True
@@ -101,7 +105,9 @@ class JaxLoop(CompiledLoop):
         return new_tensor(shape, dtype)
 
     def _weights(self):
-        return [x.value for x in self.variables]
+        """The values of all variables, and what is packed of them."""
+        values = [x.value for x in self.variables]
+        return values, packed_now(self.own_products)
 
     def _stateless_prefill(self, weights, token_ids, length, cache):
         cache = sharded(jax.tree.map(jax.numpy.zeros_like, cache))
@@ -110,8 +116,12 @@ class JaxLoop(CompiledLoop):
         )
 
     def _stateless_prefill_more(self, weights, token_ids, length, cache, start):
-        mapping = list(zip(self.variables, weights))
-        with keras.StatelessScope(state_mapping=mapping):
+        values, packed = weights
+        mapping = list(zip(self.variables, values))
+        with (
+            keras.StatelessScope(state_mapping=mapping),
+            multiplying_with(self.own_products, packed),
+        ):
             return sharded(self._fill(token_ids, length, cache, start))
 
     def _sharded_put_row(self, cache, row, row_cache):
@@ -161,8 +171,11 @@ class JaxLoop(CompiledLoop):
 
     def _stateless(self, weights, seeds, function):
         """What a function returns, and the state of the sampler after it."""
-        variables = self.sampler_variables
-        mapping = [*zip(self.variables, weights), *zip(variables, seeds)]
-        with keras.StatelessScope(state_mapping=mapping) as scope:
+        variables, (values, packed) = self.sampler_variables, weights
+        mapping = [*zip(self.variables, values), *zip(variables, seeds)]
+        with (
+            keras.StatelessScope(state_mapping=mapping) as scope,
+            multiplying_with(self.own_products, packed),
+        ):
             result = function()
             return result, [scope.get_current_value(x) for x in variables]

@@ -12,7 +12,8 @@ import math
 import keras
 import tensorflow as tf
 
-from keras_nlp_cache.generate.loops.dense import as_matrix
+from keras_nlp_cache.products.dense import as_matrix
+from keras_nlp_cache.products.layers import is_exactly
 
 
 def kernels_as_matrices(model):
@@ -29,7 +30,7 @@ def kernels_as_matrices(model):
     """
     matrices = {}
     for layer in model._flatten_layers():
-        if type(layer) is not keras.layers.EinsumDense:
+        if not is_exactly(layer, keras.layers.EinsumDense):
             continue
         kernel = layer.kernel
         # With LoRA it is a tensor.

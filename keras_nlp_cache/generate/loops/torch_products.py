@@ -11,7 +11,7 @@ import math
 import torch
 from torch.overrides import TorchFunctionMode
 
-from keras_nlp_cache.generate.loops.dense import as_matrix
+from keras_nlp_cache.products.dense import as_matrix
 
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _LIBRARY = torch.library.Library("keras_nlp_cache", "FRAGMENT")

@@ -1,0 +1,108 @@
+"""A product as a job that threads share, who take its pieces one by one.
+
+Nobody is given a part: whoever is free takes the next piece. So a thread that
+the system lets wait, as beside another busy process, delays no more than the
+piece that it has begun, and one that comes too late finds nothing to do.
+
+A job is a block of memory. All who may still look at it are counted, and the
+last one gives it back.
+"""
+
+import functools
+
+import numba
+from numba import types
+
+from keras_nlp_cache.products.compiling import compiled
+from keras_nlp_cache.products.machine_words import allocate
+from keras_nlp_cache.products.machine_words import call_with_two
+from keras_nlp_cache.products.machine_words import fetch_add
+from keras_nlp_cache.products.machine_words import release
+from keras_nlp_cache.products.machine_words import words
+
+NEXT = 0  # The piece that is taken next.
+DONE = 1  # How many pieces are computed.
+USERS = 2
+PIECES = 3
+KERNEL = 4  # Addresses, from here on to `ZERO`.
+WEIGHT = 5
+INPUTS = 6
+RESULTS = 7
+SCALE = 8
+ZERO = 9
+OUTPUTS = 10  # Sizes: N, K and how many rows.
+DEPTH = 11
+ROWS = 12
+BLOCK = 13  # How many numbers share a scale.
+WORDS = 14
+
+# A piece is what a core computes in some 5 microseconds, the time that it takes
+# to wake another thread; no more of them than what makes up for uneven threads.
+_PIECE_BYTES = 64 * 1024
+_MOST_PIECES = 16
+
+_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@numba.njit
+def new_job(weight_bytes, rows):
+    """Allocates a job of as many pieces as it is worth.
+
+    Args:
+        weight_bytes: int. How much is read.
+        rows: int. How many rows of `x` there are. More take longer.
+
+    Returns:
+        Its address. All but the addresses and sizes of arrays is set.
+    """
+    job = allocate(8 * WORDS)
+    q = words(job, WORDS)
+    pieces = weight_bytes * (1 + rows // 4) // _PIECE_BYTES
+    q[NEXT] = 0
+    q[DONE] = 0
+    q[USERS] = 1
+    q[PIECES] = max(1, min(_MOST_PIECES, pieces))
+    return job
+
+
+@numba.njit
+def work(job):
+    """Computes pieces for as long as there are any."""
+    q = words(job, WORDS)
+    pieces = q[PIECES]
+    piece = fetch_add(job + 8 * NEXT, 1)
+    while piece < pieces:
+        call_with_two(q[KERNEL], job, piece)
+        fetch_add(job + 8 * DONE, 1)
+        piece = fetch_add(job + 8 * NEXT, 1)
+
+
+@numba.njit
+def leave(job):
+    """Says that the caller does not look at a job any more."""
+    if fetch_add(job + 8 * USERS, -1) == 1:
+        release(job)
+
+
+@numba.njit
+def finish(job):
+    """Computes what is left, waits for what others have begun, and leaves."""
+    work(job)
+    pieces, spins = words(job, WORDS)[PIECES], 0
+    while fetch_add(job + 8 * DONE, 0) < pieces:
+        spins += 1
+        if spins > 1000:
+            # Whoever has it waits for a core, perhaps for this one.
+            _yield()
+    leave(job)
+
+
+def _help_with(job):
+    work(job)
+    leave(job)
+
+
+@functools.cache
+def helping():
+    """What a thread does that was asked to help, with an `address`."""
+    return compiled(types.void(types.int64), _help_with)

@@ -1,0 +1,168 @@
+"""Dense layers that multiply with kernels of our own in a decode step.
+
+Keras' layers as they are, but for one line each: where Keras multiplies, they
+ask for a product of our own first. Outside of a decode step there is none.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_nlp_cache import drop_in
+from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.layers.specializing import specialize
+from keras_nlp_cache.products.dense import as_matrix
+from keras_nlp_cache.products.multiplying import product
+
+
+def is_exactly(layer, cls):
+    """Whether a layer is of a class of Keras, and of no subclass but ours.
+
+    Args:
+        layer: A layer.
+        cls: `keras.layers.Dense` or `keras.layers.EinsumDense`.
+    """
+    return type(layer) in (cls, drop_in.stand_in(cls))
+
+
+def specialize_dense(layer):
+    """Gives a dense layer of Keras the class that asks for products.
+
+    Args:
+        layer: A layer, changed in place if it is one.
+    """
+    for cls in (keras.layers.Dense, keras.layers.EinsumDense):
+        if type(layer) is cls:
+            specialize(layer, drop_in.stand_in(cls))
+
+
+class _AsksForProducts:
+    """What is the same in dense layers of both kinds.
+
+    The product with `_kernel` is `_product()`, `None` if Keras' own serves.
+    """
+
+    def _product(self, x):
+        raise NotImplementedError
+
+    def _divided(self, y, inputs_scale):
+        """Takes the scales of integers out of a product."""
+        scale = self.kernel_scale
+        if inputs_scale is not None:
+            scale = ops.multiply(inputs_scale, scale)
+        return ops.divide(ops.cast(y, self.compute_dtype), scale)
+
+    def _times_lora(self, inputs):
+        raise NotImplementedError
+
+    def call(self, inputs, training=None):
+        # With LoRA, the kernel is a sum.
+        y = None if self.lora_enabled else self._product(inputs)
+        if y is None:
+            return super().call(inputs, training=training)
+        return self._finished(y)
+
+    def _int8_call(self, inputs, training=None):
+        x, scale = self._quantized(inputs)
+        y = self._product(x)
+        if y is None:
+            return super()._int8_call(inputs, training=training)
+        return self._finished(self._with_lora(self._divided(y, scale), inputs))
+
+    def _int4_call(self, inputs, training=None):
+        x, scale = self._quantized(inputs)
+        y = self._product(ops.cast(x, self.compute_dtype))
+        if y is None:
+            return super()._int4_call(inputs, training=training)
+        if scale is not None:
+            y = ops.divide(y, scale)
+        return self._finished(self._with_lora(y, inputs))
+
+    def _with_lora(self, y, inputs):
+        if not self.lora_enabled:
+            return y
+        further = ops.matmul(self._times_lora(inputs), self.lora_kernel_b)
+        y = ops.add(y, (self.lora_alpha / self.lora_rank) * further)
+        return ops.cast(y, self.compute_dtype)
+
+    def _finished(self, y):
+        if self.bias is not None:
+            y = ops.add(y, self.bias)
+        if self.activation is not None:
+            y = self.activation(y)
+        return y
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        # It is Keras' own class for all that this asks.
+        ours = type(self) in drop_in.replacements()
+        return super().quantize(
+            mode, type_check=type_check and not ours, config=config
+        )
+
+
+@replaces(keras.layers.Dense)
+class Dense(_AsksForProducts, keras.layers.Dense):
+    """`keras.layers.Dense`, with products of our own in a decode step."""
+
+    def _product(self, x):
+        return product(x, self._kernel)
+
+    def _quantized(self, x):
+        if not self.inputs_quantizer:
+            return x, None
+        return self.inputs_quantizer(x, axis=-1)
+
+    def _times_lora(self, x):
+        return ops.matmul(x, self.lora_kernel_a)
+
+
+@replaces(keras.layers.EinsumDense)
+class EinsumDense(_AsksForProducts, keras.layers.EinsumDense):
+    """`keras.layers.EinsumDense`, with products of our own in a decode step."""
+
+    def _product(self, x):
+        reshapes = as_matrix(self.equation, _matrix_shape(self))
+        if reshapes is None:
+            return None
+        count, free = reshapes
+        y = product(x, self._kernel, count)
+        if y is None:
+            return None
+        return ops.reshape(y, (*y.shape[:-1], *free))
+
+    def _quantized(self, x):
+        if not self.inputs_quantizer:
+            return x, None
+        x, scale = self.inputs_quantizer(x, axis=self.quantization_axis)
+        return x, self._adjust_scale_for_quant(scale, "input")
+
+    def _times_lora(self, x):
+        return ops.einsum(self.equation, x, self.lora_kernel_a)
+
+
+def matrix_of(layer):
+    """The sizes of a dense layer's weight as a matrix.
+
+    Args:
+        layer: A `Dense` or `EinsumDense` of Keras or of ours.
+
+    Returns:
+        `(K, N)`, or `None` if it is not a product with one matrix.
+    """
+    if is_exactly(layer, keras.layers.Dense):
+        depth = layer._kernel.shape[0]
+        return depth, layer.units
+    shape = _matrix_shape(layer)
+    reshapes = as_matrix(layer.equation, shape)
+    if reshapes is None:
+        return None
+    outputs = math.prod(reshapes[1])
+    return math.prod(shape) // outputs, outputs
+
+
+def _matrix_shape(layer):
+    """The shape of the kernel of an einsum, packed or not."""
+    if layer.quantization_mode == "int4":
+        return layer.original_kernel_shape
+    return layer._kernel.shape

@@ -1,0 +1,90 @@
+"""A product with a weight, inside of the step that looks weights up."""
+
+import contextlib
+import contextvars
+import math
+
+import keras
+from keras import ops
+
+from keras_nlp_cache.products import choice
+
+_weights = contextvars.ContextVar("keras_nlp_cache_weights", default=None)
+
+
+@contextlib.contextmanager
+def multiplying_with(weights, arrays):
+    """In this scope, layers multiply with packed weights where it is worth it.
+
+    To be entered in what is compiled, or captured: there are no gradients.
+
+    Args:
+        weights: `Weights`, or `None` for the backend's own products.
+        arrays: As from `packed_now()`, in what is compiled.
+    """
+    token = _weights.set(weights and weights.by_variable(arrays))
+    try:
+        yield
+    finally:
+        _weights.reset(token)
+
+
+def product(x, variable, axes=1):
+    """Multiplies with a weight, by a kernel of our own.
+
+    Args:
+        x: Tensor of a float dtype `(..., K)`, or of int8 for the integer
+            product with an int8 weight.
+        variable: `keras.Variable` that the weight is in.
+        axes: int. How many of the last axes of `x` make up `K`.
+
+    Returns:
+        A tensor `(..., N)` of the dtype of `x`, or int32 of integers. `None`
+        if the weight is not known, or another form is faster. An int8 weight is
+        not scaled yet, an int4 one is.
+    """
+    weights = _weights.get()
+    if not weights or id(variable) not in weights:
+        return None
+    form, arrays = weights[id(variable)]
+    kept = tuple(x.shape[: len(x.shape) - axes])
+    if None in kept or math.prod(x.shape[len(kept) :]) != form.depth:
+        return None
+    rows = math.prod(kept)
+    if not choice.is_worth(rows, form.dtype, form.outputs * form.depth):
+        return None
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if (dtype == "int8") and form.dtype != "int8":
+        return None
+    if arrays is None:
+        arrays = (ops.convert_to_tensor(variable.value),)
+    x = ops.reshape(x, (rows, form.depth))
+    if dtype != "int8":
+        x = ops.cast(x, "float32")
+    if form.packed_depth != form.depth:
+        x = _in_groups(x, form)
+    y = _multiply(form, x, arrays)
+    if dtype != "int8":
+        y = ops.cast(y, dtype)
+    return ops.reshape(y, (*kept, form.outputs))
+
+
+def _in_groups(x, form):
+    """`x` `(rows, K)` with zeros where a packed weight has more numbers."""
+    groups = form.packed_depth // form.packed_block
+    short = groups * form.block - form.depth
+    x = ops.pad(x, ((0, 0), (0, short)))
+    x = ops.reshape(x, (x.shape[0], groups, form.block))
+    x = ops.pad(x, ((0, 0), (0, 0), (0, form.packed_block - form.block)))
+    return ops.reshape(x, (x.shape[0], form.packed_depth))
+
+
+def _multiply(form, x, arrays):
+    backend = keras.config.backend()
+    if backend == "jax":
+        from keras_nlp_cache.products.jax_product import multiply
+    elif backend == "tensorflow":
+        from keras_nlp_cache.products.tensorflow_product import multiply
+    else:
+        from keras_nlp_cache.products.torch_product import multiply
+    return multiply(form, x, *arrays)

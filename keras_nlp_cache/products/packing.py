@@ -1,0 +1,189 @@
+"""Weights as kernels read them: packed once, and again when they change."""
+
+import dataclasses
+import threading
+
+import ml_dtypes
+import numpy as np
+
+from keras_nlp_cache.products.sources import source
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the numbers of a weight lie in its variable.
+
+    Attributes:
+        dtype: str. `"float32"`, `"bfloat16"`, `"float16"`, `"int8"` or
+            `"int4"`.
+        outputs: int. `N`, how many numbers a product has.
+        depth: int. `K`, over how many it sums.
+        transposed: bool. Whether the variable is `(N, K)`, and else `(K, N)`.
+        is_stored: bool. Whether the variable has this dtype.
+        pairs: int. Of `"int4"`, the axis of which a byte holds two numbers.
+        block: int. Of `"int4"`, how many along `K` share a scale.
+    """
+
+    dtype: str
+    outputs: int
+    depth: int
+    transposed: bool = False
+    is_stored: bool = True
+    pairs: int = 1
+    block: int = 0
+
+    @property
+    def needs_packing(self):
+        """Whether kernels read something else than the variable's memory."""
+        as_is = self.transposed and self.is_stored and self.dtype != "int4"
+        return not as_is
+
+    @property
+    def packed_block(self):
+        """The length of a group when packed, so that it has two halves."""
+        return self.block + self.block % 2
+
+    @property
+    def packed_depth(self):
+        """How many numbers of `x` kernels read."""
+        if self.dtype != "int4":
+            return self.depth
+        return -(-self.depth // self.block) * self.packed_block
+
+
+def packed(form, weight, scale=None, zero=None):
+    """Packs a weight.
+
+    Args:
+        form: `Form`.
+        weight: Array as `form` describes it.
+        scale: Of `"int4"`, float array `(groups, N)`, what to multiply with.
+        zero: Of `"int4"`, array `(groups, N)`, what to subtract first, or
+            `None`.
+
+    Returns:
+        A tuple of arrays: the weight, `(N, K)` or of two numbers in a byte
+        `(N, packed_depth / 2)`, and of `"int4"`, float32 `(N, groups)` for
+        scales and for zeros.
+    """
+    if form.dtype != "int4":
+        if not form.is_stored:
+            weight = weight.astype(_array_dtype(form.dtype))
+        if not form.transposed:
+            weight = _transposed(weight.reshape(form.depth, form.outputs))
+        return (weight,)
+    numbers = _nibbles(form, weight)
+    groups = scale.shape[0]
+    blocks = np.full((form.outputs, groups, form.packed_block), 8, np.uint8)
+    short = groups * form.block - form.depth
+    numbers = np.pad(numbers, ((0, 0), (0, short)), constant_values=8)
+    blocks[:, :, : form.block] = numbers.reshape(form.outputs, groups, -1)
+    half = form.packed_block // 2
+    # Unsigned, as it takes less to widen.
+    weight = blocks[:, :, :half] | (blocks[:, :, half:] << 4)
+    scale = np.asarray(scale, np.float32).T
+    zero = np.zeros_like(scale) if zero is None else np.asarray(zero).T
+    return (
+        np.ascontiguousarray(weight.reshape(form.outputs, -1)),
+        np.ascontiguousarray(scale, np.float32),
+        np.ascontiguousarray(zero.astype(np.float32) + 8, np.float32),
+    )
+
+
+def _transposed(matrix):
+    """A transposed copy, made block by block, each of them in the cache."""
+    depth, outputs = matrix.shape
+    new = np.empty((outputs, depth), matrix.dtype)
+    for k in range(0, depth, 64):
+        for n in range(0, outputs, 512):
+            new[n : n + 512, k : k + 64] = matrix[k : k + 64, n : n + 512].T
+    return new
+
+
+def _array_dtype(dtype):
+    return ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+
+
+def _nibbles(form, weight):
+    """The numbers of an int4 weight plus 8, uint8 `(N, K)`."""
+    byte = np.moveaxis(weight.view(np.uint8), form.pairs, -1)
+    numbers = np.empty((*byte.shape, 2), np.uint8)
+    numbers[..., 0] = (byte & 15) ^ 8
+    numbers[..., 1] = (byte >> 4) ^ 8
+    numbers = numbers.reshape(byte.shape[0], -1)
+    numbers = np.moveaxis(numbers, -1, form.pairs)
+    numbers = numbers if form.transposed else numbers.T
+    return numbers[: form.outputs, : form.depth]
+
+
+class Weight:
+    """The weight of a product, as kernels read it.
+
+    Args:
+        form: `Form`.
+        variable: `keras.Variable` with the numbers.
+        scales: Function without arguments, that returns the arrays `scale` and
+            `zero` of `packed()`. `None` if there are none.
+        further: The variables that `scales` reads.
+    """
+
+    def __init__(self, form, variable, scales=None, further=()):
+        self.form = form
+        self.variable = variable
+        self._scales = scales
+        self._sources = [source(x) for x in (variable, *further)]
+        self._arrays = None
+
+    def arrays(self):
+        """What a kernel is to be passed, as tensors of the backend.
+
+        Packed again if a variable was assigned to.
+        """
+        changed = [x.changed() for x in self._sources]
+        if self._arrays is None or any(changed):
+            values = () if self._scales is None else self._scales()
+            self._arrays = tuple(
+                self._sources[0].tensor(x)
+                for x in packed(self.form, self._sources[0].array(), *values)
+            )
+        return self._arrays
+
+
+class Weights:
+    """The weights of a model that products of our own are worth for.
+
+    Args:
+        found: Dictionary from `id(variable)` to `Weight`.
+    """
+
+    def __init__(self, found):
+        self._found = found
+        self._packed = [x for x in found.values() if x.form.needs_packing]
+        self._lock = threading.Lock()
+
+    def arrays(self):
+        """What is packed of all weights, as they are now: a list of tuples."""
+        # Threads that generate would pack the same.
+        with self._lock:
+            return [x.arrays() for x in self._packed]
+
+    def by_variable(self, arrays):
+        """What to look up in a product.
+
+        Args:
+            arrays: As from `arrays()`, in what is compiled.
+
+        Returns:
+            A dictionary from `id(variable)` to `(form, arrays)`, with `None`
+            where the value of the variable is what a kernel reads.
+        """
+        packed_arrays = dict(zip(map(id, self._packed), arrays))
+        return {
+            key: (weight.form, packed_arrays.get(id(weight)))
+            for key, weight in self._found.items()
+        }
+
+
+def packed_now(weights):
+    """What is packed of `Weights` as they are now, nothing of `None`."""
+    return [] if weights is None else weights.arrays()
