@@ -52,8 +52,12 @@ def why_not():
     elif backend == "tensorflow":
         import tensorflow as tf
 
+        from keras_nlp_cache.products import tensorflow_product
+
         if tf.config.list_logical_devices("GPU"):
             return "TensorFlow computes on a GPU"
+        if not tensorflow_product.is_available():
+            return "this TensorFlow takes no custom calls"
     else:
         from keras.src.backend.torch.core import get_device
 

@@ -41,7 +41,7 @@ WORDS = 14
 _PIECE_BYTES = 64 * 1024
 _MOST_PIECES = 16
 
-_yield = types.ExternalFunction("sched_yield", types.int32())
+let_others_run = types.ExternalFunction("sched_yield", types.int32())
 
 
 @numba.njit
@@ -93,7 +93,7 @@ def finish(job):
         spins += 1
         if spins > 1000:
             # Whoever has it waits for a core, perhaps for this one.
-            _yield()
+            let_others_run()
     leave(job)
 
 

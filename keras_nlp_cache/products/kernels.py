@@ -2,8 +2,8 @@
 
 A weight is `(N, K)`, a row of it for each output, so that what is summed over
 lies side by side: read as Keras keeps it, `(K, N)`, it takes 2 to 5 times as
-long. Of several rows of `x`, four meet two rows of the weight at a time, so that what
-is read and widened once is used several times.
+long. Of several rows of `x`, four meet two rows of the weight at a time, so
+that what is read and widened once is used several times.
 
 A kernel computes one piece of a job, some of the `N` outputs for all rows of
 `x`; `jobs.py` says who computes which. Sums are made in whatever order is

@@ -44,7 +44,7 @@ def product(x, variable, axes=1):
         not scaled yet, an int4 one is.
     """
     weights = _weights.get()
-    if not weights or id(variable) not in weights:
+    if not weights or id(variable) not in weights or _is_autocasting():
         return None
     form, arrays = weights[id(variable)]
     kept = tuple(x.shape[: len(x.shape) - axes])
@@ -67,6 +67,15 @@ def product(x, variable, axes=1):
     if dtype != "int8":
         y = ops.cast(y, dtype)
     return ops.reshape(y, (*kept, form.outputs))
+
+
+def _is_autocasting():
+    """Whether PyTorch chooses dtypes of products."""
+    if keras.config.backend() != "torch":
+        return False
+    import torch
+
+    return torch.is_autocast_enabled("cpu")
 
 
 def _in_groups(x, form):

@@ -6,6 +6,7 @@ import threading
 import ml_dtypes
 import numpy as np
 
+from keras_nlp_cache.products.sources import reader
 from keras_nlp_cache.products.sources import source
 
 
@@ -130,22 +131,26 @@ class Weight:
     def __init__(self, form, variable, scales=None, further=()):
         self.form = form
         self.variable = variable
+        self.variables = (variable, *further)
         self._scales = scales
-        self._sources = [source(x) for x in (variable, *further)]
+        self._sources = [source() for _ in self.variables]
         self._arrays = None
 
-    def arrays(self):
-        """What a kernel is to be passed, as tensors of the backend.
+    def arrays(self, values):
+        """What a kernel is to be passed, packed again if there is a change.
 
-        Packed again if a variable was assigned to.
+        Args:
+            values: The values of `variables`, as tensors of the backend.
+
+        Returns:
+            A tuple of tensors of the backend.
         """
-        changed = [x.changed() for x in self._sources]
+        changed = [x.changed(y) for x, y in zip(self._sources, values)]
         if self._arrays is None or any(changed):
-            values = () if self._scales is None else self._scales()
-            self._arrays = tuple(
-                self._sources[0].tensor(x)
-                for x in packed(self.form, self._sources[0].array(), *values)
-            )
+            first = self._sources[0]
+            scales = () if self._scales is None else self._scales()
+            arrays = packed(self.form, first.array(values[0]), *scales)
+            self._arrays = tuple(map(first.tensor, arrays))
         return self._arrays
 
 
@@ -159,13 +164,18 @@ class Weights:
     def __init__(self, found):
         self._found = found
         self._packed = [x for x in found.values() if x.form.needs_packing]
+        self._read = reader([y for x in self._packed for y in x.variables])
         self._lock = threading.Lock()
 
     def arrays(self):
         """What is packed of all weights, as they are now: a list of tuples."""
         # Threads that generate would pack the same.
         with self._lock:
-            return [x.arrays() for x in self._packed]
+            values = iter(self._read() if self._packed else ())
+            return [
+                x.arrays([next(values) for _ in x.variables])
+                for x in self._packed
+            ]
 
     def by_variable(self, arrays):
         """What to look up in a product.

@@ -32,7 +32,7 @@ _EXTENSION, _API, _CONTEXT, _ARGS, _RESULTS, _ATTRIBUTES = 1, 2, 3, 9, 14, 20
 # In `XLA_FFI_Buffer`.
 _BUFFER, _DATA, _DIMS = 6, 3, 5
 # In `XLA_FFI_Api`.
-_API_WORDS, _VERSION, _REGISTER, _SCHEDULE, _COUNT_THREADS = 19, 4, 9, 17, 18
+_API_WORDS, _VERSION, REGISTER, _SCHEDULE, _COUNT_THREADS = 19, 4, 9, 17, 18
 # `XLA_FFI_Extension_Metadata`: asks which version the handler speaks.
 _METADATA = 1
 

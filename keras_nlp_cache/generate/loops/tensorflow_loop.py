@@ -15,6 +15,9 @@ from keras_nlp_cache.generate.loops.tensorflow_products import (
     kernels_as_matrices,
 )
 from keras_nlp_cache.generate.loops.tensorflow_products import using_matrices
+from keras_nlp_cache.products.finding import find_weights
+from keras_nlp_cache.products.multiplying import multiplying_with
+from keras_nlp_cache.products.packing import packed_now
 
 
 class TensorFlowLoop(CompiledLoop):
@@ -43,6 +46,9 @@ class TensorFlowLoop(CompiledLoop):
         if any(map(_is_on_several_devices, sampler_variables(self.sampler))):
             # XLA would have to write to all of them, and writes to its own.
             jit_compile = False
+        self.own_products = None
+        if jit_compile and not any(map(_is_on_several_devices, lm.variables)):
+            self.own_products = find_weights(lm)
         options = {"autograph": False, "jit_compile": bool(jit_compile)}
         self._compiled_prefill = tf.function(self._prefill_into, **options)
         self._compiled_decode = tf.function(self._decode_into, **options)
@@ -69,6 +75,7 @@ class TensorFlowLoop(CompiledLoop):
     def _prefill_more(self, token_ids, length, cache, start):
         _call(
             self._compiled_prefill,
+            self._packed(),
             cache,
             tf.constant(token_ids),
             tf.constant(length),
@@ -99,18 +106,33 @@ class TensorFlowLoop(CompiledLoop):
         arguments = tree.map_structure(
             _as_tensor, (generation._replace(cache=()), *args)
         )
-        return _call(function, cache, *arguments)._replace(cache=cache)
+        return _call(function, self._packed(), cache, *arguments)._replace(
+            cache=cache
+        )
+
+    def _packed(self):
+        with outside_of_strategies():
+            return packed_now(self.own_products)
 
     def _new_tensor(self, shape, dtype):
         # One by one: beside a cache of tensors, there would be two.
         with outside_of_strategies():
             return tf.Variable(tf.zeros(shape, dtype))
 
-    def _prefill_into(self, variables, token_ids, length, start):
+    def _prefill_into(self, packed, variables, token_ids, length, start):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
-        _assign(variables, self._fill(token_ids, length, cache, start))
+        with multiplying_with(self.own_products, packed):
+            _assign(variables, self._fill(token_ids, length, cache, start))
 
-    def _decode_into(self, variables, generation, bounds, values, structure):
+    def _decode_into(
+        self, packed, variables, generation, bounds, values, structure
+    ):
+        with multiplying_with(self.own_products, packed):
+            return self._decode_all(
+                variables, generation, bounds, values, structure
+            )
+
+    def _decode_all(self, variables, generation, bounds, values, structure):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
         call, pick = self._make_call(), self._picker(values, structure)
         _, generation = ops.while_loop(
@@ -126,18 +148,12 @@ class TensorFlowLoop(CompiledLoop):
         _assign(variables, generation.cache)
         return generation._replace(cache=())
 
-    def _verify_into(
-        self, variables, generation, drafted, bounds, values, count, structure
-    ):
+    def _verify_into(self, packed, variables, generation, *args):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
-        generation = super()._verify(
-            generation._replace(cache=cache),
-            drafted,
-            bounds,
-            values,
-            count,
-            structure,
-        )
+        with multiplying_with(self.own_products, packed):
+            generation = super()._verify(
+                generation._replace(cache=cache), *args
+            )
         _assign(variables, generation.cache)
         return generation._replace(cache=())
 

@@ -16,6 +16,9 @@ from keras_nlp_cache.generate.loops.torch_capture import separate_views
 from keras_nlp_cache.generate.loops.torch_products import dense_product
 from keras_nlp_cache.generate.loops.torch_products import DenseProducts
 from keras_nlp_cache.generate.loops.torch_products import opaque_dense_product
+from keras_nlp_cache.products.finding import find_weights
+from keras_nlp_cache.products.multiplying import multiplying_with
+from keras_nlp_cache.products.packing import packed_now
 
 
 def record(function):
@@ -136,6 +139,7 @@ class TorchLoop(EagerTorchLoop):
 
     def __init__(self, lm):
         super().__init__(lm)
+        self.own_products = find_weights(lm)
         self._captured, self._bound = {}, {}
         self._capturing = threading.Lock()
 
@@ -144,7 +148,8 @@ class TorchLoop(EagerTorchLoop):
         return len(self._captured)
 
     def _prefill_more(self, *args):
-        with DenseProducts():
+        packed = packed_now(self.own_products)
+        with DenseProducts(), multiplying_with(self.own_products, packed):
             return super()._prefill_more(*args)
 
     def keep(self, cache):
@@ -167,10 +172,8 @@ class TorchLoop(EagerTorchLoop):
 
     def _bound_step(self, length, tokens, index, cache, further):
         """A step on this cache and these weights, the last one if it is."""
-        bound_to = [
-            *pytree.tree_leaves(cache),
-            *(x.value for x in self.variables),
-        ]
+        weights = self._weights()
+        bound_to = [*pytree.tree_leaves(cache), *pytree.tree_leaves(weights)]
         choices = operator_choices(tokens.device)
         key = length, index.ndim, threading.get_ident()
         step, before, made_with = self._bound.get(key, (None, (), None))
@@ -179,20 +182,26 @@ class TorchLoop(EagerTorchLoop):
             or len(before) != len(bound_to)
             or any(x is not y for x, y in zip(before, bound_to))
         ):
-            step = self._bind(tokens, index, cache, further)
+            step = self._bind(weights, tokens, index, cache, further)
             self._bound[key] = step, bound_to, choices
         return step
 
-    def _bind(self, tokens, index, cache, further):
-        """A step from tokens to logits, on the weights and cache of now."""
-        weights = [x.value for x in self.variables]
+    def _weights(self):
+        """The values of all variables, and what is packed of them."""
+        values = [x.value for x in self.variables]
+        return values, packed_now(self.own_products)
+
+    def _bind(self, weights, tokens, index, cache, further):
+        """A step from tokens to logits, on some weights and a cache."""
         token = torch.zeros_like(tokens)
         slot = torch.zeros_like(index)
         inputs = pytree.tree_map(torch.clone, further)
         arguments = token, cache, slot, inputs
         prepare, step = self._captured_step(weights, *arguments)
         step = functools.partial(
-            step, *prepare(*weights), *pytree.tree_leaves(arguments)
+            step,
+            *prepare(*pytree.tree_leaves(weights)),
+            *pytree.tree_leaves(arguments),
         )
         on_gpu = self.is_gpu(token.device)
 
@@ -220,18 +229,24 @@ class TorchLoop(EagerTorchLoop):
                 module = capture(
                     self._logits, weights, token_ids, cache, index, further
                 )
-                prepare, step = separate_views(module, len(weights))
+                fixed = len(pytree.tree_leaves(weights))
+                prepare, step = separate_views(module, fixed)
                 if self.lm.jit_compile:
                     step = torch.compile(step, dynamic=False)
                 self._captured[key] = prepare, step
             return self._captured[key]
 
     def _logits(self, weights, token_ids, cache, index, further):
-        mapping = list(zip(self.variables, weights))
+        values, packed = weights
+        mapping = list(zip(self.variables, values))
         products = DenseProducts(
             opaque_dense_product if self.lm.jit_compile else dense_product
         )
-        with keras.StatelessScope(state_mapping=mapping), products:
+        with (
+            keras.StatelessScope(state_mapping=mapping),
+            multiplying_with(self.own_products, packed),
+            products,
+        ):
             logits, _, _ = self.lm.call_with_cache(
                 token_ids, cache, index, **further
             )

@@ -1,0 +1,358 @@
+"""Products of our own: their numbers, and what they follow."""
+
+import concurrent.futures
+import importlib.util
+
+import keras
+import numpy as np
+import pytest
+
+from keras_nlp_cache.models import Llama3Backbone
+from keras_nlp_cache.models import Llama3CausalLM
+from keras_nlp_cache.products import choice
+from keras_nlp_cache.products import description
+from keras_nlp_cache.products import multiplying
+from keras_nlp_cache.products.finding import find_weights
+from keras_nlp_cache.products.logits import logits
+from keras_nlp_cache.products.packing import packed_now
+from tests.families import padding_mask
+from tests.families import random_tokens
+from tests.families import randomize
+from tests.families import to_numpy
+
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="needs numba"
+)
+WEIGHTS_ONLY = keras.quantizers.Int8QuantizationConfig(
+    activation_quantizer=None
+)
+CHANNELS = keras.quantizers.Int4QuantizationConfig(block_size=None)
+ROUNDED = keras.quantizers.Int4QuantizationConfig(
+    block_size=None,
+    activation_quantizer=keras.quantizers.AbsMaxQuantizer(axis=-1),
+)
+IN_GROUPS = keras.quantizers.Int4QuantizationConfig(block_size=32)
+IN_ODD_GROUPS = keras.quantizers.Int4QuantizationConfig(block_size=7)
+# What a product and Keras' own may differ by, in parts of the largest number.
+EXACT, ROUNDING = 2e-6, {"bfloat16": 2**-7, "float16": 2**-10}
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The dtypes that kernels of our own read, in the order of calls."""
+    dtypes = []
+    multiply = multiplying._multiply
+
+    def noted(form, *args):
+        dtypes.append(form.dtype)
+        return multiply(form, *args)
+
+    monkeypatch.setattr(multiplying, "_multiply", noted)
+    return dtypes
+
+
+@pytest.fixture
+def without_our_own(monkeypatch):
+    """A function: from when on the backend's products are to serve."""
+    return lambda: monkeypatch.setattr(choice, "why_not", lambda: "a test")
+
+
+def compiled(function):
+    """A function as a loop would have it compiled."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True, autograph=False)
+    return function
+
+
+def multiplied(model, call, x):
+    """What is computed with products of our own, of one compiled function."""
+    weights = find_weights(model)
+    arrays = packed_now(weights)
+
+    def function(x):
+        with multiplying.multiplying_with(weights, arrays):
+            return call(x)
+
+    return to_numpy(compiled(function)(x))
+
+
+def check(model, call, x, expected, tolerance):
+    expected = to_numpy(keras.ops.cast(expected, "float32"))
+    actual = multiplied(model, call, x)
+    assert actual.shape == expected.shape
+    most = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, atol=tolerance * most)
+
+
+def inputs(*shape, dtype="float32"):
+    x = np.random.default_rng(1).standard_normal(shape, dtype="float32")
+    return keras.ops.convert_to_tensor(x, dtype)
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "dtype, config, read, rows, depth, outputs",
+    [
+        ("float32", None, "float32", 1, 65, 127),
+        ("float32", None, "float32", 7, 64, 129),
+        ("float32", None, "float32", 32, 70, 700),
+        ("bfloat16", None, "bfloat16", 1, 65, 127),
+        ("mixed_bfloat16", None, "bfloat16", 5, 64, 128),
+        ("float16", None, "float16", 6, 65, 128),
+        ("float32", "int8", "int8", 1, 65, 127),
+        ("bfloat16", "int8", "int8", 9, 64, 129),
+        ("float32", WEIGHTS_ONLY, "int8", 6, 65, 127),
+        ("float32", CHANNELS, "int4", 1, 65, 127),
+        ("float32", ROUNDED, "int4", 3, 64, 128),
+        ("float32", IN_GROUPS, "int4", 9, 100, 127),
+        ("bfloat16", IN_GROUPS, "int4", 1, 64, 128),
+        ("float32", IN_ODD_GROUPS, "int4", 2, 65, 127),
+    ],
+)
+def test_dense(dtype, config, read, rows, depth, outputs, used):
+    layer = keras.layers.Dense(
+        outputs, dtype=dtype, bias_initializer="normal", activation="tanh"
+    )
+    model = keras.Sequential([keras.Input((depth,)), layer])
+    if isinstance(config, str):
+        model.quantize(config)
+    elif config is not None:
+        model.quantize(config=config)
+    x = inputs(rows, depth, dtype=layer.compute_dtype)
+    tolerance = ROUNDING.get(layer.compute_dtype, EXACT)
+    check(model, layer, x, layer(x), tolerance)
+    assert used == [read]
+
+
+@needs_numba
+@pytest.mark.parametrize("config", [None, "int8", WEIGHTS_ONLY, IN_GROUPS])
+@pytest.mark.parametrize(
+    "equation, shape, outputs",
+    [
+        ("bqm,muh->bquh", (1, 3, 60), (None, 4, 33)),
+        ("bquh,uhm->bqm", (2, 1, 4, 15), (None, 128)),
+    ],
+)
+def test_einsums(config, equation, shape, outputs, used):
+    layer = keras.layers.EinsumDense(equation, outputs)
+    model = keras.Sequential([keras.Input(shape[1:]), layer])
+    if isinstance(config, str):
+        model.quantize(config)
+    elif config is not None:
+        model.quantize(config=config)
+    x = inputs(*shape)
+    check(model, layer, x, layer(x), EXACT)
+    assert len(used) == 1
+
+
+@needs_numba
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "config", [None, "int8", WEIGHTS_ONLY, CHANNELS, IN_GROUPS]
+)
+def test_logits(config, tied, used):
+    layer = keras.layers.ReversibleEmbedding(
+        131, 65, tie_weights=tied, logit_soft_cap=3.0
+    )
+    layer.build()
+    model = keras.Sequential([keras.Input((3,)), layer])
+    if isinstance(config, str):
+        model.quantize(config)
+    elif config is not None:
+        model.quantize(config=config)
+    x = inputs(1, 3, 65)
+    check(
+        model,
+        lambda x: logits(layer, x),
+        x,
+        layer(x, reverse=True),
+        EXACT,
+    )
+    assert len(used) == 1
+
+
+@needs_numba
+def test_many_rows_are_left_to_the_backend(used):
+    layer = keras.layers.Dense(128)
+    model = keras.Sequential([keras.Input((64,)), layer])
+    rows = choice.MOST_ROWS["float32"] + 1
+    check(model, layer, inputs(rows, 64), layer(inputs(rows, 64)), EXACT)
+    assert used == []
+
+
+# === In generation ===
+
+PROMPTS = {
+    "token_ids": random_tokens(2, 20) * padding_mask([4, 9], 20),
+    "padding_mask": padding_mask([4, 9], 20),
+}
+
+
+def make_lm(dtype="float32"):
+    backbone = Llama3Backbone(
+        vocabulary_size=100,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=72,
+        intermediate_dim=130,
+        dtype=dtype,
+    )
+    randomize(backbone)
+    return greedy(Llama3CausalLM(backbone, None))
+
+
+def greedy(lm):
+    lm.compile(sampler="greedy", jit_compile=keras.backend.backend() != "torch")
+    return lm
+
+
+def generated(lm):
+    return lm.generate(PROMPTS, stop_token_ids=None)["token_ids"]
+
+
+@needs_numba
+@pytest.mark.parametrize("config", [None, "int8", WEIGHTS_ONLY, IN_GROUPS])
+def test_generates_the_same(config, used, without_our_own):
+    lm = make_lm()
+    if isinstance(config, str):
+        lm.quantize(config)
+    elif config is not None:
+        lm.quantize(config=config)
+    tokens = generated(greedy(lm))
+    assert used
+    count = len(used)
+    without_our_own()
+    np.testing.assert_array_equal(generated(greedy(lm)), tokens)
+    assert len(used) == count
+
+
+def scaled(lm, name):
+    """A change that no greedy token survives: one kernel, negated."""
+    (kernel,) = (x for x in lm.weights if x.path.endswith(name))
+    return kernel, -keras.ops.convert_to_numpy(kernel)
+
+
+GATE = "transformer_layer_1/feedforward_gate_dense/kernel"
+
+
+@needs_numba
+def test_follows_variables(tmp_path, used, without_our_own):
+    lm = make_lm()
+    before = generated(lm)
+    path = str(tmp_path / "lm.weights.h5")
+    lm.save_weights(path)
+    kernel, value = scaled(lm, GATE)
+    kernel.assign(value)
+    assigned = generated(lm)
+    lm.load_weights(path)
+    np.testing.assert_array_equal(generated(lm), before)
+    kernel.assign(value)
+    lm.backbone.enable_lora(2)
+    with_lora = generated(lm)
+    lm.quantize("int8")
+    quantized = generated(lm)
+    assert used[-1] == "int8"
+
+    without_our_own()
+    other = make_lm()
+    kernel, value = scaled(other, GATE)
+    kernel.assign(value)
+    expected = generated(other)
+    assert (expected != before).any()
+    np.testing.assert_array_equal(assigned, expected)
+    np.testing.assert_array_equal(with_lora, expected)
+    other.quantize("int8")
+    np.testing.assert_array_equal(quantized, generated(other))
+
+
+@needs_numba
+def test_the_next_token_follows(without_our_own):
+    lm = make_lm()
+    prompt = {key: x[:1] for key, x in PROMPTS.items()}
+    kernel, value = scaled(lm, GATE)
+
+    def streamed():
+        tokens = []
+        for step, piece in enumerate(lm.stream(prompt, stop_token_ids=None)):
+            tokens.append(np.asarray(piece))
+            if step in (2, 5):
+                kernel.assign(value if step == 2 else -value)
+        return np.concatenate(tokens, axis=None)
+
+    tokens = streamed()
+    without_our_own()
+    lm.compile(sampler="greedy")
+    np.testing.assert_array_equal(tokens, streamed())
+
+
+@needs_numba
+def test_threads_share_what_is_packed(used):
+    lm = make_lm()
+    prompts = [
+        {key: x[:, : 20 - i] for key, x in PROMPTS.items()} for i in range(3)
+    ] * 4
+
+    def generate(prompt):
+        return lm.generate(prompt, stop_token_ids=None)["token_ids"]
+
+    expected = [generate(x) for x in prompts]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for x, y in zip(threads.map(generate, prompts), expected):
+            np.testing.assert_array_equal(x, y)
+
+
+@needs_numba
+def test_layers_stay_what_they_are(tmp_path):
+    lm = make_lm()
+    generated(lm)
+    path = str(tmp_path / "backbone.keras")
+    lm.backbone.save(path)
+    loaded = keras.saving.load_model(path)
+    for x, y in zip(lm.backbone.weights, loaded.weights, strict=True):
+        assert x.path == y.path
+    config = lm.backbone.get_config()
+    assert config == make_lm().backbone.get_config() | {"name": config["name"]}
+
+
+def test_without_numba(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "numba" else find_spec(name, *args),
+    )
+    choice._why_not_here.cache_clear()
+    monkeypatch.setattr(multiplying, "_multiply", None)
+    try:
+        assert "numba is not installed" in description()
+        lm = make_lm()
+        assert find_weights(lm) is None
+        assert generated(lm).shape == (2, 20)
+        dense = lm.backbone.transformer_layers[0]._feedforward_gate_dense
+        assert type(dense) is keras.layers.Dense
+    finally:
+        choice._why_not_here.cache_clear()
+
+
+@needs_numba
+def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
+    import numba
+
+    from keras_nlp_cache.products import compiling
+    from keras_nlp_cache.products import kernels
+
+    monkeypatch.setenv("KERAS_NLP_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    signature = numba.types.void(numba.types.int64, numba.types.int64)
+    for hits in (0, 1):
+        kernel = compiling.compiled(signature, kernels.KINDS[0].piece)
+        assert kernel.cache_hits == hits
+    assert list(tmp_path.rglob("*.nbi"))
+    assert description() == "kernels compiled by numba"
