@@ -38,10 +38,13 @@ def _int32(x):
     return np.int32(x)
 
 
-def _sums(wide, wide_x, zero):
-    """Code for products: what to widen numbers with, and the zero of sums."""
+def _sums(name, wide, wide_x, zero):
+    """Code for products: what to widen numbers with, and the zero of sums.
 
-    @numba.njit(fastmath=True)
+    Each has a name of its own. Code that is loaded from disk finds what it
+    calls by name, and would take that of another kind for its own.
+    """
+
     def product(w, x, y, first, last):
         depth, rows = w.shape[1], x.shape[0]
         fours = rows // 4 * 4
@@ -78,13 +81,18 @@ def _sums(wide, wide_x, zero):
                     a += wide(v[k]) * wide_x(p[k])
                 y[i, n] = a
 
-    return product
+    product.__name__ = product.__qualname__ = name
+    return numba.njit(fastmath=True)(product)
 
 
-_of_floats = _sums(_float32, _float32, np.float32(0))
-_of_bfloat16s = _sums(from_bfloat16, _float32, np.float32(0))
-_of_float16s = _sums(from_float16, _float32, np.float32(0))
-_of_integers = _sums(_int32, _int32, np.int32(0))
+_of_floats = _sums("products_of_floats", _float32, _float32, np.float32(0))
+_of_bfloat16s = _sums(
+    "products_of_bfloat16s", from_bfloat16, _float32, np.float32(0)
+)
+_of_float16s = _sums(
+    "products_of_float16s", from_float16, _float32, np.float32(0)
+)
+_of_integers = _sums("products_of_integers", _int32, _int32, np.int32(0))
 
 
 @numba.njit

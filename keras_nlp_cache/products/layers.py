@@ -4,6 +4,7 @@ Keras' layers as they are, but for one line each: where Keras multiplies, they
 ask for a product of our own first. Outside of a decode step there is none.
 """
 
+import functools
 import math
 
 import keras
@@ -35,6 +36,21 @@ def specialize_dense(layer):
     for cls in (keras.layers.Dense, keras.layers.EinsumDense):
         if type(layer) is cls:
             specialize(layer, drop_in.stand_in(cls))
+            _let_quantize(layer)
+
+
+def _let_quantize(layer):
+    """Has a layer be quantized, that Keras now takes for a user's subclass.
+
+    What Keras' constructor made of its method asks what it was before.
+    """
+    quantize = layer.quantize
+
+    @functools.wraps(quantize)
+    def quantize_anyway(mode=None, config=None, type_check=True, **kwargs):
+        quantize(mode, config, type_check=False, **kwargs)
+
+    layer.quantize = quantize_anyway
 
 
 class _AsksForProducts:
@@ -94,7 +110,7 @@ class _AsksForProducts:
         return y
 
     def quantize(self, mode=None, type_check=True, config=None):
-        # It is Keras' own class for all that this asks.
+        # Of a layer that was made of this class, as surgery does.
         ours = type(self) in drop_in.replacements()
         return super().quantize(
             mode, type_check=type_check and not ours, config=config

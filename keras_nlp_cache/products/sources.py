@@ -91,8 +91,8 @@ class _TorchSource:
     def tensor(array):
         import torch
 
-        if array.dtype.name == "bfloat16":
-            # Which only NumPy has no word for; kernels read bits.
+        if array.dtype.name in ("bfloat16", "uint16"):
+            # Kernels read bits, whatever PyTorch takes them for.
             array = array.view(np.int16)
         return torch.from_numpy(array)
 
