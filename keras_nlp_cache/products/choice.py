@@ -87,7 +87,9 @@ def description():
 
     Example:
     ```python
-    keras_nlp_cache.products.description()
+    from keras_nlp_cache import products
+
+    print(products.description())
     ```
     """
     reason = why_not()

@@ -36,9 +36,8 @@ class Form:
     @property
     def needs_packing(self):
         """Whether kernels read something else than the variable's memory."""
-        # XLA widens a float16 before it passes it on, so it is passed as bits.
-        as_is = self.transposed and self.is_stored
-        return not as_is or self.dtype in ("float16", "int4")
+        as_is = self.transposed and self.is_stored and self.dtype != "int4"
+        return not as_is
 
     @property
     def packed_block(self):
@@ -73,7 +72,7 @@ def packed(form, weight, scale=None, zero=None):
             weight = weight.astype(_array_dtype(form.dtype))
         if not form.transposed:
             weight = _transposed(weight.reshape(form.depth, form.outputs))
-        return (weight.view("uint16") if form.dtype == "float16" else weight,)
+        return (weight,)
     numbers = _nibbles(form, weight)
     groups = scale.shape[0]
     blocks = np.full((form.outputs, groups, form.packed_block), 8, np.uint8)

@@ -91,7 +91,7 @@ class _TorchSource:
     def tensor(array):
         import torch
 
-        if array.dtype.name in ("bfloat16", "uint16"):
+        if array.dtype.name == "bfloat16":
             # Kernels read bits, whatever PyTorch takes them for.
             array = array.view(np.int16)
         return torch.from_numpy(array)

@@ -18,7 +18,6 @@ _TYPES = {
     "float32": "f32",
     "int32": "i32",
     "int8": "i8",
-    "uint16": "ui16",
     "uint8": "ui8",
 }
 # StableHLO's custom call with typed attributes, as a module of nothing else.
