@@ -52,6 +52,8 @@ def find_weights(model):
 
 
 def _of_dense(layer):
+    if layer.quantization_mode not in (None, "int8", "int4"):
+        return None
     sizes = matrix_of(layer)
     if sizes is None:
         return None
@@ -64,6 +66,8 @@ def _of_dense(layer):
             getattr(layer, "kernel_zero", None),
             Form("int4", outputs, depth),
         )
+    if layer.quantization_mode is None and layer.lora_enabled:
+        return None  # The kernel is a sum.
     return _of_numbers(layer, layer._kernel, Form("", outputs, depth))
 
 
@@ -83,8 +87,6 @@ def _of_numbers(layer, variable, form):
     if layer.quantization_mode == "int8":
         return Weight(dataclasses.replace(form, dtype="int8"), variable)
     dtype = getattr(layer, "reverse_dtype", None) or layer.compute_dtype
-    if layer.quantization_mode is not None:
-        return None
     if dtype not in _FLOATS or stored not in _FLOATS:
         return None
     form = dataclasses.replace(form, dtype=dtype, is_stored=stored == dtype)
