@@ -6,17 +6,39 @@ import sys
 
 import keras
 
-# Up to how many rows of `x` our kernels are the fastest form, by the dtype of
-# what is read. Above, and without them, the forms of the backends serve.
+# Up to how many rows of `x` a kernel of our own is the fastest form, by what
+# multiplies otherwise and by the dtype of what is read. Above, and where there
+# is 0, what the backend has serves.
 #
-# Microseconds for a weight of 768 x 3072 in the compiled step, as measured by
-# `benchmarks/products.py` on 2 cores; in brackets, those of the backend.
+# Measured on 2 cores with AVX-512, for a weight of 768 x 3072: microseconds of
+# processor time for 1, 8 and 32 rows, ours / the backend's.
 MOST_ROWS = {
-    "float32": 32,
-    "bfloat16": 32,
-    "float16": 32,
-    "int8": 32,
-    "int4": 32,
+    "xla": {
+        # 556, 1266, 2490 / 482, 1064, 2196
+        "float32": 0,
+        # 303, 964, 2311 / 7000 for 1 row (on a processor with AVX2), for XLA
+        # widens the whole matrix first.
+        "bfloat16": 32,
+        # Not measured: as bfloat16.
+        "float16": 32,
+        # 285, 603, 1926 / 4000 to 6000 for 1 row (on a processor with AVX2).
+        "int8": 32,
+        # Not measured alone: Keras unpacks the whole matrix first.
+        "int4": 32,
+    },
+    "torch": {
+        # 436, 1127, 2366 / 872, 1060, 2102, which is oneDNN's
+        "float32": 4,
+        # 198, 855, 2197 / 572, 694, 1228; 536 and 2364 for 1 and 8 rows where
+        # a processor has no products of bfloat16
+        "bfloat16": 8,
+        # Not measured.
+        "float16": 8,
+        # 237, 540, 1857 / more than those of float32, which it is widened to
+        "int8": 32,
+        # Not measured alone: Keras unpacks the whole matrix first.
+        "int4": 32,
+    },
 }
 
 # Of smaller weights, a call costs more than what is saved.
@@ -68,15 +90,14 @@ def why_not():
     return None
 
 
-def is_worth(rows, dtype, numbers):
-    """Whether to multiply with a kernel of our own.
+def most_rows(dtype):
+    """Up to how many rows of `x` our kernels serve on this backend.
 
     Args:
-        rows: int. How many rows of `x` there are.
-        dtype: str. What is read, a key of `MOST_ROWS`.
-        numbers: int. How many the weight has.
+        dtype: str. What is read, such as `"int8"`.
     """
-    return rows <= MOST_ROWS[dtype] and numbers >= LEAST_NUMBERS
+    library = "torch" if keras.config.backend() == "torch" else "xla"
+    return MOST_ROWS[library][dtype]
 
 
 def description():

@@ -45,7 +45,10 @@ def find_weights(model):
             weight = _of_logits(layer)
         if weight is None or id(weight.variable) in found:
             continue
-        if weight.form.outputs * weight.form.depth >= choice.LEAST_NUMBERS:
+        form = weight.form
+        if choice.most_rows(form.dtype) == 0:
+            continue
+        if form.outputs * form.depth >= choice.LEAST_NUMBERS:
             found[id(weight.variable)] = weight
             specialize_dense(layer)
     return Weights(found)

@@ -51,7 +51,8 @@ def product(x, variable, axes=1):
     if None in kept or math.prod(x.shape[len(kept) :]) != form.depth:
         return None
     rows = math.prod(kept)
-    if not choice.is_worth(rows, form.dtype, form.outputs * form.depth):
+    # Nothing is packed for more rows than were expected.
+    if rows > choice.most_rows(form.dtype) or arrays == ():
         return None
     dtype = keras.backend.standardize_dtype(x.dtype)
     if (dtype == "int8") and form.dtype != "int8":

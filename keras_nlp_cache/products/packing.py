@@ -6,6 +6,7 @@ import threading
 import ml_dtypes
 import numpy as np
 
+from keras_nlp_cache.products import choice
 from keras_nlp_cache.products.sources import reader
 from keras_nlp_cache.products.sources import source
 
@@ -167,14 +168,30 @@ class Weights:
         self._read = reader([y for x in self._packed for y in x.variables])
         self._lock = threading.Lock()
 
-    def arrays(self):
-        """What is packed of all weights, as they are now: a list of tuples."""
+    def arrays(self, rows):
+        """What is packed of weights, as they are now.
+
+        Args:
+            rows: int. How many rows of `x` there will be. What is of no use
+                for so many is not packed.
+
+        Returns:
+            A list of tuples, empty ones of what is not packed.
+        """
         # Threads that generate would pack the same.
         with self._lock:
-            values = iter(self._read() if self._packed else ())
+            worth = [
+                rows <= choice.most_rows(x.form.dtype) for x in self._packed
+            ]
+            if not any(worth):
+                return [() for _ in self._packed]
+            values = iter(self._read())
+            all_values = [
+                [next(values) for _ in x.variables] for x in self._packed
+            ]
             return [
-                x.arrays([next(values) for _ in x.variables])
-                for x in self._packed
+                x.arrays(y) if z else ()
+                for x, y, z in zip(self._packed, all_values, worth)
             ]
 
     def by_variable(self, arrays):
@@ -194,6 +211,6 @@ class Weights:
         }
 
 
-def packed_now(weights):
+def packed_now(weights, rows):
     """What is packed of `Weights` as they are now, nothing of `None`."""
-    return [] if weights is None else weights.arrays()
+    return [] if weights is None else weights.arrays(rows)

@@ -37,6 +37,11 @@ class CompiledLoop(Loop):
     def keep(self, cache):
         self._spare_caches[_is_of_one_row(cache)] = cache
 
+    def rows_of_chunk(self, token_ids):
+        """How many tokens a chunk of a prefill has, in all rows."""
+        batch, slots = token_ids.shape
+        return batch * min(self.chunk, slots)
+
     def new_cache(self, batch, slots):
         backbone, lm = self.lm.backbone, self.lm
         arguments = batch, slots, lm.cache_dtype, lm.cache_policy

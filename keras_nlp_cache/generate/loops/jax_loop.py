@@ -64,33 +64,35 @@ class JaxLoop(CompiledLoop):
     def _prefill(self, token_ids, length):
         check_same((token_ids, length))
         cache = self.new_cache(*token_ids.shape)
-        return self._compiled_prefill(self._weights(), token_ids, length, cache)
+        weights = self._weights(self.rows_of_chunk(token_ids))
+        return self._compiled_prefill(weights, token_ids, length, cache)
 
     def _prefill_more(self, token_ids, length, cache, start):
         check_same((token_ids, length, start))
+        weights = self._weights(self.rows_of_chunk(token_ids))
         return self._compiled_prefill_more(
-            self._weights(), token_ids, length, cache, start
+            weights, token_ids, length, cache, start
         )
 
     def put_row(self, cache, row, row_cache):
         return self._compiled_put_row(cache, np.int32(row), row_cache)
 
     def _decode(self, *args):
-        return self._sample(self._compiled_decode, *args)
+        return self._sample(self._compiled_decode, 1, *args)
 
     def _verify(self, *args):
-        return self._sample(self._compiled_verify, *args)
+        *_, count, _ = args
+        return self._sample(self._compiled_verify, count + 1, *args)
 
-    def _sample(self, compiled, *args):
+    def _sample(self, compiled, length, *args):
         """Calls a compiled function that draws random numbers."""
         generation, *rest = args
         if isinstance(generation.token_ids, np.ndarray):
             # From the host, and not from the step before.
             check_same((generation._replace(logprobs=(), cache=()), rest))
         seeds = self.sampler_variables
-        generation, values = compiled(
-            self._weights(), [x.value for x in seeds], *args
-        )
+        weights = self._weights(len(generation.token_ids) * length)
+        generation, values = compiled(weights, [x.value for x in seeds], *args)
         for variable, value in zip(seeds, values):
             variable.assign(value)
         return generation
@@ -104,10 +106,10 @@ class JaxLoop(CompiledLoop):
     def _new_tensor(self, shape, dtype):
         return new_tensor(shape, dtype)
 
-    def _weights(self):
-        """The values of all variables, and what is packed of them."""
+    def _weights(self, rows):
+        """The values of all variables, and what is packed for some rows."""
         values = [x.value for x in self.variables]
-        return values, packed_now(self.own_products)
+        return values, packed_now(self.own_products, rows)
 
     def _stateless_prefill(self, weights, token_ids, length, cache):
         cache = sharded(jax.tree.map(jax.numpy.zeros_like, cache))

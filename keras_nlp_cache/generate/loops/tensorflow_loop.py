@@ -75,7 +75,7 @@ class TensorFlowLoop(CompiledLoop):
     def _prefill_more(self, token_ids, length, cache, start):
         _call(
             self._compiled_prefill,
-            self._packed(),
+            self._packed(self.rows_of_chunk(token_ids)),
             cache,
             tf.constant(token_ids),
             tf.constant(length),
@@ -96,23 +96,23 @@ class TensorFlowLoop(CompiledLoop):
             return tree.map_structure(tf.Variable, arrays)
 
     def _decode(self, generation, *args):
-        return self._update(self._compiled_decode, generation, *args)
+        return self._update(self._compiled_decode, 1, generation, *args)
 
     def _verify(self, generation, *args):
-        return self._update(self._compiled_verify, generation, *args)
+        *_, count, _ = args
+        return self._update(self._compiled_verify, count + 1, generation, *args)
 
-    def _update(self, function, generation, *args):
+    def _update(self, function, length, generation, *args):
         cache = generation.cache
         arguments = tree.map_structure(
             _as_tensor, (generation._replace(cache=()), *args)
         )
-        return _call(function, self._packed(), cache, *arguments)._replace(
-            cache=cache
-        )
+        packed = self._packed(len(generation.token_ids) * length)
+        return _call(function, packed, cache, *arguments)._replace(cache=cache)
 
-    def _packed(self):
+    def _packed(self, rows):
         with outside_of_strategies():
-            return packed_now(self.own_products)
+            return packed_now(self.own_products, rows)
 
     def _new_tensor(self, shape, dtype):
         # One by one: beside a cache of tensors, there would be two.

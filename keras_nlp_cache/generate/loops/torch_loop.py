@@ -147,10 +147,11 @@ class TorchLoop(EagerTorchLoop):
     def compilations(self):
         return len(self._captured)
 
-    def _prefill_more(self, *args):
-        packed = packed_now(self.own_products)
+    def _prefill_more(self, token_ids, length, cache, start):
+        rows = len(token_ids) * min(self.chunk, int(length) - 1 - int(start))
+        packed = packed_now(self.own_products, rows)
         with DenseProducts(), multiplying_with(self.own_products, packed):
-            return super()._prefill_more(*args)
+            return super()._prefill_more(token_ids, length, cache, start)
 
     def keep(self, cache):
         # What is bound to it is of no use without it.
@@ -172,7 +173,7 @@ class TorchLoop(EagerTorchLoop):
 
     def _bound_step(self, length, tokens, index, cache, further):
         """A step on this cache and these weights, the last one if it is."""
-        weights = self._weights()
+        weights = self._weights(tokens.numel())
         bound_to = [*pytree.tree_leaves(cache), *pytree.tree_leaves(weights)]
         choices = operator_choices(tokens.device)
         key = length, index.ndim, threading.get_ident()
@@ -186,10 +187,10 @@ class TorchLoop(EagerTorchLoop):
             self._bound[key] = step, bound_to, choices
         return step
 
-    def _weights(self):
-        """The values of all variables, and what is packed of them."""
+    def _weights(self, rows):
+        """The values of all variables, and what is packed for some rows."""
         values = [x.value for x in self.variables]
-        return values, packed_now(self.own_products)
+        return values, packed_now(self.own_products, rows)
 
     def _bind(self, weights, tokens, index, cache, further):
         """A step from tokens to logits, on some weights and a cache."""
