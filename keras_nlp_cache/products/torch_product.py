@@ -73,6 +73,20 @@ def _(x, weight, scale, zero, kind, outputs, block):
     return x.new_empty((x.shape[0], outputs), dtype=_result(kind))
 
 
+def call_directly(module):
+    """Has a captured function call products without PyTorch in between.
+
+    PyTorch takes 3 of the 8 microseconds of a call to find the operator.
+
+    Args:
+        module: `torch.fx.GraphModule`, changed in place.
+    """
+    for node in module.graph.nodes:
+        if node.target is torch.ops.keras_nlp_cache.packed_product.default:
+            node.target = packed_product
+    module.recompile()
+
+
 def _result(kind):
     return _RESULTS[kernels.KINDS[kind].result]
 

@@ -234,6 +234,11 @@ class TorchLoop(EagerTorchLoop):
                 prepare, step = separate_views(module, fixed)
                 if self.lm.jit_compile:
                     step = torch.compile(step, dynamic=False)
+                elif self.own_products is not None:
+                    # Which takes numba to import.
+                    from keras_nlp_cache.products import torch_product
+
+                    torch_product.call_directly(step)
                 self._captured[key] = prepare, step
             return self._captured[key]
 
