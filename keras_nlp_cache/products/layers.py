@@ -14,6 +14,7 @@ from keras_nlp_cache import drop_in
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.layers.specializing import specialize
 from keras_nlp_cache.products.dense import as_matrix
+from keras_nlp_cache.products.multiplying import is_looked_up
 from keras_nlp_cache.products.multiplying import product
 
 
@@ -80,15 +81,19 @@ class _AsksForProducts:
         return self._finished(y)
 
     def _int8_call(self, inputs, training=None):
-        x, scale = self._quantized(inputs)
-        y = self._product(x)
+        y = None
+        if is_looked_up(self._kernel):
+            x, scale = self._quantized(inputs)
+            y = self._product(x)
         if y is None:
             return super()._int8_call(inputs, training=training)
         return self._finished(self._with_lora(self._divided(y, scale), inputs))
 
     def _int4_call(self, inputs, training=None):
-        x, scale = self._quantized(inputs)
-        y = self._product(ops.cast(x, self.compute_dtype))
+        y = None
+        if is_looked_up(self._kernel):
+            x, scale = self._quantized(inputs)
+            y = self._product(ops.cast(x, self.compute_dtype))
         if y is None:
             return super()._int4_call(inputs, training=training)
         if scale is not None:

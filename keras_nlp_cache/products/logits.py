@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_nlp_cache import drop_in
+from keras_nlp_cache.products.multiplying import is_looked_up
 from keras_nlp_cache.products.multiplying import product
 
 
@@ -55,6 +56,8 @@ def logits(embedding, hidden_states):
     if not is_known(embedding):
         return None
     variable, scale, _ = matrix_variables(embedding)
+    if not is_looked_up(variable):
+        return None
     mode, dtype = embedding.quantization_mode, embedding.compute_dtype
     x, inputs_scale = ops.cast(hidden_states, dtype), None
     if mode is None:

@@ -29,6 +29,12 @@ def multiplying_with(weights, arrays):
         _weights.reset(token)
 
 
+def is_looked_up(variable):
+    """Whether a product with a variable may be one of our own just now."""
+    weights = _weights.get()
+    return bool(weights) and id(variable) in weights
+
+
 def product(x, variable, axes=1):
     """Multiplies with a weight, by a kernel of our own.
 
@@ -43,10 +49,9 @@ def product(x, variable, axes=1):
         if the weight is not known, or another form is faster. An int8 weight is
         not scaled yet, an int4 one is.
     """
-    weights = _weights.get()
-    if not weights or id(variable) not in weights or _is_autocasting():
+    if not is_looked_up(variable) or _is_autocasting():
         return None
-    form, arrays = weights[id(variable)]
+    form, arrays = _weights.get()[id(variable)]
     kept = tuple(x.shape[: len(x.shape) - axes])
     if None in kept or math.prod(x.shape[len(kept) :]) != form.depth:
         return None
