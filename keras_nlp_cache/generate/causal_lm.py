@@ -738,6 +738,9 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
         The experts of a mixture stay as they are: they are weights of a layer
         that Keras cannot quantize. Their routers are quantized.
+
+        On a CPU, with numba installed, decode steps then read small weights as
+        they are, rather than widen them first; see `keras_nlp_cache.products`.
         """
         if isinstance(self.preprocessor, keras.layers.Layer):
             # Keras would go through these, too, and refuse a tokenizer, which
