@@ -15,6 +15,7 @@ from keras import tree
 from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.block_parts import find_parts
 from keras_nlp_cache.blocks.replaying import active_wiring
+from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.drop_in import stand_in
 from keras_nlp_cache.layers import block_call
@@ -181,7 +182,7 @@ class DecoderBlock(Specialized):
         )
         if entries is not None:
             kwargs["entries"] = entries
-        outputs = super().__call__(*args, **kwargs)
+        outputs = access().call_block(self, _call, args, kwargs)
         if isinstance(first_argument(args, kwargs), keras.KerasTensor):
             if self.tapped_parts:
                 block_call.collect(outputs[-1])
@@ -292,6 +293,10 @@ class DecoderBlock(Specialized):
         except AttributeError:
             config = keras.layers.Layer.get_config(self)
         return with_arguments(config, self, upstream)
+
+
+def _call(block, args, kwargs):
+    return super(DecoderBlock, block).__call__(*args, **kwargs)
 
 
 def _spec(x):

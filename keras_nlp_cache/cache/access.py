@@ -86,6 +86,17 @@ class Access:
             A function with the arguments of `attend()`, or `None` for that.
         """
 
+    def call_block(self, block, call, args, kwargs):
+        """Calls a decoder block, or one that computes the same.
+
+        Args:
+            block: A layer.
+            call: Function from a layer, `args` and `kwargs` to what it returns.
+            args: Tuple of positional arguments.
+            kwargs: Dictionary of keyword arguments.
+        """
+        return call(block, args, kwargs)
+
     def project(self, dense, x):
         """Calls the layer that projects what all heads return."""
         return dense(x)

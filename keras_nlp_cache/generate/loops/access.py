@@ -22,6 +22,7 @@ from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.experts.mixture import one_by_one
 from keras_nlp_cache.experts.mixture import together
+from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.products import logits as own_logits
 from keras_nlp_cache.products.layers import is_exactly
@@ -72,6 +73,9 @@ class XLAAccess(LoopAccess):
         return functools.partial(
             attend_in_blocks, filled=_filled(cache, length)
         )
+
+    def call_block(self, block, call, args, kwargs):
+        return alike.call_block(block, call, args, kwargs)
 
     @property
     def experts(self):

@@ -7,6 +7,7 @@ from keras import tree
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.cache.kept import spare
 from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.generation import Loop
 
@@ -64,12 +65,21 @@ class CompiledLoop(Loop):
             # What it writes past the prompt is written again before it is read.
             at = ops.minimum(start + i * chunk, slots - chunk)
             tokens = ops.slice(token_ids, start_at(0, at), (batch, chunk))
-            return self.lm.read(tokens, cache, at)[1]
+            with alike.tracing_once():
+                return self.lm.read(tokens, cache, at)[1]
 
         with accessing(self.access):
             return ops.fori_loop(
                 0, (length - 1 - start + chunk - 1) // chunk, body, cache
             )
+
+    def _step(self, *args):
+        with alike.tracing_once():
+            return super()._step(*args)
+
+    def _verify(self, *args):
+        with alike.tracing_once():
+            return super()._verify(*args)
 
     def _new_tensor(self, shape, dtype):
         """Memory for a part of a cache, with anything in it."""
