@@ -187,10 +187,14 @@ def _as_one_function(function):
 
     # TensorFlow would put the body in place of each call first, and translate
     # each for XLA.
-    return tf.function(
+    compiled = tf.function(
         function,
         autograph=False,
         experimental_attributes={"_noinline": True},
+    )
+    # Of variables, it would translate the function anew for each.
+    return lambda *args: compiled(
+        *tree.map_structure(tf.convert_to_tensor, args)
     )
 
 
