@@ -11,6 +11,7 @@ ORDER = (
     "__init__",
     "coverage",
     "files",
+    "compile_cache",
     "default_model",
     "drop_in",
     "layers",

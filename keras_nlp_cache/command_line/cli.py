@@ -8,6 +8,7 @@ import pathlib
 import sys
 import time
 
+from keras_nlp_cache import compile_cache
 from keras_nlp_cache.command_line import batch_command
 from keras_nlp_cache.command_line.model_arguments import CommandError
 from keras_nlp_cache.command_line.model_arguments import load
@@ -33,6 +34,7 @@ def main(argv=None):
     if args.backend is not None:
         os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    compile_cache.for_programs()
     try:
         return args.run(args)
     except CommandError as e:

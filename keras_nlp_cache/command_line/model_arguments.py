@@ -2,6 +2,8 @@
 
 import argparse
 
+from keras_nlp_cache.command_line import few_imports
+
 SAMPLERS = {
     "greedy": "GreedySampler",
     "top_k": "TopKSampler",
@@ -76,11 +78,13 @@ def load(args):
     Raises:
         CommandError: If that cannot be done.
     """
-    from keras_nlp_cache.models import CausalLM
+    with few_imports.importing():
+        from keras_nlp_cache.models import CausalLM
 
     preset = find_preset(args)
     try:
-        return CausalLM.from_preset(preset, dtype=args.dtype)
+        with few_imports.importing(preset):
+            return CausalLM.from_preset(preset, dtype=args.dtype)
     except Exception as e:
         # Damaged files raise whatever the library that reads them raises.
         raise CommandError(

@@ -4,6 +4,7 @@ Upstream's loader of Hugging Face directories passes over some of what their
 configs say, and would compute another model without a word.
 """
 
+import functools
 import types
 
 import keras_hub
@@ -18,6 +19,7 @@ from keras_hub.src.utils.transformers.preset_loader import (
 from keras_nlp_cache.files import gguf_preset
 from keras_nlp_cache.files import hugging_face
 from keras_nlp_cache.files.chat_template import ChatTemplate
+from keras_nlp_cache.files.empty_weights import without_random_numbers
 
 _SENTENCE_PIECE = "tokenizer.model"
 
@@ -62,6 +64,8 @@ class _HuggingFaceLoader(TransformersPresetLoader):
 
     def load_backbone(self, cls, load_weights, **kwargs):
         told = hugging_face.arguments(self.config)
+        if load_weights:
+            cls = functools.partial(without_random_numbers, cls)
         return super().load_backbone(cls, load_weights, **{**told, **kwargs})
 
 

@@ -6,7 +6,7 @@ tensors are called on both sides, `vocabulary.py` how tokenizers are written.
 
 import os
 
-from keras_nlp_cache.files.gguf_preset.conversion import cache_folder
+from keras_nlp_cache.files.cache_folder import cache_folder
 from keras_nlp_cache.files.gguf_preset.conversion import converted
 
 __all__ = ["cache_folder", "converted", "directory"]

@@ -10,9 +10,9 @@ import tempfile
 
 import filelock
 import numpy as np
-import platformdirs
 
 from keras_nlp_cache.files import gguf_reader
+from keras_nlp_cache.files.cache_folder import cache_folder
 from keras_nlp_cache.files.gguf_preset import architectures
 from keras_nlp_cache.files.gguf_preset import vocabulary
 
@@ -21,15 +21,6 @@ _VERSION = 2
 # What is read of a file to tell it from others: 1 MiB, wherever it is large.
 _SAMPLES = 16
 _SAMPLE_BYTES = 2**16
-
-
-def cache_folder():
-    """Where converted models are kept.
-
-    `KERAS_NLP_CACHE_HOME` if that is set, else the user's cache folder.
-    """
-    home = os.environ.get("KERAS_NLP_CACHE_HOME")
-    return pathlib.Path(home or platformdirs.user_cache_dir("keras-nlp-cache"))
 
 
 def converted(path, folder=None):

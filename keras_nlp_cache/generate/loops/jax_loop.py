@@ -5,6 +5,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache import compile_cache
 from keras_nlp_cache.generate.loops.compiled import CompiledLoop
 from keras_nlp_cache.generate.loops.jax_layout import check_same
 from keras_nlp_cache.generate.loops.jax_layout import new_tensor
@@ -27,6 +28,7 @@ class JaxLoop(CompiledLoop):
     def __init__(self, lm):
         super().__init__(lm)
         self.own_products = find_weights(lm)
+        compile_cache.for_jax()
         # Nothing reads the cache that comes in, which is there to be donated.
         self._compiled_prefill = jax.jit(
             self._stateless_prefill, donate_argnames="cache", keep_unused=True
