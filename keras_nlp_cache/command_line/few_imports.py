@@ -8,6 +8,7 @@ installed.
 """
 
 import contextlib
+import gc
 import os
 import sys
 
@@ -26,14 +27,26 @@ def importing(preset=None):
         preset: Optional. What is loaded in the scope, as a path if it is one.
             TensorFlow knows of more places to load from than the local disk.
     """
-    with _without(_OPTIONAL):
+    with _without(_OPTIONAL), _collecting_no_garbage():
         import keras
     names = _OPTIONAL
     if keras.config.backend() != "tensorflow":
         if preset is None or os.path.exists(preset):
             names += _TENSORFLOW
-    with _without(names):
+    with _without(names), _collecting_no_garbage():
         yield
+
+
+@contextlib.contextmanager
+def _collecting_no_garbage():
+    """Nearly all that is made in this scope stays, and is looked at in vain."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
