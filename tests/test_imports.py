@@ -12,6 +12,7 @@ ORDER = (
     "coverage",
     "files",
     "compile_cache",
+    "device",
     "default_model",
     "drop_in",
     "layers",

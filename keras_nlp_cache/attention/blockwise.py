@@ -16,10 +16,7 @@ from keras_nlp_cache.attention.functions import weighted_values
 from keras_nlp_cache.attention.functions import zero_unless_seen
 from keras_nlp_cache.cache.masks import MASKED
 from keras_nlp_cache.cache.slots import start_at
-
-# Numbers per slot, in the keys of all rows and heads, up to which copying a
-# block costs less than reading slots that are empty.
-_NARROW = 2048
+from keras_nlp_cache.device import constants
 
 
 def block_size(slots, width):
@@ -30,14 +27,15 @@ def block_size(slots, width):
     wide, copies go to memory and it takes many empty slots to pay for them.
     In a long cache, many small blocks cost more than a few large ones.
 
-    Measured on 2 cores with SmolLM2 (a width of 192), GPT-2 (768) and GPT-2 at
-    batch 8 (6144).
+    `keras_nlp_cache.device` says where that was measured.
 
     Args:
         slots: int. The slots of the cache.
         width: int. The numbers that a slot holds, batch x heads x head size.
     """
-    return max(128 if width <= _NARROW else 512, slots // 4)
+    known = constants()
+    block = known.small_block if width <= known.narrow else known.large_block
+    return max(block, slots // known.most_blocks)
 
 
 def attend_in_blocks(query, key, value, mask, filled, **kwargs):

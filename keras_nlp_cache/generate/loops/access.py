@@ -20,6 +20,8 @@ from keras_nlp_cache.cache.kept import places
 from keras_nlp_cache.cache.slots import is_per_row
 from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.device import constants
+from keras_nlp_cache.device import kind
 from keras_nlp_cache.experts.mixture import one_by_one
 from keras_nlp_cache.experts.mixture import together
 from keras_nlp_cache.generate.loops import alike
@@ -46,12 +48,11 @@ class LoopAccess(Access):
 
     @property
     def most_choices(self):
-        # With 4, nearly all experts are chosen by some token.
-        return 1 if self.on_an_accelerator() else 4
+        return constants().most_choices
 
     def on_an_accelerator(self):
         """Whether what is computed is computed on something else than a CPU."""
-        raise NotImplementedError
+        return kind() != "cpu"
 
     def logits(self, embedding, hidden_states):
         logits = own_logits.logits(embedding, hidden_states)
@@ -94,11 +95,6 @@ class JaxAccess(XLAAccess):
             return kept.at[:, :, where[0]].set(update)
         rows = slots(0, kept.shape[0])[0][:, None]
         return kept.at[rows, :, where].set(ops.swapaxes(update, 1, 2))
-
-    def on_an_accelerator(self):
-        import jax
-
-        return jax.default_backend() != "cpu"
 
     def project(self, dense, x):
         # Surgery may have put another layer there.
@@ -159,11 +155,6 @@ class TensorFlowAccess(XLAAccess):
             )
         return kept
 
-    def on_an_accelerator(self):
-        import tensorflow as tf
-
-        return bool(tf.config.list_logical_devices("GPU"))
-
     @property
     def experts(self):
         return None if self.on_an_accelerator() else _one_by_one_in_two_rows
@@ -197,11 +188,6 @@ def _gathered(x, expert):
 
 class TorchAccess(LoopAccess):
     """Access for loops on PyTorch."""
-
-    def on_an_accelerator(self):
-        from keras.src.backend.torch.core import get_device
-
-        return get_device() != "cpu"
 
     @property
     def experts(self):

@@ -13,7 +13,6 @@ compared, and what cannot be compared makes a block one of its own.
 import contextlib
 import contextvars
 import functools
-import inspect
 
 import keras
 import numpy as np
@@ -230,7 +229,9 @@ class _Description:
         if isinstance(x, (list, tuple)):
             return type(x), tuple(self.of(y) for y in x)
         if isinstance(x, dict):
-            return type(x), tuple((self.of(k), self.of(y)) for k, y in x.items())
+            return type(x), tuple(
+                (self.of(k), self.of(y)) for k, y in x.items()
+            )
         if isinstance(x, (set, frozenset)):
             return type(x), frozenset(self.of(y) for y in x)
         if id(x) in self._seen:
@@ -241,7 +242,9 @@ class _Description:
             return type(x), tuple(x.shape), x.dtype, x.trainable
         if isinstance(x, functools.partial):
             return type(x), self.of((x.func, x.args, x.keywords))
-        if not type(x).__module__.split(".")[0] in _KNOWN or inspect.isroutine(x):
+        if type(x).__module__.split(".")[0] not in _KNOWN or inspect.isroutine(
+            x
+        ):
             return "this one", id(x)
         if isinstance(x, keras.initializers.Initializer):
             return type(x)

@@ -7,6 +7,7 @@ from keras import tree
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.cache.kept import spare
 from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.device import constants
 from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.generation import Loop
@@ -26,9 +27,7 @@ class CompiledLoop(Loop):
 
     def __init__(self, lm):
         super().__init__(lm)
-        # A prompt fills its last chunk by half on average, and 32 rows are
-        # enough to keep two cores busy. One size, for one compilation.
-        self.chunk = 256 if self.access.on_an_accelerator() else 32
+        self.chunk = constants().compiled_chunk
         self._spare_caches = {}
         # Streams are passed on from step to step.
         self.sampler_variables = []

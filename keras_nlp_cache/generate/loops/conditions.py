@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras_hub.samplers import Sampler
 
+from keras_nlp_cache.device import constants
+
 
 class Conditions:
     """What a model is when something is compiled for it.
@@ -30,6 +32,7 @@ class Conditions:
             lm.cache_dtype,
             lm.cache_policy,
             keras.config.floatx(),
+            constants(),
             _state(sampler) if attributes else None,
         )
 

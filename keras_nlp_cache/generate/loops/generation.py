@@ -10,6 +10,7 @@ from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.cache.slots import slots as slots_from
 from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.device import constants
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.conditions import Conditions
@@ -198,8 +199,6 @@ class Loop:
         tokens_per_piece: int. How many tokens `steps()` generates at a time.
     """
 
-    # A prompt goes through the model in pieces, for memory to be bounded.
-    chunk = 512
     reads_together = True
     compilations = 0
     tokens_per_piece = 1
@@ -208,6 +207,8 @@ class Loop:
 
     def __init__(self, lm):
         self.lm = lm
+        # A prompt goes through the model in pieces.
+        self.chunk = constants().eager_chunk
         self.sampler = sampling.token_sampler(lm.sampler)
         self.access = loop_access()
         self.in_step = bool(lm.overridden("call_with_cache"))
