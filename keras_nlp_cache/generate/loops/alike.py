@@ -242,9 +242,8 @@ class _Description:
             return type(x), tuple(x.shape), x.dtype, x.trainable
         if isinstance(x, functools.partial):
             return type(x), self.of((x.func, x.args, x.keywords))
-        if type(x).__module__.split(".")[0] not in _KNOWN or inspect.isroutine(
-            x
-        ):
+        package, *_ = type(x).__module__.split(".")
+        if package not in _KNOWN:
             return "this one", id(x)
         if isinstance(x, keras.initializers.Initializer):
             return type(x)
