@@ -29,6 +29,37 @@ def multiplying_with(weights, arrays):
         _weights.reset(token)
 
 
+def known_of(variables):
+    """What this scope knows of variables, a tuple of tensors for each.
+
+    Args:
+        variables: List of `keras.Variable`s.
+    """
+    weights = _weights.get() or {}
+    found = [weights.get(id(x)) for x in variables]
+    return [() if x is None else x[1] or () for x in found]
+
+
+@contextlib.contextmanager
+def multiplying_as_known(variables, known):
+    """In this scope, layers multiply with other packed weights.
+
+    Args:
+        variables: List of `keras.Variable`s.
+        known: As from `known_of(variables)`, with other tensors.
+    """
+    weights = dict(_weights.get() or {})
+    for variable, arrays in zip(variables, known, strict=True):
+        if arrays:
+            form, _ = weights[id(variable)]
+            weights[id(variable)] = form, tuple(arrays)
+    token = _weights.set(weights)
+    try:
+        yield
+    finally:
+        _weights.reset(token)
+
+
 def is_looked_up(variable):
     """Whether a product with a variable may be one of our own just now."""
     weights = _weights.get()

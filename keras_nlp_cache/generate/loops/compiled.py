@@ -11,6 +11,8 @@ from keras_nlp_cache.device import constants
 from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.generation import Loop
+from keras_nlp_cache.products.multiplying import known_of
+from keras_nlp_cache.products.multiplying import multiplying_as_known
 
 
 class CompiledLoop(Loop):
@@ -64,7 +66,7 @@ class CompiledLoop(Loop):
             # What it writes past the prompt is written again before it is read.
             at = ops.minimum(start + i * chunk, slots - chunk)
             tokens = ops.slice(token_ids, start_at(0, at), (batch, chunk))
-            with alike.tracing_once():
+            with _tracing_once():
                 return self.lm.read(tokens, cache, at)[1]
 
         with accessing(self.access):
@@ -73,16 +75,30 @@ class CompiledLoop(Loop):
             )
 
     def _step(self, *args):
-        with alike.tracing_once():
+        with _tracing_once():
             return super()._step(*args)
 
     def _verify(self, *args):
-        with alike.tracing_once():
+        with _tracing_once():
             return super()._verify(*args)
 
     def _new_tensor(self, shape, dtype):
         """Memory for a part of a cache, with anything in it."""
         raise NotImplementedError
+
+
+class _Packed(alike.Carried):
+    """What kernels of our own read of variables."""
+
+    def of(self, variables):
+        return known_of(variables)
+
+    def as_of(self, variables, known):
+        return multiplying_as_known(variables, known)
+
+
+def _tracing_once():
+    return alike.tracing_once([_Packed()])
 
 
 def _spec(shape, dtype):
