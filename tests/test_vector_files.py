@@ -150,7 +150,7 @@ def test_truncated_files(suffix, tmp_path):
             ControlVector.load(path)
 
 
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(
     st.sampled_from(SUFFIXES),
     st.lists(
