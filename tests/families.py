@@ -8,6 +8,7 @@ all of them on the few that differ most: see `every_family`, `deep_families` and
 import dataclasses
 import functools
 import os
+import zlib
 
 import keras
 import keras_hub
@@ -272,6 +273,32 @@ def _with_name(family):
     return pytest.param(family, id=family.name, marks=marks)
 
 
+def _taking_turns(families, **counts):
+    """Marks a test that is run with families, with all of them on PyTorch.
+
+    Where a compiler makes it cost several times as much, only with some. Which
+    ones, the name of the test says, so that each family has its turn, and those
+    of JAX are not those of TensorFlow.
+
+    Args:
+        families: Sequence of families.
+        **counts: How many there are on a backend, by its name.
+    """
+    backend = keras.config.backend()
+    count = min(counts.get(backend, len(families)), len(families))
+
+    def mark(test):
+        first = zlib.crc32(test.__name__.encode())
+        if backend == "tensorflow":
+            first += counts["jax"]
+        chosen = {(first + i) % len(families) for i in range(count)}
+        return pytest.mark.parametrize(
+            "family", [_with_name(families[i]) for i in sorted(chosen)]
+        )(test)
+
+    return mark
+
+
 # For what defines a family, and for what could tell two apart: its seconds are
 # multiplied by the number of families.
 every_family = pytest.mark.parametrize(
@@ -279,27 +306,29 @@ every_family = pytest.mark.parametrize(
 )
 # For what comes of upstream's code and of the lines that a family has, and not
 # of a backend: all on PyTorch, which compiles nothing, and elsewhere one of
-# each kind. The deep ones, and:
+# each kind in turn. The deep ones, and:
 # mixtral: experts.
 # gpt_oss: experts of another kind, learned sinks.
 # gpt_neo_x: one projection for all, branches side by side.
 # bloom: biases of the logits.
 _KINDS = {x.name for x in DEEP} | {"mixtral", "gpt_oss", "gpt_neo_x", "bloom"}
-each_kind = pytest.mark.parametrize(
-    "family",
+each_kind = _taking_turns(
     [
-        _with_name(x)
+        x
         for x in FAMILIES
         if x.name in _KINDS or keras.config.backend() == "torch"
     ],
+    jax=4,
+    tensorflow=2,
 )
 # For what code does that does not ask which family it serves.
-deep_families = pytest.mark.parametrize("family", [_with_name(x) for x in DEEP])
+deep_families = _taking_turns(DEEP, jax=2, tensorflow=1)
 # For the suites that go deepest: compositions of edits, files, quantization,
 # sessions. With Llama, whose logits have a matrix of their own.
-deep_suites = pytest.mark.parametrize(
-    "family",
-    [_with_name(x) for x in FAMILIES if x in DEEP or x.name == "llama"],
+deep_suites = _taking_turns(
+    [x for x in FAMILIES if x in DEEP or x.name == "llama"],
+    jax=2,
+    tensorflow=1,
 )
 
 

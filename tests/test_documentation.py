@@ -51,7 +51,7 @@ def documented():
                 ours = (
                     "keras_nlp_cache" in file.co_filename
                     if file
-                    else x in models.__dict__.values()
+                    else any(x is y for y in vars(models).values())
                     or getattr(x, "__module__", "").startswith("keras_nlp")
                 )
                 if doc and ours:
