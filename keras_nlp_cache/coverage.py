@@ -18,7 +18,6 @@ _OTHERS = "a decoder without a module in `models/`"
 # By what the name of a task begins with, before `CausalLM` or `Seq2SeqLM`.
 _REASONS = {
     "BLIP2": _IMAGES,
-    "Bart": _CROSS,
     "EdRec": _CROSS,
     "Gemma3n": _SHARED,
     "Gemma4": _SHARED,

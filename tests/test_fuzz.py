@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from keras_nlp_cache.graph.inputs import OPTIONAL
-from keras_nlp_cache.graph.inputs import REQUIRED
+from keras_nlp_cache.graph.roles import TEXT
 from tests.families import FAMILIES
 from tests.families import to_numpy
 
@@ -43,7 +43,7 @@ NESTED = st.recursive(
     ),
     max_leaves=6,
 )
-KEYS = st.sampled_from((*REQUIRED, *OPTIONAL))
+KEYS = st.sampled_from((*TEXT.of_upstream, *OPTIONAL))
 
 
 def check(backbone, inputs):

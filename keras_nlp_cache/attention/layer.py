@@ -18,6 +18,7 @@ from keras_nlp_cache.cache.int8 import turn
 from keras_nlp_cache.cache.int8 import turn_back
 from keras_nlp_cache.cache.int8 import widened
 from keras_nlp_cache.cache.layer_cache import LayerCache
+from keras_nlp_cache.cache.policies.encoded import is_encoded
 from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.layers import block_call
 from keras_nlp_cache.layers.block_call import first_argument
@@ -26,10 +27,10 @@ from keras_nlp_cache.layers.specializing import Specialized
 
 # What upstream's attention layers call what they are made of.
 _PROJECTIONS = {
-    "query": ("_query_dense", "query_dense"),
-    "key": ("_key_dense", "key_dense"),
-    "value": ("_value_dense", "value_dense"),
-    "output": ("_output_dense", "output_dense"),
+    "query": ("_query_dense", "query_dense", "query_projector"),
+    "key": ("_key_dense", "key_dense", "key_projector"),
+    "value": ("_value_dense", "value_dense", "value_projector"),
+    "output": ("_output_dense", "output_dense", "output_projector"),
 }
 _ROTARY = ("rotary_embedding_layer", "rope_layer")
 _ROTARY_SIZE = ("rotary_dim", "_rotary_dim")
@@ -109,8 +110,11 @@ class CachedAttention(Specialized, Remembers):
         ):
             if not all(isinstance(x, int | float) for x in value):
                 self._fail_to_find(what, (), f"{what} to be {value}")
-        if self._trainable_variables and self.sink is None:
-            self._fail_to_find("said what its own weights are", ("sink",))
+        own = ("sink", "logits_bias")
+        if self._trainable_variables and all(
+            getattr(self, name) is None for name in own
+        ):
+            self._fail_to_find("said what its own weights are", own)
         self._check_layers()
         for layer in self._flatten_layers(include_self=False):
             if layer.weights and not layer.built:
@@ -217,12 +221,14 @@ class CachedAttention(Specialized, Remembers):
 
     # === What it does ===
 
-    def attend_through(self, x, cache):
+    def attend_through(self, x, cache, bias=None):
         """Attends to what a cache remembers, and to the new tokens.
 
         Args:
             x: Tensor `(B, T, hidden_dim)`.
             cache: A `LayerCache` in use.
+            bias: Optional, the `bias` of `attend()`. Defaults to what
+                `logits_bias()` says.
 
         Returns:
             `(output, (key, value))`, with a pair of `None` if the cache has
@@ -240,7 +246,9 @@ class CachedAttention(Specialized, Remembers):
         further = {}
         if self.sink is not None:
             further["sink"] = self.sink
-        if self.logits_bias is not None:
+        if bias is not None:
+            further["bias"] = bias
+        elif self.logits_bias is not None:
             further["bias"] = self.logits_bias(cache.distance)
         elif self.rotary() is not None:
             bias = self._nearer_sinks(x, query, key, cache)
@@ -276,9 +284,51 @@ class CachedAttention(Specialized, Remembers):
             query, moved, key, cache.key, slot, self.scale, self.soft_cap
         )
 
+    def attend_across(self, x, cache):
+        """Attends to what an encoder returned.
+
+        Args:
+            x: Tensor `(B, T, hidden_dim)`.
+            cache: A `LayerCache` in use. If it has a `source`, that is read,
+                and else what is kept of one.
+
+        Returns:
+            `(output, (key, value))`, with what is kept now.
+        """
+        entry = cache.key, cache.value
+        if cache.source is not None:
+            entry = tuple(
+                kept.read(
+                    ops.swapaxes(self.heads(name, cache.source), 1, 2),
+                    cache.mask,
+                )
+                for kept, name in zip(entry, ("key", "value"))
+            )
+        query, key, value = self.heads("query", x), *(y.stored for y in entry)
+        is_int8 = isinstance(key, Int8)
+        x = attend(
+            query=turn(query) if is_int8 else query,
+            key=key,
+            value=value,
+            mask=cache.mask,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            dropout=self.weights_dropout,
+        )
+        return self.merge_heads(turn_back(x) if is_int8 else x), entry
+
+    def heads(self, name, x):
+        """Projects to queries, keys or values, `(B, T, heads, head_dim)`.
+
+        Args:
+            name: `"query"`, `"key"` or `"value"`.
+            x: Tensor `(B, T, hidden_dim)`.
+        """
+        return self.projection(name)(x)
+
     def project(self, x, positions):
         query, key, value = (
-            self.projection(name)(x) for name in ("query", "key", "value")
+            self.heads(name, x) for name in ("query", "key", "value")
         )
         if self._find(_QUERY_NORM) is not None:
             query = self._find(_QUERY_NORM)(query)
@@ -320,12 +370,32 @@ class CachedAttention(Specialized, Remembers):
         if hasattr(self, "stand_in"):
             output = self.projection("output")(self.stand_in(x))
         elif entry is not None:
-            output, pair = self.attend_through(x, entry)
+            output, pair = self.answer(x, entry, kwargs)
             block_call.current().updated[id(self)] = pair
         elif hasattr(self, "replaced_attention"):
-            output, _ = self.attend_through(x, self._all_at_once(x, **kwargs))
+            output, _ = self.answer(x, self._all_at_once(x, **kwargs), kwargs)
         else:
             return super().call(*args, **kwargs)
+        return output if isinstance(output, tuple) else self.returned(output)
+
+    def answer(self, x, cache, kwargs):
+        """Attends, to the text or across.
+
+        Args:
+            x: Tensor `(B, T, hidden_dim)`.
+            cache: A `LayerCache` in use.
+            kwargs: Dictionary of what else the layer was called with.
+
+        Returns:
+            `(output, (key, value))`. A family whose layer returns more than an
+            output has a tuple of that in its place.
+        """
+        if is_encoded(cache.key):
+            return self.attend_across(x, cache)
+        return self.attend_through(x, cache)
+
+    def returned(self, output):
+        """What upstream's layer returns with an output."""
         return (output, None) if self.returns_cache else output
 
     def _all_at_once(self, x, attention_mask, cache=None, **kwargs):

@@ -3,7 +3,11 @@
 A block is called exactly as upstream calls it, and runs upstream's code. It
 tells the layers inside that remember where their entries are, and returns what
 became of them beside what upstream's code returns. So one class serves every
-family, and no family needs code for its blocks.
+family, and few families need code for their blocks.
+
+A decoder that reads what an encoder returned has a second attention layer in
+each block, which attends across. Its entry is written by a call that is given
+something to read, and is only read by those that follow.
 """
 
 import functools
@@ -14,6 +18,7 @@ from keras import tree
 
 from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.block_parts import find_parts
+from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.blocks.replaying import active_wiring
 from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.drop_in import replaces
@@ -52,12 +57,21 @@ class DecoderBlock(Specialized):
     Attributes:
         padding_argument: Name of the `call()` argument that takes the padding
             mask, `None` if there is none.
+        source_argument: Name of the one that takes what an encoder returned,
+            `None` if there is none.
+        packs_source: bool. Whether upstream's block takes that together with
+            the hidden states, as a pair. Here it is an argument of its own.
+        carries: Names of arguments that take what the block before returned
+            beside hidden states, in the order in which it does.
         own_parts: Method that returns a dictionary like `parts`, with what
             this family calls otherwise than others.
     """
 
     own_arguments = ("entries",)
     padding_argument = None
+    source_argument = None
+    packs_source = False
+    carries = ()
 
     def own_parts(self):
         return {}
@@ -72,6 +86,9 @@ class DecoderBlock(Specialized):
         ]
         if masks:
             cls.padding_argument = masks[0]
+        for name in _SOURCES:
+            if name in inspect.signature(cls.call).parameters:
+                cls.source_argument = name
 
         @functools.wraps(upstream.build)
         def build(self, *args, **kwargs):
@@ -102,8 +119,16 @@ class DecoderBlock(Specialized):
         return [
             layer
             for layer in self._flatten_layers(include_self=False)
-            if isinstance(layer, Remembers)
+            if isinstance(layer, Remembers) and layer.remembers
         ]
+
+    # No property, either.
+    def attention_across(self):
+        """The layer that attends to what an encoder returned, or `None`."""
+        for name in _ATTENTION_ACROSS:
+            if getattr(self, name, None) is not None:
+                return getattr(self, name)
+        return None
 
     @property
     def attention_name(self):
@@ -162,14 +187,24 @@ class DecoderBlock(Specialized):
 
     # === Calling it ===
 
-    def __call__(self, *args, **kwargs):
+    def arranged(self, args, kwargs):
+        """The same arguments, with the hidden states alone by place."""
         args, kwargs = sequence_first(self, args, kwargs)
+        if self.packs_source and isinstance(args[0], (tuple, list)):
+            (x, source), *args = args
+            args, kwargs = (x, *args), {**kwargs, self.source_argument: source}
+        return args, kwargs
+
+    def __call__(self, *args, **kwargs):
+        args, kwargs = self.arranged(args, kwargs)
         wiring = active_wiring()
         if wiring is not None and kwargs.get("entries") is None:
             if isinstance(first_argument(args, kwargs), keras.KerasTensor):
                 kwargs.pop("entries", None)
                 self._check_fits(first_argument(args, kwargs))
-                return wiring.call_block(self, args, kwargs)
+                return hidden_states_alone(
+                    wiring.call_block(self, args, kwargs)
+                )
         # Keras casts all float arguments to the compute dtype. Hidden states
         # should be, a cache should not: it may have been made in another
         # dtype on request, and casting it would copy it at every step.
@@ -191,15 +226,20 @@ class DecoderBlock(Specialized):
     def call(self, *args, entries=None, **kwargs):
         hidden_states = first_argument(args, kwargs)
         layers = [] if entries is None else self.remembering()
-        found = dict(zip(map(id, layers), entries or (), strict=True))
-        if not any(entry.in_use for entry in found.values()):
-            found = {}
-        elif self.padding_argument is not None:
+        found = {
+            id(layer): entry
+            for layer, entry in zip(layers, entries or (), strict=True)
+            if entry.in_use
+        }
+        if found and self.padding_argument is not None:
             # It speaks of slots, and our mask has it.
             kwargs.pop(self.padding_argument, None)
+        if self.source_argument is not None:
+            args, kwargs = self._with_source(hidden_states, args, kwargs, found)
         with block_call.calling(hidden_states, found) as call:
             outputs = super().call(*args, **kwargs)
         if entries is not None:
+            outputs = self._in_graph(outputs)
             pairs = [
                 call.updated.get(id(layer), (entry.key, entry.value))
                 for layer, entry in zip(layers, entries)
@@ -209,6 +249,36 @@ class DecoderBlock(Specialized):
             return outputs
         block_call.collect(call.taps)
         return *(outputs if entries is not None else (outputs,)), call.taps
+
+    def _with_source(self, hidden_states, args, kwargs, found):
+        """Tells the layer that attends across what there is to read.
+
+        Returns:
+            `(args, kwargs)` for upstream's code, which takes for granted that
+            there is something.
+        """
+        kwargs = dict(kwargs)
+        source = kwargs.pop(self.source_argument, None)
+        across = id(self.attention_across())
+        if across in found:
+            found[across] = found[across]._replace(source=source)
+            for name in _SOURCE_MASKS:
+                kwargs.pop(name, None)
+            if source is None:
+                source = hidden_states  # Nobody looks at it.
+        if self.packs_source:
+            return ((hidden_states, source), *args[1:]), kwargs
+        if source is not None:
+            kwargs[self.source_argument] = source
+        return args, kwargs
+
+    def _in_graph(self, outputs):
+        """Of what upstream's code returns, what a graph goes on with."""
+        if not isinstance(outputs, tuple):
+            return outputs
+        x, *further = outputs
+        further = further[: len(self.carries)]
+        return (x, *further) if further else x
 
     def compute_output_spec(self, *args, entries=None, **kwargs):
         """What the block returns, for all families and with all it may take."""
@@ -220,7 +290,10 @@ class DecoderBlock(Specialized):
             pairs = tuple((entry.key, entry.value) for entry in entries)
             if pairs[0][0] is not None:
                 slots = pairs[0][0].shape[2]
-            outputs = outputs, tree.map_structure(_spec, pairs)
+            outputs = (
+                self._in_graph(outputs),
+                tree.map_structure(_spec, pairs),
+            )
         taps = {
             tap.part: tap.tap_spec(hidden_states, slots) for tap in self._taps()
         }
@@ -297,6 +370,20 @@ class DecoderBlock(Specialized):
 
 def _call(block, args, kwargs):
     return super(DecoderBlock, block).__call__(*args, **kwargs)
+
+
+# What upstream's blocks call what they have because of an encoder.
+_SOURCES = ("encoder_sequence", "encoder_hidden_states", "source")
+_SOURCE_MASKS = (
+    "encoder_padding_mask",
+    "encoder_attention_mask",
+    "cross_attention_padding_mask",
+)
+_ATTENTION_ACROSS = (
+    "_cross_attention_layer",
+    "cross_attention",
+    "cross_attn",
+)
 
 
 def _spec(x):

@@ -3,9 +3,9 @@
 What is *kept* of keys or of values is *stored* as a tensor `(B,
 key_value_heads, S, head_dim)`, or as an `Int8`, in places that belong to slots
 one after the other. Or it is an object of a policy, which says otherwise: a
-named tuple with the methods `update()`, `read_slots()` and `can_go_back()` that
-functions of this module call, `sees()` and `nearer()` where it has something to
-say there, and with what `moving.py` asks for. Of all
+named tuple with something `stored`, with the methods `update()`, `read_slots()`
+and `can_go_back()` that functions of this module call, `sees()` and `nearer()`
+where it has something to say there, and with what `moving.py` asks for. Of all
 tensors in it, the first axis is the batch; of what is stored, the third are the
 places.
 """
@@ -109,20 +109,23 @@ def spare(cache):
     Returns:
         int, or `None` for any number: no token takes the place of another.
     """
-    return min(
-        (kept.spare for pair in cache for kept in pair if has_policy(kept)),
-        default=None,
-    )
+    spares = [kept.spare for pair in cache for kept in pair if has_policy(kept)]
+    return min((x for x in spares if x is not None), default=None)
 
 
 def has_policy(kept):
     """Whether places belong to other slots than those of their number."""
-    return hasattr(kept, "read_slots")
+    return hasattr(kept, "stored")
 
 
 def places(stored):
     """For how many tokens there is a place."""
-    return ops.shape(tree.flatten(stored)[0])[2]
+    return ops.shape(as_tensor(stored))[2]
+
+
+def as_tensor(stored):
+    """A tensor with a place for each token, of what is stored."""
+    return tree.flatten(stored)[0]
 
 
 def write(stored, x, place):

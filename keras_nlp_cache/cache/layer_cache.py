@@ -39,6 +39,8 @@ class LayerCache(typing.NamedTuple):
             layer has a window, the mask hides what is beyond it.
         distance: int32 tensor `(B or 1, T, S)`. How many positions each slot
             stands behind each token, for layers that ask for it.
+        source: Tensor `(B, S, source_dim)`. What the keys and values are of,
+            where they are not of the tokens. `None` if it was read before.
     """
 
     key: typing.Any = None
@@ -47,6 +49,7 @@ class LayerCache(typing.NamedTuple):
     positions: typing.Any = None
     mask: typing.Any = None
     distance: typing.Any = None
+    source: typing.Any = None
 
     @property
     def in_use(self):

@@ -23,7 +23,13 @@ class Weightless(keras.layers.Layer):
     """A layer with nothing that would be computed again for a gradient.
 
     What it computes is not of its dtype.
+
+    Attributes:
+        called_on_nothing: bool. Whether it is called even if the first of the
+            tensors that it takes is `None`.
     """
+
+    called_on_nothing = True
 
     def __init__(self, **kwargs):
         super().__init__(autocast=False, **kwargs)

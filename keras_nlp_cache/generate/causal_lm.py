@@ -118,7 +118,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         with without_taps():
             return self.backbone(
                 {
-                    "token_ids": token_ids,
+                    self.backbone.roles.token_ids: token_ids,
                     "cache": cache,
                     "cache_update_index": cache_update_index,
                     **inputs,
@@ -155,16 +155,18 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         )
         return self._logits(hidden_states), hidden_states, cache
 
-    def read(self, token_ids, cache, cache_update_index):
+    def read(self, token_ids, cache, cache_update_index, **inputs):
         """Runs what the model is on some tokens, for their cache.
 
         Takes the arguments of `call_with_cache()`, and returns its hidden
         states and cache. Calls that method if it was overridden.
         """
         if not self.overridden("call_with_cache"):
-            return self.run_backbone(token_ids, cache, cache_update_index)
+            return self.run_backbone(
+                token_ids, cache, cache_update_index, **inputs
+            )
         _, hidden_states, cache = self.call_with_cache(
-            token_ids, cache, cache_update_index
+            token_ids, cache, cache_update_index, **inputs
         )
         return hidden_states, cache
 
@@ -183,7 +185,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             name
             for name in names
             if name in vars(self)
-            or inspect.getattr_static(type(self), name) is not _METHODS[name]
+            or not _is_ours(inspect.getattr_static(type(self), name))
         ]
         if "make_generate_function" in names:
             if self.generate_function not in (None, self._generate):
@@ -191,7 +193,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         return found
 
     def _logits(self, hidden_states):
-        return access().logits(self.backbone.token_embedding, hidden_states)
+        return access().logits(self.backbone.output_embedding, hidden_states)
 
     def _build_cache(self, token_ids):
         # Called by upstream's `generate_step()`, which fills the cache here
@@ -833,13 +835,6 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             ChatTemplate.remove(preset_dir)
 
 
-# What upstream's users override to say how a model generates.
-_METHODS = {
-    name: vars(CausalLM)[name]
-    for name in (
-        "call_with_cache",
-        "_build_cache",
-        "generate_step",
-        "make_generate_function",
-    )
-}
+def _is_ours(method):
+    """Whether a method is one of this package, and not of a user's."""
+    return getattr(method, "__module__", "").startswith("keras_nlp_cache.")

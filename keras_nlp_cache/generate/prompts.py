@@ -124,18 +124,20 @@ def _is_token_id(x):
 
 def check_tokens(inputs, backbone):
     """Checks a batch of prompts that are token ids, padded at their end."""
+    roles = backbone.roles
     expected = (
         "Expected prompts without a `preprocessor` to be a dictionary of "
-        "integer `token_ids` and `padding_mask`, both (batch, max_length). "
+        f"integer `{roles.token_ids}` and `{roles.padding_mask}`, both (batch, "
+        "max_length). "
     )
     if not isinstance(inputs, dict):
         raise ValueError(
             f"{expected}Received: {inputs!r}. To pass text, set `preprocessor`."
         )
-    if not {"token_ids", "padding_mask"} <= inputs.keys():
+    if not {roles.token_ids, roles.padding_mask} <= inputs.keys():
         raise ValueError(f"{expected}Received the keys {sorted(inputs)}.")
-    token_ids = ops.convert_to_numpy(inputs["token_ids"])
-    mask = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
+    token_ids = ops.convert_to_numpy(inputs[roles.token_ids])
+    mask = ops.convert_to_numpy(inputs[roles.padding_mask]).astype(bool)
     if token_ids.ndim != 2 or token_ids.shape != mask.shape:
         raise ValueError(
             f"{expected}Received the shapes {token_ids.shape} and {mask.shape}."
@@ -153,6 +155,42 @@ def check_tokens(inputs, backbone):
             "Expected prompts to be padded at their end. Received: prompt "
             f"{row} with the padding mask {mask[row].astype(int).tolist()}. "
             "Move its tokens to the left."
+        )
+    check_vocabulary(token_ids[mask], backbone)
+    if roles.of_source:
+        _check_source(inputs, backbone, len(lengths))
+
+
+def _check_source(inputs, backbone, rows):
+    """Checks what an encoder is to read before a batch of prompts."""
+    roles = backbone.roles
+    name = roles.source_ids
+    if inputs.get(roles.source) is not None:
+        return  # Which the backbone checks.
+    if inputs.get(name) is None:
+        raise ValueError(
+            f"Expected prompts with `{name}`, what the encoder is to read. "
+            f"Received the keys {sorted(inputs)}."
+        )
+    token_ids = ops.convert_to_numpy(inputs[name])
+    mask = inputs.get(roles.source_mask)
+    mask = np.ones_like(token_ids) if mask is None else mask
+    mask = ops.convert_to_numpy(mask).astype(bool)
+    if (
+        token_ids.ndim != 2
+        or token_ids.shape != mask.shape
+        or len(token_ids) != rows
+    ):
+        raise ValueError(
+            f"Expected `{name}` and `{roles.source_mask}` to be (batch, "
+            f"encoder_length), for the batch of {rows} prompts. Received the "
+            f"shapes {token_ids.shape} and {mask.shape}."
+        )
+    reading_nothing = np.flatnonzero(~mask.any(axis=1))
+    if len(reading_nothing):
+        raise ValueError(
+            f"Expected each row of `{name}` to have a token. Received: none in "
+            f"row {reading_nothing[0]}, of padding alone."
         )
     check_vocabulary(token_ids[mask], backbone)
 

@@ -21,6 +21,8 @@ from keras.src.ops.node import KerasHistory
 from keras_hub.src.utils.python_utils import classproperty
 
 from keras_nlp_cache import drop_in
+from keras_nlp_cache.blocks.decoder_block import DecoderBlock
+from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.cache.shared_inputs import Positions
 from keras_nlp_cache.cache.shared_inputs import Weightless
@@ -39,6 +41,7 @@ from keras_nlp_cache.graph.sites import Site
 from keras_nlp_cache.graph.sites import sites_of
 from keras_nlp_cache.graph.wiring import Wiring
 from keras_nlp_cache.layers import weight_paths
+from keras_nlp_cache.layers.block_call import collecting_carried
 from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.sharing import attributes
 from keras_nlp_cache.layers.specializing import specialize_within
@@ -142,6 +145,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 f"{type(self).__name__} with `num_layers=0`."
             )
         check_graph(self, inputs, outputs)
+        self._source = self._output_of_encoder(outputs)
         graph = keras.Function(inputs, outputs)
         layers = [
             x for x in graph.operations if isinstance(x, keras.layers.Layer)
@@ -151,17 +155,46 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         return_hidden_states_alone(self.blocks)
         positioned = positioned_layers(layers)
         self.mend()
-        derive_logits(self.token_embedding)
+        derive_logits(self.output_embedding)
         # The numbers by which a saved edit refers to layers. Weak, for an edit
         # that removes a layer not to keep it.
         self._constructed = weakref.WeakKeyDictionary()
         for i, layer in enumerate(graph.operations):
             if isinstance(layer, keras.layers.Layer):
                 self._constructed[layer] = i
-        wiring = Wiring(floating_policy(self.blocks[0]), graph)
-        hidden_states = wiring.thread(positioned)
+        wiring = self.new_wiring(graph)
+        hidden_states = wiring.thread(self._of_the_text(positioned))
         self._set_graph(wiring, hidden_states, taps={}, **kwargs)
+        self._order_as_constructed()
         self._output_without_cache = outputs
+
+    def _order_as_constructed(self):
+        """Lists layers in upstream's order, which is that of weights in files.
+
+        Of two branches of a graph, a layer more in one comes before others.
+        """
+        listed = self._as_constructed(self._layers, self._operations)
+        self._operations = self._as_constructed(self._operations)
+        # A list that Keras tracks.
+        self._layers[:] = listed
+
+    def _as_constructed(self, layers, only_if_as=None):
+        """The same layers, with those of upstream in the order of its graph.
+
+        Args:
+            layers: List of layers.
+            only_if_as: Optional list. Where layers are listed in another order
+                than there, as by attributes, it stays.
+        """
+
+        def of_upstream(layers):
+            return [x for x in layers if x in self._constructed]
+
+        ours = of_upstream(layers)
+        if only_if_as is not None and ours != of_upstream(only_if_as):
+            return list(layers)
+        ordered = iter(sorted(ours, key=self._constructed.get))
+        return [next(ordered) if x in self._constructed else x for x in layers]
 
     def mend(self):
         """Puts right what upstream's constructor got wrong in its layers.
@@ -170,6 +203,32 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         upstream computes, where an attribute of a layer makes the difference.
         What is computed with a cache and without one is then right.
         """
+
+    @property
+    def output_embedding(self):
+        """The layer that turns hidden states into logits."""
+        return self.token_embedding
+
+    def new_wiring(self, graph=None):
+        """A `Wiring` for a graph with the inputs of this one.
+
+        Args:
+            graph: Optional `keras.Function`, whose inputs to take.
+        """
+        return Wiring(
+            floating_policy(self.blocks[0]),
+            graph,
+            roles=self.roles,
+            source=self._source,
+        )
+
+    def _output_of_encoder(self, outputs):
+        """What of upstream's outputs decoder blocks read, if they do."""
+        return None
+
+    def _of_the_text(self, layers):
+        """Those of some layers that are not called on something else."""
+        return layers
 
     @property
     def max_positions(self):
@@ -181,6 +240,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self._positions = wiring.positions
         self.cache_windows = tuple(wiring.windows)
+        self.cache_encoded = tuple(wiring.encoded)
         # Losses and metrics see the hidden states alone.
         self.output_names = self.output_names[:1]
 
@@ -240,15 +300,16 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             site = next(sites)
 
             def stand_in(*args, **kwargs):
-                with collecting_taps() as taps:
+                with collecting_taps() as taps, collecting_carried() as further:
                     x = dense(call(site, *args, **site.without_entries(kwargs)))
-                if site.block is None:
-                    return x
-                if isinstance(x, tuple):
-                    x, _ = x
-                entries = site.node.arguments.kwargs["entries"]
+                    if not isinstance(site.layer, DecoderBlock):
+                        return x
+                    x = hidden_states_alone(x)
+                count = len(site.layer.carries)
+                further = (further + [None] * count)[:count]
+                entries = site.node.arguments.kwargs.get("entries", ())
                 tapped = [taps.get(part) for part in site.layer.tapped_parts]
-                return x, *[None] * (2 * len(entries)), *tapped
+                return x, *further, *[None] * (2 * len(entries)), *tapped
 
             return stand_in
 
@@ -283,6 +344,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         new._replaced_attributes = self._replaced_attributes
         # What the constructor of the family set, but not how it was compiled.
         skip = {*vars(new), "optimizer", "_compile_config", self.blocks_name}
+        new._source = self._source
         in_graph = {id(operation) for operation in new.operations}
         for name, value in attributes(self).items():
             if name in skip:
@@ -292,7 +354,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 new._replaced_attributes |= {name}
             setattr(new, name, value)
         new._call_without_cache_first()
-        setattr(new, self.blocks_name, list(wiring.blocks))
+        new._set_blocks(wiring)
         new._edited = True
         weight_paths.make_distinct(new, kept=self.weights)
         if hasattr(new, "_lora_enabled_layers"):
@@ -305,6 +367,10 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 if getattr(layer, "lora_enabled", False)
             ]
         return new
+
+    def _set_blocks(self, wiring):
+        """Lists the blocks that a graph calls."""
+        setattr(self, self.blocks_name, list(wiring.blocks))
 
     def _call_without_cache_first(self):
         """Calls the layers without a cache, on `input`.
@@ -378,7 +444,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         inputs = self._normalize(inputs)
         # Spelled out, too, for it has several outputs.
         if self.taps and not _without_taps.get():
-            if isinstance(inputs["token_ids"], keras.KerasTensor):
+            if isinstance(inputs[self.roles.token_ids], keras.KerasTensor):
                 if inputs["cache"][0][0] is None:
                     return self.replay(inputs, None, Site.__call__)
         return super().__call__(inputs, *args, **kwargs)

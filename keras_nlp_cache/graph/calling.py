@@ -8,6 +8,7 @@ from keras_nlp_cache.cache import policies
 from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.kept import has_policy
 from keras_nlp_cache.graph.inputs import normalize
+from keras_nlp_cache.graph.roles import TEXT
 
 
 def plain_python(function):
@@ -61,6 +62,19 @@ def dense(x):
     return x
 
 
+def _has_nothing_to_do(node, values):
+    """Whether what an operation is called on was not computed, nor given.
+
+    So a graph stops where its inputs are `None`: it runs without its encoder,
+    or without its decoder.
+    """
+    if getattr(node.operation, "called_on_nothing", False):
+        return False
+    return bool(node.input_tensors) and (
+        values[id(node.input_tensors[0])] is None
+    )
+
+
 class CallWithCache(keras.layers.Layer):
     """A symbolic call of a model with a cache, in a graph of a user's.
 
@@ -88,7 +102,12 @@ class CachedGraph:
 
     The model takes a dictionary in which all but `"token_ids"` may be left out,
     and returns hidden states, with the cache if one came in.
+
+    Attributes:
+        roles: `Roles`, what inputs are called.
     """
+
+    roles = TEXT
 
     @property
     def max_positions(self):
@@ -126,15 +145,21 @@ class CachedGraph:
         dtype = floating_dtype("dtype", dtype or self.compute_dtype)
         policy = policies.get(policy)
         policy.check(self)
+
+        def make(heads, dim, window, is_encoded):
+            if is_encoded:
+                shape = batch_size, heads, 0, dim
+                return policy.make_encoded(shape, dtype, zeros)
+            shape = batch_size, heads, max_length, dim
+            return policy.make(shape, dtype, window, zeros)
+
         return tuple(
-            tuple(
-                policy.make(
-                    (batch_size, heads, max_length, dim), dtype, window, zeros
-                )
-                for _ in range(2)
-            )
-            for (heads, dim), window in zip(
-                self.cache_spec, self.cache_windows, strict=True
+            tuple(make(*spec, window, is_encoded) for _ in range(2))
+            for spec, window, is_encoded in zip(
+                self.cache_spec,
+                self.cache_windows,
+                self.cache_encoded,
+                strict=True,
             )
         )
 
@@ -181,7 +206,9 @@ class CachedGraph:
 
     def _normalize(self, inputs):
         further = ("generated",) if self.takes_generated else ()
-        return normalize(inputs, self.cache_spec, self.max_positions, further)
+        return normalize(
+            inputs, self.cache_spec, self.max_positions, further, self.roles
+        )
 
     @plain_python
     def __call__(self, inputs, *args, **kwargs):
@@ -209,8 +236,7 @@ class CachedGraph:
         inputs = self._normalize(inputs)
 
         def spec(x):
-            shape = (*inputs["token_ids"].shape, *x.shape[2:])
-            return keras.KerasTensor(shape, dtype=x.dtype)
+            return self._output_spec(inputs, x)
 
         hidden_states, _, *further = self._outputs_struct
         cache = tree.map_structure(
@@ -219,10 +245,15 @@ class CachedGraph:
         )
         return self._outputs_for(
             inputs,
-            spec(hidden_states),
+            self._output_spec(inputs, hidden_states),
             cache,
             *tree.map_structure(spec, further),
         )
+
+    def _output_spec(self, inputs, x):
+        """What is returned for some inputs, like a symbolic tensor."""
+        shape = (*inputs[self.roles.token_ids].shape, *x.shape[2:])
+        return keras.KerasTensor(shape, dtype=x.dtype)
 
     def _run_through_graph(
         self, inputs, operation_fn=lambda op: op, call_fn=None
@@ -239,8 +270,12 @@ class CachedGraph:
                     continue
                 outputs = node.outputs
                 if call_fn is None:
-                    args, kwargs = node.arguments.fill_in(values)
-                    outputs = operation_fn(node.operation)(*args, **kwargs)
+                    call = operation_fn(node.operation)
+                    if _has_nothing_to_do(node, values):
+                        outputs = [None] * len(node.outputs)
+                    else:
+                        args, kwargs = node.arguments.fill_in(values)
+                        outputs = call(*args, **kwargs)
                 values.update(zip(map(id, node.outputs), flatten(outputs)))
         if any(id(x) not in values for x in self._outputs):
             raise ValueError(
@@ -259,8 +294,7 @@ class CachedGraph:
     def input(self):
         """The symbolic inputs that upstream's backbone has too."""
         return {
-            name: self._inputs_struct[name]
-            for name in ("token_ids", "padding_mask")
+            name: self._inputs_struct[name] for name in self.roles.of_upstream
         }
 
     @property

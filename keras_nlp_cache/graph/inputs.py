@@ -17,10 +17,9 @@ from keras import tree
 from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.kept import has_policy
 from keras_nlp_cache.cache.slots import is_per_row
+from keras_nlp_cache.graph.roles import TEXT
 
-REQUIRED = ("token_ids",)
 OPTIONAL = (
-    "padding_mask",
     "cache",
     "cache_update_index",
     "token_positions",
@@ -31,7 +30,7 @@ _HOW_TO_MAKE_A_CACHE = (
 )
 
 
-def normalize(inputs, cache_spec, max_positions=None, further=()):
+def normalize(inputs, cache_spec, max_positions=None, further=(), roles=TEXT):
     """Completes the inputs of a backbone, as tensors.
 
     Args:
@@ -43,6 +42,7 @@ def normalize(inputs, cache_spec, max_positions=None, further=()):
             has an embedding for.
         further: Names of optional inputs `(B, T)` that this model has beyond
             those of all models.
+        roles: `Roles`, what inputs are called.
 
     Returns:
         A dictionary with all keys. `"cache"` has one pair per block, of `None`
@@ -53,13 +53,14 @@ def normalize(inputs, cache_spec, max_positions=None, further=()):
             not fit the model or the other inputs, or if the tokens would be
             written past the end of the cache.
     """
-    _check_keys(inputs, further)
-    token_ids = _tensor("token_ids", inputs["token_ids"], "int32", kinds="iuf")
-    _check_shape("token_ids", token_ids, batch=None, length=None)
+    name = roles.token_ids
+    _check_keys(inputs, name, (roles.padding_mask, *OPTIONAL, *further))
+    token_ids = as_tensor(name, inputs[name], "int32", kinds="iuf")
+    check_shape(name, token_ids, batch=None, length=None)
     batch, length = token_ids.shape
     if isinstance(length, int) and length == 0:
         raise ValueError(
-            "Expected `token_ids` to hold at least one token per row. "
+            f"Expected `{name}` to hold at least one token per row. "
             f"Received shape: {tuple(token_ids.shape)}."
         )
 
@@ -79,21 +80,21 @@ def normalize(inputs, cache_spec, max_positions=None, further=()):
         max_length = _slots(cache)
         index = _check_index(index, batch, length, max_length)
 
-    padding_mask = inputs.get("padding_mask")
+    padding_mask = inputs.get(roles.padding_mask)
     if padding_mask is not None:
-        padding_mask = _tensor("padding_mask", padding_mask, "int32")
-        _check_shape(
-            "padding_mask", padding_mask, batch=batch, slots=max_length
+        padding_mask = as_tensor(roles.padding_mask, padding_mask, "int32")
+        check_shape(
+            roles.padding_mask, padding_mask, batch=batch, slots=max_length
         )
     positions = inputs.get("token_positions")
     if positions is not None:
-        positions = _tensor("token_positions", positions, "int32")
-        _check_shape("token_positions", positions, batch=batch, length=length)
+        positions = as_tensor("token_positions", positions, "int32")
+        check_shape("token_positions", positions, batch=batch, length=length)
     attention_mask = inputs.get("attention_mask")
     if attention_mask is not None:
         _check_additive(attention_mask)
-        attention_mask = _tensor("attention_mask", attention_mask)
-        _check_shape(
+        attention_mask = as_tensor("attention_mask", attention_mask)
+        check_shape(
             "attention_mask",
             attention_mask,
             batch=batch,
@@ -103,44 +104,53 @@ def normalize(inputs, cache_spec, max_positions=None, further=()):
     others = dict.fromkeys(further)
     for name in further:
         if inputs.get(name) is not None:
-            others[name] = _tensor(name, inputs[name], "int32")
-            _check_shape(name, others[name], batch=batch, length=length)
+            others[name] = as_tensor(name, inputs[name], "int32")
+            check_shape(name, others[name], batch=batch, length=length)
     if max_positions is not None:
         _check_positions(positions, index, length, max_positions)
     return {
-        "token_ids": token_ids,
-        "padding_mask": padding_mask,
+        roles.token_ids: token_ids,
+        roles.padding_mask: padding_mask,
         "cache": cache,
-        "cache_update_index": _tensor("cache_update_index", index, "int32"),
+        "cache_update_index": as_tensor("cache_update_index", index, "int32"),
         "token_positions": positions,
         "attention_mask": attention_mask,
         **others,
     }
 
 
-def _check_keys(inputs, further):
-    optional = [*OPTIONAL, *further]
-    keys = f"the keys {list(REQUIRED)} and, if wanted, any of {optional}"
+def _check_keys(inputs, required, optional):
+    keys = f"the keys {[required]} and, if wanted, any of {list(optional)}"
     if not isinstance(inputs, dict):
         raise ValueError(
             f"Expected `inputs` to be a dictionary with {keys}. Received: "
             f"{_describe(inputs)}."
         )
     for key in inputs:
-        if key not in REQUIRED and key not in optional:
+        if key != required and key not in optional:
             raise ValueError(
                 f"Expected `inputs` to have {keys}. Received an unknown key: "
                 f"{key!r}."
             )
-    for key in REQUIRED:
-        if inputs.get(key) is None:
-            raise ValueError(
-                f"Expected `inputs` to have {keys}. Received no {key!r}, but "
-                f"{sorted(inputs)}."
-            )
+    if inputs.get(required) is None:
+        raise ValueError(
+            f"Expected `inputs` to have {keys}. Received no {required!r}, but "
+            f"{sorted(inputs)}."
+        )
 
 
-def _tensor(name, x, dtype=None, kinds="biuf"):
+def as_tensor(name, x, dtype=None, kinds="biuf"):
+    """What a user passed as a tensor, `None` and symbolic ones as they are.
+
+    Args:
+        name: str, what it is called.
+        x: Anything.
+        dtype: Optional dtype to cast it to.
+        kinds: Of which kinds NumPy's dtypes may be.
+
+    Raises:
+        ValueError: If it is no array of numbers.
+    """
     if x is None or isinstance(x, keras.KerasTensor):
         return x
     try:
@@ -157,7 +167,7 @@ def _tensor(name, x, dtype=None, kinds="biuf"):
         ) from e
 
 
-def _check_shape(name, x, hint="", **sizes):
+def check_shape(name, x, hint="", **sizes):
     """Compares a shape to the named sizes that are known."""
     if x.shape is None or getattr(x.shape, "rank", 0) is None:
         return  # TensorFlow does not even know the rank.
@@ -222,7 +232,7 @@ def _check_cache(cache, cache_spec, batch):
             name = f"cache[{i}][{j}]"
             for x, head_dim_of_x in _stored(kept, head_dim):
                 first = x if first is None else first
-                _check_shape(
+                check_shape(
                     name,
                     x,
                     hint=_HOW_TO_MAKE_A_CACHE,
@@ -240,7 +250,7 @@ def _as_tensors(cache):
     return tuple(
         tuple(
             tree.map_structure(
-                lambda x, name=f"cache[{i}][{j}]": _tensor(name, x), kept
+                lambda x, name=f"cache[{i}][{j}]": as_tensor(name, x), kept
             )
             for j, kept in enumerate(pair)
         )

@@ -16,14 +16,13 @@ from keras import tree
 
 from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.graph.calling import dense
-from keras_nlp_cache.graph.wiring import Wiring
 from keras_nlp_cache.layers import weight_paths
 from keras_nlp_cache.layers import whole_config
+from keras_nlp_cache.layers.block_call import collecting_carried
 from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.layers.sharing import shared_from
 from keras_nlp_cache.layers.sharing import sublayers
-from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.quantization.quantizing import policies
 
 _layers = contextvars.ContextVar("keras_nlp_cache_saved_layers", default=None)
@@ -68,9 +67,9 @@ def describe(backbone):
     sites = backbone.sites
     tensors = {id(x): TensorOf(name) for name, x in backbone.input.items()}
     tensors[id(backbone._positions)] = TensorOf("positions")
-    if backbone.takes_generated:
-        generated = backbone._inputs_struct["generated"]
-        tensors[id(generated)] = TensorOf("generated")
+    for name in ("generated", backbone.roles.source):
+        if name in backbone._inputs_struct:
+            tensors[id(backbone._inputs_struct[name])] = TensorOf(name)
     for i, site in enumerate(sites):
         for j, x in enumerate(site.node.outputs):
             tensors[id(x)] = TensorOf(i, j)
@@ -133,7 +132,7 @@ def apply(backbone, graph):
         site.layer._inbound_nodes.clear()
         site.layer._outbound_nodes.clear()
     constructed = {i: x for x, i in backbone._constructed.items()}
-    wiring = Wiring(floating_policy(backbone.blocks[0]))
+    wiring = backbone.new_wiring()
     if graph.get("takes_generated"):
         _ = wiring.generated
     results = {**wiring.inputs, "positions": wiring.positions}
@@ -158,9 +157,9 @@ def apply(backbone, graph):
             layer = layers[call["layer"]]
             args = deserialize(call["args"])
             kwargs = deserialize(call["kwargs"])
-            with collecting_taps() as taps:
+            with collecting_taps() as taps, collecting_carried() as carried:
                 x = dense(layer(*args, **kwargs))
-            results[i] = tree.flatten(x)
+            results[i] = tree.flatten(x) + carried
             if taps:
                 # What stands for the entries of the block is in between.
                 tapped = (taps[part] for part in sorted(taps))

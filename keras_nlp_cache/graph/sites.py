@@ -3,7 +3,10 @@
 import typing
 
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
+from keras_nlp_cache.blocks.encoder_block import EncoderBlock
+from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.cache.shared_inputs import Weightless
+from keras_nlp_cache.cache.source_inputs import EncoderOutput
 
 
 class Site(typing.NamedTuple):
@@ -17,6 +20,10 @@ class Site(typing.NamedTuple):
             block. `None` for any other layer.
         shape: Shape of what it returns, without a cache.
         node: What Keras knows of the call.
+        encoder_block: int, how many calls of blocks of the encoder come before,
+            for one of these. `None` for any other layer.
+        in_encoder: bool. Whether it is of what runs once for a text, before the
+            decoder.
     """
 
     name: str
@@ -25,18 +32,25 @@ class Site(typing.NamedTuple):
     block: typing.Any
     shape: tuple
     node: typing.Any
+    encoder_block: typing.Any = None
+    in_encoder: bool = False
+
+    @property
+    def is_block(self):
+        """Whether it is the call of a block, of the decoder or the encoder."""
+        return self.block is not None or self.encoder_block is not None
 
     def __repr__(self):
         block = "" if self.block is None else f", block {self.block}"
+        if self.encoder_block is not None:
+            block = f", encoder block {self.encoder_block}"
         kind = type(self.layer).__name__
         return f"Site({self.name}: {kind} -> {self.shape}{block})"
 
     def __call__(self, *args, **kwargs):
         """Calls the layer. What is tapped inside goes to the collector."""
         output = self.layer(*args, **kwargs)
-        if self.block is not None and isinstance(output, tuple):
-            return output[0]
-        return output
+        return hidden_states_alone(output) if self.is_block else output
 
     def without_entries(self, arguments):
         """The keyword arguments of the call but for the cache."""
@@ -50,7 +64,8 @@ def sites_of(model):
 
     What stands in for the inputs, positions and masks is left out.
     """
-    found, calls = [], {}
+    found, calls, encoder_blocks = [], {}, 0
+    encoder = _encoder(model)
     # Another layer may have the name that a second call would get.
     taken = {layer.name for layer in model.operations}
     first_entries = []
@@ -66,9 +81,12 @@ def sites_of(model):
                 name = f"{layer.name}_{number}"
                 number += 1
             taken.add(name)
-            entries = None
+            entries, encoder_block = None, None
             if isinstance(layer, DecoderBlock):
                 entries = node.arguments.kwargs.get("entries")
+            if isinstance(layer, DecoderBlock | EncoderBlock) and not entries:
+                encoder_block = encoder_blocks
+                encoder_blocks += 1
             first_entries.append(entries[0].key if entries else None)
             found.append(
                 Site(
@@ -78,6 +96,8 @@ def sites_of(model):
                     block=None,
                     shape=tuple(node.outputs[0].shape),
                     node=node,
+                    encoder_block=encoder_block,
+                    in_encoder=id(node) in encoder,
                 )
             )
     # Blocks were called in the order of their entries.
@@ -91,3 +111,22 @@ def sites_of(model):
         else site._replace(block=order.index(place[id(key)]))
         for site, key in zip(found, first_entries)
     )
+
+
+def _encoder(model):
+    """The `id()`s of the nodes that the output of an encoder comes of."""
+    found = set()
+    nodes = [x for nodes in model._nodes_by_depth.values() for x in nodes]
+    tensors = [
+        x
+        for node in nodes
+        if isinstance(node.operation, EncoderOutput)
+        for x in node.input_tensors
+    ]
+    while tensors:
+        history = tensors.pop()._keras_history
+        node = history.operation._inbound_nodes[history.node_index]
+        if id(node) not in found:
+            found.add(id(node))
+            tensors.extend(node.input_tensors)
+    return found

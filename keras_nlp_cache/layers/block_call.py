@@ -17,6 +17,7 @@ import keras
 
 _current = contextvars.ContextVar("keras_nlp_cache_block_call", default=None)
 _collected = contextvars.ContextVar("keras_nlp_cache_taps", default=None)
+_carried = contextvars.ContextVar("keras_nlp_cache_carried", default=None)
 
 
 def first_argument(args, kwargs):
@@ -113,6 +114,27 @@ def collect(taps):
     """Hands taps of a block to whoever collects them."""
     if _collected.get() is not None:
         _collected.get().update(taps)
+
+
+@contextlib.contextmanager
+def collecting_carried():
+    """Yields a list that gets what `carry()` was called with last."""
+    carried = []
+    token = _carried.set(carried)
+    try:
+        yield carried
+    finally:
+        _carried.reset(token)
+
+
+def carry(further):
+    """Hands what a block returns beside hidden states to who replays a graph.
+
+    Args:
+        further: List of tensors. The blocks that follow take them.
+    """
+    if _carried.get() is not None:
+        _carried.get()[:] = further
 
 
 class InBlock(keras.layers.Layer):

@@ -14,7 +14,10 @@ class Remembers:
             included.
         wants_distance: bool. Whether its `LayerCache` is to say how far apart
             tokens stand.
+        remembers: bool. `False` for one that sees all of a text at once, as in
+            an encoder, and has no entry.
     """
 
+    remembers = True
     window = None
     wants_distance = False

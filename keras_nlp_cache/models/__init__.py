@@ -1,6 +1,9 @@
 """Drop-in replacements for the models of the same names in keras_hub."""
 
 from keras_nlp_cache.generate.causal_lm import CausalLM
+from keras_nlp_cache.generate.seq_2_seq_lm import Seq2SeqLM
+from keras_nlp_cache.models.bart import BartBackbone
+from keras_nlp_cache.models.bart import BartSeq2SeqLM
 from keras_nlp_cache.models.bloom import BloomBackbone
 from keras_nlp_cache.models.bloom import BloomCausalLM
 from keras_nlp_cache.models.falcon import FalconBackbone
@@ -39,6 +42,8 @@ from keras_nlp_cache.models.smollm3 import SmolLM3Backbone
 from keras_nlp_cache.models.smollm3 import SmolLM3CausalLM
 
 __all__ = [
+    "BartBackbone",
+    "BartSeq2SeqLM",
     "BloomBackbone",
     "BloomCausalLM",
     "CausalLM",
@@ -74,6 +79,7 @@ __all__ = [
     "QwenCausalLM",
     "QwenMoeBackbone",
     "QwenMoeCausalLM",
+    "Seq2SeqLM",
     "SmolLM3Backbone",
     "SmolLM3CausalLM",
 ]

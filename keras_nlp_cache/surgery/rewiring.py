@@ -7,10 +7,8 @@ import keras
 from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
-from keras_nlp_cache.graph.wiring import Wiring
 from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.block_call import first_argument
-from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.surgery.positionwise import check_positionwise
 
 
@@ -102,7 +100,7 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
             `token_embedding`, follow.
     """
     backbone = backbone_of(model)
-    wiring = Wiring(floating_policy(backbone.blocks[0]))
+    wiring = backbone.new_wiring()
     taps = {}
 
     def call(site, *args, **kwargs):

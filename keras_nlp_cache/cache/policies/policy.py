@@ -5,6 +5,7 @@ import dataclasses
 from keras import ops
 
 from keras_nlp_cache.cache.int8 import Int8
+from keras_nlp_cache.cache.policies.encoded import Encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,16 @@ class Policy:
                 may be anything, if the loop that asks writes before it reads.
         """
         raise NotImplementedError
+
+    def make_encoded(self, shape, dtype, zeros=ops.zeros):
+        """Makes what is kept of keys or values of an encoder, empty.
+
+        Args:
+            shape: `(B, key_value_heads, 0, head_dim)`.
+            dtype: The floating dtype of the cache.
+            zeros: As for `make()`.
+        """
+        return Encoded.empty(self.store(shape, dtype, zeros), zeros)
 
     def check(self, backbone):
         """Raises a `ValueError` if it is not for a model."""

@@ -23,35 +23,46 @@ def generate_batch(lm, inputs, stop_token_ids, assistant=None):
 
     Args:
         lm: A `CausalLM` whose sampler picks one token at a time.
-        inputs: Dictionary of `token_ids` and `padding_mask`, both `(B, T)`.
+        inputs: Dictionary of `token_ids` and `padding_mask`, both `(B, T)`, by
+            the names that they have for the backbone, and of what else its
+            prefill takes.
         stop_token_ids: Sequence of ints, or `None`.
         assistant: Optional `CausalLM` that guesses tokens.
 
     Returns:
-        Dictionary of NumPy arrays `token_ids` and `padding_mask`, `(B, T)`.
+        Dictionary of NumPy arrays `token_ids` and `padding_mask`, `(B, T)`, by
+        the same names.
     """
-    token_ids = np.array(ops.convert_to_numpy(inputs["token_ids"]))
-    given = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
+    roles = lm.backbone.roles
+    token_ids = np.array(ops.convert_to_numpy(inputs[roles.token_ids]))
+    given = ops.convert_to_numpy(inputs[roles.padding_mask]).astype(bool)
+    source = {
+        name: ops.convert_to_numpy(inputs[name])
+        for name in roles.of_source
+        if inputs.get(name) is not None
+    }
     limit = token_ids.shape[1]
     stops = () if stop_token_ids is None else stop_token_ids
     lengths = given.sum(axis=1)
     ends = lengths.copy()
-    for row, text in _texts(lm, token_ids, given, stops, draft(lm, assistant)):
+    for row, text in _texts(
+        lm, token_ids, given, stops, draft(lm, assistant), source
+    ):
         token_ids[row, : len(text)], ends[row] = text, len(text)
     if stop_token_ids is None:
         ends[:] = limit
     return {
-        "token_ids": token_ids,
-        "padding_mask": np.arange(limit) < ends[:, None],
+        roles.token_ids: token_ids,
+        roles.padding_mask: np.arange(limit) < ends[:, None],
     }
 
 
-def _texts(lm, token_ids, given, stops, guesser):
+def _texts(lm, token_ids, given, stops, guesser, source):
     """Yields each row with its text, as long as there is room for."""
     loop, lengths = lm.generation_loop, given.sum(axis=1)
     limit = token_ids.shape[1]
     in_places = len(set(lengths)) > 1 and lm.backbone.rows is None
-    if guesser is None and not loop.in_step and in_places:
+    if guesser is None and not loop.in_step and in_places and not source:
         stream = sampling.streams(loop.sampler, range(len(lengths)))
         requests = [
             Request(i, token_ids[i, :length], limit, stream[i])
@@ -81,6 +92,7 @@ def _texts(lm, token_ids, given, stops, guesser):
             stops,
             guesser,
             guesses(lm),
+            source={name: x[rows] for name, x in source.items()},
         )
         for row, text, last in zip(
             rows, generation.token_ids, generation.index
@@ -143,6 +155,7 @@ def _generated(
     count=0,
     options=None,
     stream=None,
+    source=None,
 ):
     """The `Generation` of prompts that have ended, of arrays."""
     loop = lm.generation_loop
@@ -159,6 +172,7 @@ def _generated(
         slots,
         stream=stream,
         logprobs=options and options.return_logprobs,
+        source=source,
     )
     if guesser is None:
         generation = loop.decode(generation, limit, stops, options)

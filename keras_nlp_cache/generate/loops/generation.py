@@ -275,11 +275,13 @@ class Loop:
         start=0,
         stream=None,
         logprobs=None,
+        source=None,
     ):
         """Starts to generate after prompts.
 
         Prompts of one length are read together, others one after the other,
-        unless the model treats each row in its own way.
+        unless the model treats each row in its own way, or reads something
+        else with them.
 
         Args:
             token_ids: int32 array `(B, T)`, prompts padded at their end.
@@ -291,6 +293,7 @@ class Loop:
                 `token_ids` begins with.
             stream: Optional array, as for `start()`.
             logprobs: Optional int, as for `start()`.
+            source: Optional dictionary, as for `read()`.
 
         Returns:
             A `Generation`.
@@ -304,9 +307,9 @@ class Loop:
         # What is read past the end of a prompt is written again before it
         # counts.
         as_one = cache is not None or self.lm.backbone.rows is not None
-        if as_one or (lengths == lengths[0]).all():
+        if as_one or source or (lengths == lengths[0]).all():
             cache = self.read(
-                token_ids, int(lengths.max()), slots, cache, start
+                token_ids, int(lengths.max()), slots, cache, start, source
             )
         else:
             cache, row_cache = self.new_cache(batch, slots), None
@@ -318,7 +321,7 @@ class Loop:
             self.keep(row_cache)
         return self.start(token_ids, lengths, slots, cache, stream, logprobs)
 
-    def read(self, token_ids, length, slots, cache=None, start=0):
+    def read(self, token_ids, length, slots, cache=None, start=0, source=None):
         """Reads a prompt, or several at once, all but the last token.
 
         Args:
@@ -329,6 +332,9 @@ class Loop:
                 Defaults to a new one.
             start: int. How many slots of `cache` are filled with what
                 `token_ids` begins with.
+            source: Optional dictionary of arrays, inputs of the backbone that
+                are not of the text: what an encoder is to read. For a new
+                cache. Later calls find in it what became of them.
 
         Returns:
             A cache of as many rows.
@@ -337,13 +343,17 @@ class Loop:
         padded = np.zeros((len(token_ids), slots), "int32")
         padded[:, : token_ids.shape[1]] = token_ids
         if cache is None:
-            return self._prefill(padded, np.int32(length))
+            return self._prefill(padded, np.int32(length), source or {})
         return self._prefill_more(
             padded, np.int32(length), cache, np.int32(start)
         )
 
     def new_cache(self, batch, slots):
         """A cache to write over, with anything in it."""
+        return self.empty_cache(batch, slots)
+
+    def empty_cache(self, batch, slots):
+        """A cache of zeros."""
         return self.lm.backbone.make_cache(
             batch, slots, self.lm.cache_dtype, self.lm.cache_policy
         )
@@ -524,9 +534,17 @@ class Loop:
             logits = ops.reshape(logits, (batch, count, size))
         return sampling.pick(self.sampler, logits, generation.stream)
 
-    def _prefill(self, token_ids, length):
+    def _prefill(self, token_ids, length, source):
         cache = self.new_cache(*token_ids.shape)
+        cache = self._read_source(token_ids, cache, source)
         return self._prefill_more(token_ids, length, cache, 0)
+
+    def _read_source(self, token_ids, cache, source):
+        """Reads what is not of the text, and the first token with it."""
+        if not source:
+            return cache
+        with accessing(self.access):
+            return self.lm.read(token_ids[:, :1], cache, 0, **source)[1]
 
     def _prefill_more(self, token_ids, length, cache, start):
         with accessing(self.access):

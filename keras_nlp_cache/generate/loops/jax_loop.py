@@ -29,9 +29,9 @@ class JaxLoop(CompiledLoop):
         super().__init__(lm)
         self.own_products = find_weights(lm)
         compile_cache.for_jax()
-        # Nothing reads the cache that comes in, which is there to be donated.
+        # Nothing reads the memory that comes in, which is there to be donated.
         self._compiled_prefill = jax.jit(
-            self._stateless_prefill, donate_argnames="cache", keep_unused=True
+            self._stateless_prefill, donate_argnames="memory", keep_unused=True
         )
         self._compiled_prefill_more = jax.jit(
             self._stateless_prefill_more, donate_argnames="cache"
@@ -63,11 +63,14 @@ class JaxLoop(CompiledLoop):
             )
         )
 
-    def _prefill(self, token_ids, length):
-        check_same((token_ids, length))
+    def _prefill(self, token_ids, length, source):
+        check_same((token_ids, length, source))
         cache = self.new_cache(*token_ids.shape)
         weights = self._weights(self.rows_of_chunk(token_ids))
-        return self._compiled_prefill(weights, token_ids, length, cache)
+        memory = [x for x in jax.tree.leaves(cache) if x.size]
+        return self._compiled_prefill(
+            weights, token_ids, length, memory, source
+        )
 
     def _prefill_more(self, token_ids, length, cache, start):
         check_same((token_ids, length, start))
@@ -113,8 +116,13 @@ class JaxLoop(CompiledLoop):
         values = [x.value for x in self.variables]
         return values, packed_now(self.own_products, rows)
 
-    def _stateless_prefill(self, weights, token_ids, length, cache):
-        cache = sharded(jax.tree.map(jax.numpy.zeros_like, cache))
+    def _stateless_prefill(self, weights, token_ids, length, memory, source):
+        del memory
+        cache = sharded(self.empty_cache(*token_ids.shape))
+        values, _ = weights
+        mapping = list(zip(self.variables, values))
+        with keras.StatelessScope(state_mapping=mapping):
+            cache = self._read_source(token_ids, cache, source)
         return self._stateless_prefill_more(
             weights, token_ids, length, cache, 0
         )

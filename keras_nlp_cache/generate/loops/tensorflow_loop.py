@@ -51,6 +51,7 @@ class TensorFlowLoop(CompiledLoop):
             self.own_products = find_weights(lm)
         options = {"autograph": False, "jit_compile": bool(jit_compile)}
         self._compiled_prefill = tf.function(self._prefill_into, **options)
+        self._compiled_read_source = tf.function(self._read_source, **options)
         self._compiled_decode = tf.function(self._decode_into, **options)
         self._compiled_verify = tf.function(self._verify_into, **options)
 
@@ -60,16 +61,19 @@ class TensorFlowLoop(CompiledLoop):
             function.experimental_get_tracing_count()
             for function in (
                 self._compiled_prefill,
+                self._compiled_read_source,
                 self._compiled_decode,
                 self._compiled_verify,
             )
         )
 
-    def _prefill(self, token_ids, length):
+    def _prefill(self, token_ids, length, source):
         cache = self.new_cache(*token_ids.shape)
         with outside_of_strategies():
             for variable in tree.flatten(cache):
                 variable.assign(tf.zeros_like(variable))
+        if source:
+            cache = self._read_source_into(token_ids, cache, source)
         return self._prefill_more(token_ids, length, cache, np.int32(0))
 
     def _prefill_more(self, token_ids, length, cache, start):
@@ -82,6 +86,24 @@ class TensorFlowLoop(CompiledLoop):
             tf.constant(start),
         )
         return cache
+
+    def _read_source_into(self, token_ids, variables, source):
+        """`_read_source()`, with variables of the length of what was read."""
+        cache = _call(
+            self._compiled_read_source,
+            tf.constant(token_ids),
+            variables,
+            tree.map_structure(tf.convert_to_tensor, source),
+        )
+
+        def moved(variable, x):
+            if variable.shape != x.shape:
+                return tf.Variable(x)
+            variable.assign(x)
+            return variable
+
+        with outside_of_strategies():
+            return tree.map_structure(moved, variables, cache)
 
     def put_row(self, cache, row, row_cache):
         with outside_of_strategies():
@@ -118,6 +140,10 @@ class TensorFlowLoop(CompiledLoop):
         # One by one: beside a cache of tensors, there would be two.
         with outside_of_strategies():
             return tf.Variable(tf.zeros(shape, dtype))
+
+    def _read_source(self, token_ids, variables, source):
+        cache = tree.map_structure(tf.convert_to_tensor, variables)
+        return super()._read_source(token_ids, cache, source)
 
     def _prefill_into(self, packed, variables, token_ids, length, start):
         cache = tree.map_structure(tf.convert_to_tensor, variables)

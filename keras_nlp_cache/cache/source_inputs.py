@@ -1,0 +1,68 @@
+"""What the layers of a graph need of its encoder, computed once.
+
+The encoder's part of a graph ends where `EncoderOutput` begins. What was
+returned there in an earlier call can be given, or is in the cache: then there
+is nothing for the encoder to read, and its layers are not called.
+"""
+
+import keras
+from keras import ops
+
+from keras_nlp_cache.cache.masks import additive
+from keras_nlp_cache.cache.shared_inputs import Weightless
+
+
+@keras.saving.register_keras_serializable("keras_nlp_cache")
+class EncoderOutput(keras.layers.Layer):
+    """Where the encoder ends, and decoder blocks begin to read.
+
+    Call arguments:
+        x: Tensor `(B, S, source_dim)`, what the encoder returned now. `None` if
+            it was not called.
+        given: Optional tensor `(B, S, source_dim)`, what it returned before.
+
+    Returns:
+        What there is of the two, `None` if there is nothing to read.
+    """
+
+    called_on_nothing = True
+
+    def __init__(self, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+
+    def call(self, x, given=None):
+        return x if given is None else given
+
+    def compute_output_spec(self, x, given=None):
+        return keras.KerasTensor(x.shape, dtype=x.dtype)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return layer_call
+
+
+class SourceMask(Weightless):
+    """What each token may attend to of what the encoder returned.
+
+    Call arguments:
+        source: Optional tensor `(B, S, source_dim)`, if it is read now.
+        padding_mask: Optional tensor `(B, S)`, 0 for padding.
+        key: Optional, what is kept of the keys of the first layer that
+            attends to it.
+
+    Returns:
+        float32, `(B, 1, 1, S)`, to be added to the attention logits. `None`
+        without a cache: upstream's code has a mask of its own.
+    """
+
+    def call(self, source, padding_mask=None, key=None):
+        if key is None:
+            return None
+        if source is None:
+            return key.mask
+        if padding_mask is None:
+            batch, length = ops.shape(source)[:2]
+            return ops.zeros((batch, 1, 1, length), "float32")
+        return additive(padding_mask)[:, None, None, :]
+
+    def compute_output_spec(self, source, padding_mask=None, key=None):
+        return keras.KerasTensor((None, 1, 1, source.shape[1]), "float32")

@@ -1,0 +1,218 @@
+"""The task that generates from what an encoder has read."""
+
+import keras_hub
+from keras import ops
+
+from keras_nlp_cache.generate.causal_lm import CausalLM
+
+
+class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
+    """Base of the tasks that generate from what an encoder has read.
+
+    A drop-in replacement for `keras_hub.models.Seq2SeqLM`. The encoder runs
+    once, in the prefill. What decoder blocks read of it is then in the cache,
+    with its padding mask, and a decode step is `call_with_cache()` as for any
+    other model.
+
+    Args:
+        backbone: An `EncoderDecoderBackbone` of this package.
+        preprocessor: A `keras_hub.models.Seq2SeqLMPreprocessor`, or `None` to
+            pass token ids instead of strings.
+
+    Example:
+    ```python
+    backbone = BartBackbone(
+        vocabulary_size=100, num_layers=2, num_heads=4, hidden_dim=32,
+        intermediate_dim=64, max_sequence_length=32,
+    )
+    lm = BartSeq2SeqLM(backbone, preprocessor=None)
+    lm.compile(sampler="greedy")
+    prompt = {
+        "encoder_token_ids": np.array([[5, 6, 7]]),
+        "encoder_padding_mask": np.array([[1, 1, 1]]),
+        "decoder_token_ids": np.array([[1, 2, 0, 0, 0, 0]]),
+        "decoder_padding_mask": np.array([[1, 1, 0, 0, 0, 0]]),
+    }
+    lm.generate(prompt, stop_token_ids=None)
+
+    # The first call with a cache has something to read, the others find it
+    # there.
+    cache = lm.backbone.make_cache(batch_size=1, max_length=8)
+    logits, _, cache = lm.call_with_cache(
+        [[1, 2]], cache, 0, encoder_token_ids=[[5, 6, 7]]
+    )
+    logits, _, cache = lm.call_with_cache([[3]], cache, 2)
+    ```
+    """
+
+    def run_backbone(self, token_ids, cache, cache_update_index, **inputs):
+        outputs, cache = super().run_backbone(
+            token_ids, cache, cache_update_index, **inputs
+        )
+        return outputs["decoder_sequence_output"], cache
+
+    # === Upstream's methods ===
+
+    def call_encoder(self, token_ids, padding_mask):
+        """Upstream's method: what the encoder returns, `(B, S, hidden_dim)`."""
+        return self.backbone.encode(token_ids, padding_mask)
+
+    def call_decoder_with_cache(
+        self,
+        encoder_hidden_states,
+        encoder_padding_mask,
+        decoder_token_ids,
+        self_attention_cache=None,
+        self_attention_cache_update_index=None,
+        cross_attention_cache=None,
+        cross_attention_cache_update_index=None,
+    ):
+        """Upstream's method, with its arguments and its results.
+
+        Args:
+            encoder_hidden_states: `(B, S, hidden_dim)`, from `call_encoder()`.
+            encoder_padding_mask: `(B, S)`, 0 for padding.
+            decoder_token_ids: int `(B, T)`.
+            self_attention_cache: Tuple of `(key, value)` pairs, one for each
+                decoder block, from `_initialize_cache()` or an earlier call.
+            self_attention_cache_update_index: int, the slot of the first token.
+            cross_attention_cache: Another one.
+            cross_attention_cache_update_index: 0 for the decoder to read what
+                the encoder returned, or `None` if it has.
+
+        Returns:
+            `(logits, hidden_states, self_attention_cache,
+            cross_attention_cache)`.
+        """
+        source = {}
+        if cross_attention_cache_update_index is not None:
+            source = {
+                "encoder_sequence": encoder_hidden_states,
+                "encoder_padding_mask": encoder_padding_mask,
+            }
+        logits, hidden_states, cache = self.call_with_cache(
+            decoder_token_ids,
+            self._joined(self_attention_cache, cross_attention_cache),
+            self_attention_cache_update_index,
+            **source,
+        )
+        return logits, hidden_states, *self._split(cache)
+
+    def _initialize_cache(self, encoder_token_ids, decoder_token_ids):
+        batch_size, max_length = ops.shape(decoder_token_ids)
+        return self._split(self.backbone.make_cache(batch_size, max_length))
+
+    def _build_cache(
+        self, encoder_token_ids, encoder_padding_mask, decoder_token_ids
+    ):
+        source = self.call_encoder(encoder_token_ids, encoder_padding_mask)
+        caches = self._initialize_cache(encoder_token_ids, decoder_token_ids)
+        _, hidden_states, *caches = self.call_decoder_with_cache(
+            source,
+            encoder_padding_mask,
+            decoder_token_ids,
+            self_attention_cache=caches[0],
+            self_attention_cache_update_index=0,
+            cross_attention_cache=caches[1],
+            cross_attention_cache_update_index=0,
+        )
+        return hidden_states, source, *caches
+
+    def _split(self, cache):
+        """The entries of the text, and those of what the encoder returned."""
+        pairs = list(zip(cache, self.backbone.cache_encoded, strict=True))
+        return tuple(
+            tuple(pair for pair, is_encoded in pairs if is_encoded == wanted)
+            for wanted in (False, True)
+        )
+
+    def _joined(self, text, encoded):
+        """One cache of both."""
+        for name, cache in (
+            ("self_attention_cache", text),
+            ("cross_attention_cache", encoded),
+        ):
+            if not isinstance(cache, (tuple, list)):
+                raise ValueError(
+                    f"Expected `{name}` to be a tuple of (key, value) pairs, "
+                    "from `_initialize_cache()` or an earlier call. Received: "
+                    f"{type(cache).__name__}. One array for all blocks is how "
+                    "tasks of keras_hub stack their caches."
+                )
+        sides = iter(text), iter(encoded)
+        return tuple(next(sides[x]) for x in self.backbone.cache_encoded)
+
+    def _has_loop(self):
+        return super()._has_loop() and not self.overridden(
+            "call_encoder", "call_decoder_with_cache", "_initialize_cache"
+        )
+
+    # === Generating ===
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        **further,
+    ):
+        """Generates text from what the encoder reads, and after a prompt.
+
+        Upstream's method, with its arguments and its results.
+
+        Args:
+            inputs: As for `keras_hub.models.Seq2SeqLM.generate()`: strings for
+                the encoder, or dictionaries of `encoder_text` and
+                `decoder_text`. Without a preprocessor, a dictionary of token
+                ids and padding masks.
+            max_length: As for `keras_hub.models.Seq2SeqLM.generate()`, of what
+                the decoder reads and generates.
+            stop_token_ids: As for `CausalLM.generate()`.
+            strip_prompt: bool. Only `False`, since upstream's knows no other.
+            **further: None. What `CausalLM.generate()` takes beyond these is
+                for models without an encoder.
+
+        Raises:
+            ValueError: If prompts have no tokens, if there is nothing for the
+                encoder to read, if ids are not in the vocabulary, or if there
+                is a further argument.
+        """
+        if strip_prompt or further:
+            given = sorted(further) + ["strip_prompt"] * bool(strip_prompt)
+            raise ValueError(
+                "Expected `inputs`, `max_length` and `stop_token_ids`, which "
+                "is what a model with an encoder takes. Received also: "
+                f"{', '.join(given)}."
+            )
+        # Upstream's preprocessors cut what is too long.
+        return super().generate(
+            inputs,
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            truncation="right",
+        )
+
+    def generate_many(self, *args, **kwargs):
+        self._refuse("generate_many()")
+
+    def start_session(self, path=None):
+        self._refuse("start_session()")
+
+    def stream(self, *args, **kwargs):
+        self._refuse("stream()")
+
+    def chat(self, *args, **kwargs):
+        self._refuse("chat()")
+
+    def stream_chat(self, *args, **kwargs):
+        self._refuse("stream_chat()")
+
+    def score(self, *args, **kwargs):
+        self._refuse("score()")
+
+    def _refuse(self, method):
+        raise ValueError(
+            f"Expected a model without an encoder for `{method}`. Received: a "
+            f"`{type(self).__name__}`. Call `generate()`."
+        )

@@ -1,0 +1,168 @@
+"""A backbone whose decoder reads what its encoder returns."""
+
+import keras
+
+from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.graph.constructed import learned_positions
+from keras_nlp_cache.graph.roles import ENCODER_DECODER
+from keras_nlp_cache.graph.source_inputs import check_remembered
+from keras_nlp_cache.graph.source_inputs import normalize_source
+
+
+class EncoderDecoderBackbone(CachedBackbone):
+    """Base of backbones with an encoder: one graph, of which parts can run.
+
+    Three calls are possible, by what is passed:
+
+    - with `"encoder_token_ids"`, all of the graph runs,
+    - with `"encoder_sequence"` in their place, only the decoder does,
+    - with neither, and with a cache of an earlier call, only the decoder does,
+      and reads of the encoder what is in the cache.
+
+    A cache has entries for both attention layers of each decoder block. Those
+    of what the encoder returned are written by a call that is given that, in
+    its length, and are only read after.
+
+    Attributes:
+        encoder_blocks_name: Name of the attribute that lists the blocks of the
+            encoder.
+
+    Call arguments:
+        inputs: A dictionary. Only `"decoder_token_ids"` is always required.
+            Beyond what `CachedBackbone` takes, where `"decoder_token_ids"` and
+            `"decoder_padding_mask"` are the text:
+
+            - `"encoder_token_ids"`: int, `(B, S)`.
+            - `"encoder_padding_mask"`: bool or int, `(B, S)`, 0 for padding.
+              Goes with one of the others. Defaults to no padding.
+            - `"encoder_sequence"`: `(B, S, hidden_dim)`, what `encode()`
+              returns.
+
+    Returns:
+        As upstream, a dictionary of `"encoder_sequence_output"` and
+        `"decoder_sequence_output"`. With a cache, a pair of that and the
+        updated cache. What was not computed is `None`.
+
+    Example:
+    ```python
+    backbone = BartBackbone(
+        vocabulary_size=100, num_layers=2, num_heads=4, hidden_dim=32,
+        intermediate_dim=64, max_sequence_length=32,
+    )
+    cache = backbone.make_cache(batch_size=1, max_length=8)
+    outputs, cache = backbone({
+        "encoder_token_ids": [[5, 6, 7]],
+        "decoder_token_ids": [[1, 2]],
+        "cache": cache,
+        "cache_update_index": 0,
+    })
+    outputs, cache = backbone({
+        "decoder_token_ids": [[3]], "cache": cache, "cache_update_index": 2,
+    })
+    outputs["decoder_sequence_output"]  # (1, 1, 32)
+    ```
+    """
+
+    roles = ENCODER_DECODER
+    encoder_blocks_name = "encoder_transformer_layers"
+    blocks_name = "decoder_transformer_layers"
+
+    @property
+    def encoder_blocks(self):
+        """The blocks of the encoder, in the order in which they are called."""
+        return getattr(self, self.encoder_blocks_name)
+
+    def encode(self, token_ids, padding_mask=None):
+        """Runs the encoder alone.
+
+        Args:
+            token_ids: int `(B, S)`.
+            padding_mask: Optional `(B, S)`, 0 for padding.
+
+        Returns:
+            Tensor `(B, S, hidden_dim)`, to be passed as `"encoder_sequence"`.
+        """
+        roles = self.roles
+        given = {roles.source_ids: token_ids, roles.source_mask: padding_mask}
+        given = normalize_source(given, roles, None, self._source)
+        inputs = dict.fromkeys(self._inputs_struct)
+        inputs["cache"] = ((None, None),) * len(self.cache_spec)
+        outputs, *_ = self._run_through_graph({**inputs, **given})
+        return outputs["encoder_sequence_output"]
+
+    # === How the graph is made ===
+
+    def _output_of_encoder(self, outputs):
+        return outputs["encoder_sequence_output"]
+
+    def _of_the_text(self, layers):
+        encoder = keras.Function(
+            self._source_inputs_of(self._source), self._source
+        )
+        return [x for x in layers if x not in encoder.operations]
+
+    @staticmethod
+    def _source_inputs_of(tensor):
+        """The symbolic inputs that a tensor comes of."""
+        found, tensors = [], [tensor]
+        while tensors:
+            x = tensors.pop()
+            history = x._keras_history
+            node = history.operation._inbound_nodes[history.node_index]
+            if node.is_input and not any(x is y for y in found):
+                found.append(x)
+            tensors.extend(node.input_tensors)
+        return found
+
+    def _set_graph(self, *args, **kwargs):
+        super()._set_graph(*args, **kwargs)
+        # Looked for once: they are asked for in every call.
+        self._max_positions, self._max_source_positions = (
+            learned_positions(
+                x.layer for x in self.sites if x.in_encoder == in_encoder
+            )
+            for in_encoder in (False, True)
+        )
+
+    def _set_blocks(self, wiring):
+        super()._set_blocks(wiring)
+        setattr(self, self.encoder_blocks_name, list(wiring.encoder_blocks))
+
+    # === How it is called ===
+
+    def _normalize(self, inputs):
+        roles = self.roles
+        if not isinstance(inputs, dict):
+            return super()._normalize(inputs)  # Which explains it.
+        text = {k: x for k, x in inputs.items() if k not in roles.of_source}
+        text = super()._normalize(text)
+        source = normalize_source(
+            {name: inputs.get(name) for name in roles.of_source},
+            roles,
+            text[roles.token_ids].shape[0],
+            self._source,
+            self._max_source_positions,
+        )
+        check_remembered(text["cache"], source, roles)
+        return {**text, **source}
+
+    @property
+    def max_positions(self):
+        return self._max_positions
+
+    def _output_spec(self, inputs, x):
+        if not isinstance(x, dict):
+            return super()._output_spec(inputs, x)
+        roles = self.roles
+        source = inputs[roles.source]
+        if source is None:
+            source = inputs[roles.source_ids]
+        return {
+            "encoder_sequence_output": keras.KerasTensor(
+                (*source.shape[:2], self._source.shape[-1]),
+                dtype=x["encoder_sequence_output"].dtype,
+            ),
+            "decoder_sequence_output": super()._output_spec(
+                inputs, x["decoder_sequence_output"]
+            ),
+        }

@@ -1,0 +1,136 @@
+"""Checks and completes what a user passes for an encoder, or in its place."""
+
+import keras
+from keras import ops
+
+from keras_nlp_cache.cache.policies.encoded import is_encoded
+from keras_nlp_cache.graph.inputs import as_tensor
+from keras_nlp_cache.graph.inputs import check_shape
+
+
+def normalize_source(inputs, roles, batch, source, max_positions=None):
+    """Completes the inputs that are of an encoder, as tensors.
+
+    Args:
+        inputs: Dictionary with the names that `roles` has for them, of what was
+            passed, or `None`.
+        roles: `Roles`.
+        batch: Optional int. The rows of the text.
+        source: Symbolic tensor like what the encoder returns.
+        max_positions: Optional int. How many positions the encoder has.
+
+    Returns:
+        The dictionary, with tensors. All are `None` if there is nothing to
+        read.
+
+    Raises:
+        ValueError: If a shape does not fit the model or the text, if there are
+            both token ids and what an encoder made of some, or if there is a
+            padding mask of neither.
+    """
+    token_ids, mask, sequence = map(inputs.get, roles.of_source)
+    none = dict.fromkeys(roles.of_source)
+    if token_ids is None and sequence is None:
+        if mask is not None:
+            raise ValueError(
+                f"Expected `{roles.source_mask}` with `{roles.source_ids}` or "
+                f"`{roles.source}`, of which it says what is padding. Received "
+                "neither of them. What is in a cache is there with its padding "
+                "mask."
+            )
+        return none
+    if token_ids is not None and sequence is not None:
+        raise ValueError(
+            f"Expected `{roles.source_ids}`, for the encoder to read, or "
+            f"`{roles.source}`, which it returned before. Received both."
+        )
+    if token_ids is not None:
+        name = roles.source_ids
+        given = as_tensor(name, token_ids, "int32", kinds="iuf")
+        check_shape(name, given, batch=batch, encoder_length=None)
+    else:
+        name = roles.source
+        given = as_tensor(name, sequence, source.dtype, kinds="f")
+        check_shape(
+            name,
+            given,
+            batch=batch,
+            encoder_length=None,
+            hidden_dim=source.shape[-1],
+        )
+    length = given.shape[1]
+    if length == 0:
+        raise ValueError(
+            f"Expected `{name}` to hold at least one token per row. Received "
+            f"shape: {tuple(given.shape)}."
+        )
+    if max_positions is not None and isinstance(length, int):
+        if length > max_positions:
+            raise ValueError(
+                f"Expected `{name}` to have at most the {max_positions} "
+                "positions that the encoder learned (`max_sequence_length`). "
+                f"Received shape: {tuple(given.shape)}."
+            )
+    if mask is not None:
+        mask = as_tensor(roles.source_mask, mask, "int32")
+        check_shape(
+            roles.source_mask,
+            mask,
+            batch=given.shape[0],
+            encoder_length=length,
+        )
+    elif not isinstance(given, keras.KerasTensor):
+        mask = ops.ones(ops.shape(given)[:2], "int32")
+    return {**none, name: given, roles.source_mask: mask}
+
+
+def check_remembered(cache, source, roles):
+    """Raises a `ValueError` if there is nothing to read, or something else.
+
+    Args:
+        cache: Pairs of what is kept, or of `None`.
+        source: What `normalize_source()` returned.
+        roles: `Roles`.
+    """
+    given = source[roles.source_ids]
+    name = roles.source_ids
+    if given is None:
+        given, name = source[roles.source], roles.source
+    wanted = f"`{roles.source_ids}` or `{roles.source}`"
+    if cache[0][0] is None:
+        if given is None:
+            raise ValueError(
+                f"Expected {wanted}, what the decoder is to read. Received "
+                "neither of them, and no cache."
+            )
+        return
+    lengths = {
+        kept.length for pair in cache for kept in pair if is_encoded(kept)
+    }
+    if len(lengths) > 1:
+        raise ValueError(
+            "Expected all entries of `cache` to be of one text that an encoder "
+            f"has read. Received entries of the lengths {sorted(lengths)}."
+        )
+    (length,) = lengths or {0}
+    if given is None and length == 0:
+        raise ValueError(
+            f"Expected {wanted} in the first call with a `cache`, for what the "
+            "decoder reads to be written there. Received a cache of shape "
+            f"{_shape(cache)} for that, and nothing to read."
+        )
+    if given is not None and length not in (0, given.shape[1]):
+        raise ValueError(
+            f"Expected `{name}` of the length that `cache` has for what the "
+            f"encoder read, {length}. Received shape: {tuple(given.shape)}. "
+            "Begin another text with a new cache, of `make_cache()`."
+        )
+
+
+def _shape(cache):
+    return next(
+        tuple(keras.tree.flatten(kept.stored)[0].shape)
+        for pair in cache
+        for kept in pair
+        if is_encoded(kept)
+    )
