@@ -202,6 +202,9 @@ class TorchAccess(LoopAccess):
 
     def put(self, kept, update, where):
         update = ops.cast(update, kept.dtype)
+        if kept.shape[0] > 1 and kept.stride(0) == 0:
+            # Beams of one prompt, which a sampler repeats without a copy.
+            kept = kept.clone()
         return write_with_torch(kept, update, where)
 
     def attention(self, cache, length):
