@@ -28,8 +28,6 @@ _REASONS = {
     "Qwen3_5": _STATE,
     "Qwen3_5Moe": _STATE,
     "RWKV7": _STATE,
-    "T5": _CROSS,
-    "T5Gemma": _CROSS,
     "T5Gemma2": _CROSS,
 }
 

@@ -350,7 +350,11 @@ class DecoderBlock(Specialized):
         """Raises a `ValueError` if the block was built for another size."""
         shapes = self.get_build_config() or {}
         shapes = shapes.get("shapes_dict", shapes)
-        for shape in shapes.values():
+        for name, shape in shapes.items():
+            if name.startswith("encoder"):
+                continue
+            while shape and isinstance(shape[0], (tuple, list)):
+                shape = shape[0]  # Of a pair that it takes.
             if shape is not None and shape[-1] != x.shape[-1]:
                 raise ValueError(
                     f"Expected decoder block {self.name!r}, which was built "

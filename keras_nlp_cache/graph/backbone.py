@@ -138,7 +138,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
 
     blocks_name = "transformer_layers"
 
-    def __init__(self, *, inputs, outputs, **kwargs):
+    def __init__(self, inputs, outputs, **kwargs):
         if not self.blocks:
             raise ValueError(
                 "Expected a backbone of at least one decoder block. Received: "

@@ -40,6 +40,10 @@ from keras_nlp_cache.models.qwen_moe import QwenMoeBackbone
 from keras_nlp_cache.models.qwen_moe import QwenMoeCausalLM
 from keras_nlp_cache.models.smollm3 import SmolLM3Backbone
 from keras_nlp_cache.models.smollm3 import SmolLM3CausalLM
+from keras_nlp_cache.models.t5 import T5Backbone
+from keras_nlp_cache.models.t5 import T5Seq2SeqLM
+from keras_nlp_cache.models.t5gemma import T5GemmaBackbone
+from keras_nlp_cache.models.t5gemma import T5GemmaSeq2SeqLM
 
 __all__ = [
     "BartBackbone",
@@ -82,4 +86,8 @@ __all__ = [
     "Seq2SeqLM",
     "SmolLM3Backbone",
     "SmolLM3CausalLM",
+    "T5Backbone",
+    "T5GemmaBackbone",
+    "T5GemmaSeq2SeqLM",
+    "T5Seq2SeqLM",
 ]
