@@ -90,9 +90,11 @@ class DecoderBlock(Specialized):
             if name in inspect.signature(cls.call).parameters:
                 cls.source_argument = name
 
-        @functools.wraps(upstream.build)
+        given = vars(cls).get("build", upstream.build)
+
+        @functools.wraps(given)
         def build(self, *args, **kwargs):
-            upstream.build(self, *args, **kwargs)
+            given(self, *args, **kwargs)
             self.on_specialized()
 
         cls.build = build
@@ -194,6 +196,20 @@ class DecoderBlock(Specialized):
             (x, source), *args = args
             args, kwargs = (x, *args), {**kwargs, self.source_argument: source}
         return args, kwargs
+
+    def build_on(self, x, source=None):
+        """Builds the block for what it is going to be called on.
+
+        Args:
+            x: Tensor `(B, T, hidden_dim)`.
+            source: Optional tensor, what an encoder returned.
+        """
+        if self.packs_source:
+            self.build((x.shape, source.shape))
+        elif source is not None and _takes_several(self.build):
+            self.build(x.shape, source.shape)
+        else:
+            self.build(x.shape)
 
     def __call__(self, *args, **kwargs):
         args, kwargs = self.arranged(args, kwargs)
@@ -388,6 +404,10 @@ _ATTENTION_ACROSS = (
     "cross_attention",
     "cross_attn",
 )
+
+
+def _takes_several(build):
+    return len(inspect.signature(build).parameters) > 1
 
 
 def _spec(x):

@@ -39,6 +39,9 @@ class EncoderOutput(keras.layers.Layer):
     def rematerialized_call(self, layer_call, *args, **kwargs):
         return layer_call
 
+    def get_config(self):
+        return super().get_config()
+
 
 class SourceMask(Weightless):
     """What each token may attend to of what the encoder returned.

@@ -49,7 +49,7 @@ class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
         outputs, cache = super().run_backbone(
             token_ids, cache, cache_update_index, **inputs
         )
-        return outputs["decoder_sequence_output"], cache
+        return self.backbone.hidden_states_of(outputs), cache
 
     # === Upstream's methods ===
 

@@ -209,6 +209,11 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         """The layer that turns hidden states into logits."""
         return self.token_embedding
 
+    @staticmethod
+    def hidden_states_of(outputs):
+        """What becomes of the text, of what is returned without a cache."""
+        return outputs
+
     def new_wiring(self, graph=None):
         """A `Wiring` for a graph with the inputs of this one.
 

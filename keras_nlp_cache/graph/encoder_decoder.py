@@ -90,6 +90,10 @@ class EncoderDecoderBackbone(CachedBackbone):
         outputs, *_ = self._run_through_graph({**inputs, **given})
         return outputs["encoder_sequence_output"]
 
+    @staticmethod
+    def hidden_states_of(outputs):
+        return outputs["decoder_sequence_output"]
+
     # === How the graph is made ===
 
     def _output_of_encoder(self, outputs):

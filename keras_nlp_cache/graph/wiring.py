@@ -181,19 +181,23 @@ class Wiring:
             What the block returns without a cache, symbolically.
         """
         args, kwargs = block.arranged(args, kwargs)
+        kwargs = self._of_signature(block, kwargs)
+        if not block.built:
+            completed = self._completed("decoder", block, kwargs)
+            block.build_on(
+                first_argument(args, kwargs),
+                completed.get(block.source_argument),
+            )
         layers = block.remembering()
         if not layers:
             with replaying(None):
                 return self.call_encoder_block(block, args, kwargs)
-        kwargs = self._of_signature(block, kwargs)
         if len(args) < 2 and block.padding_argument is not None:
             kwargs.setdefault(
                 block.padding_argument, self.inputs[self._roles.padding_mask]
             )
         if block.source_argument is not None:
             kwargs = self._completed("decoder", block, kwargs)
-        if not block.built:
-            block.build(first_argument(args, kwargs).shape)
         source = kwargs.get(block.source_argument)
         kwargs["entries"] = tuple(
             self._encoded_entry(layer, source)

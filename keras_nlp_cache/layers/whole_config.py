@@ -43,7 +43,8 @@ def with_arguments(config, layer, cls):
         elif hasattr(layer, name):
             value = getattr(layer, name)
             if name == "activation":
-                config[name] = keras.activations.serialize(value)
+                function = keras.activations.get(value)
+                config[name] = keras.activations.serialize(function)
             else:
                 config[name] = keras.saving.serialize_keras_object(value)
     return config

@@ -12,6 +12,8 @@ from keras_nlp_cache.cache.policies.encoded import is_encoded
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.seq_2_seq_lm import Seq2SeqLM
 from keras_nlp_cache.graph.encoder_decoder import EncoderDecoderBackbone
+from keras_nlp_cache.layers import block_call
+from keras_nlp_cache.layers import weight_paths
 
 
 @replaces(t5_transformer_layer.T5TransformerLayer)
@@ -24,8 +26,32 @@ class T5TransformerLayer(DecoderBlock, t5_transformer_layer.T5TransformerLayer):
 
     carries = ("position_bias",)
 
+    def build(self, hidden_states_shape):
+        """Builds the layers inside, which upstream's does when it is called."""
+        attention = [self.self_attention]
+        layers = [self.self_attention_layer_norm, self.layer_norm]
+        layers.append(self.input_projector)
+        if self.is_decoder:
+            attention.append(self.cross_attention)
+            layers.append(self.cross_attention_layer_norm)
+        if self.use_gated_activation:
+            layers.append(self.gate_projector)
+        for layer in layers:
+            layer.build(hidden_states_shape)
+        before = hidden_states_shape[:-1]
+        self.output_projector.build((*before, self.input_projector.units))
+        for layer in attention:
+            with weight_paths.scope(layer.name):
+                layer.query_projector.build(hidden_states_shape)
+                layer.key_projector.build(hidden_states_shape)
+                layer.value_projector.build(hidden_states_shape)
+                layer.output_projector.build((*before, layer.inner_dim))
+            layer.build(hidden_states_shape)
+        self.built = True
+
     def own_parts(self):
         parts = {
+            "feedforward": "output_projector",
             "attention": "self_attention_dropout",
             "attention.norm": "self_attention_layer_norm",
             "feedforward.norm": "layer_norm",
@@ -72,8 +98,12 @@ class T5MultiHeadAttention(
         x = super().heads(name, x)
         return ops.reshape(x, (*ops.shape(x)[:2], *self.key_value_shape))
 
-    def logits_bias(self, distance):
-        """Of how many positions each slot is behind each token."""
+    @property
+    def logits_bias(self):
+        # Of the first block, which hands it on to the others.
+        return self._bias_of if self.use_relative_attention_bias else None
+
+    def _bias_of(self, distance):
         buckets = self._relative_position_bucket(
             -distance,
             bidirectional=not self.is_decoder,
@@ -87,11 +117,19 @@ class T5MultiHeadAttention(
         bias = kwargs.get("position_bias")
         if is_encoded(cache.key):
             output, entry = self.attend_across(x, cache)
-        else:
-            if bias is None and self.use_relative_attention_bias:
-                bias = self.logits_bias(cache.distance)
-            output, entry = self.attend_through(x, cache, bias)
+            return (output, bias, None), entry
+        if bias is None and self.logits_bias is not None:
+            bias = self.logits_bias(cache.distance)
+        output, entry = self.attend_through(x, cache, bias)
+        if block_call.entry_of(self) is None and "position_bias" in kwargs:
+            # Blocks of upstream's code follow, which find the mask there.
+            bias = cache.mask if bias is None else bias + cache.mask
         return (output, bias, None), entry
+
+    def _all_at_once(self, x, mask=None, position_bias=None, **kwargs):
+        if position_bias is not None:
+            mask = ops.ones((1, *ops.shape(position_bias)[2:]), "bool")
+        return super()._all_at_once(x, mask, kwargs.get("cache"))
 
     def returned(self, output):
         return output, None, None

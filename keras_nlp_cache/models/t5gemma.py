@@ -11,6 +11,7 @@ from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 from keras_nlp_cache.blocks.encoder_block import EncoderBlock
 from keras_nlp_cache.cache.masks import additive
+from keras_nlp_cache.cache.masks import MASKED
 from keras_nlp_cache.cache.policies.encoded import is_encoded
 from keras_nlp_cache.cache.slots import slot_distance
 from keras_nlp_cache.cache.slots import slots
@@ -25,7 +26,7 @@ class T5GemmaAttention(CachedAttention, t5gemma_attention.T5GemmaAttention):
 
     dropout_of_weights = "dropout_layer"
     returns_cache = True
-    # Upstream's blocks keep it to themselves, and a backbone passes it on.
+    # Upstream's blocks keep it to themselves, and ours pass it on.
     window = None
 
     @property
@@ -34,6 +35,10 @@ class T5GemmaAttention(CachedAttention, t5gemma_attention.T5GemmaAttention):
 
     def rotary(self):
         return getattr(self, "rotary_embedding", None)
+
+    def _all_at_once(self, x, attention_mask, **kwargs):
+        # Upstream's is added to the logits.
+        return super()._all_at_once(x, attention_mask[:, 0] > MASKED, **kwargs)
 
     def answer(self, x, cache, kwargs):
         if is_encoded(cache.key):
@@ -47,6 +52,12 @@ class T5GemmaDecoderLayer(DecoderBlock, t5gemma_decoder.T5GemmaDecoderLayer):
 
     own_arguments = ("entries", "source")
     packs_source = True
+
+    def on_specialized(self):
+        super().on_specialized()
+        if self.layer_type == "sliding_attention":
+            # Upstream counts the positions before the query's own.
+            self.self_attn.window = self.sliding_window + 1
 
     def own_parts(self):
         return {
@@ -132,9 +143,8 @@ class T5GemmaBackbone(keras_hub.models.T5GemmaBackbone, EncoderDecoderBackbone):
     def mend(self):
         for block in self.blocks:
             if block.layer_type == "sliding_attention":
-                block.self_attn.window = block.sliding_window
-                # Upstream counts the positions before the query's own.
                 block.sliding_window -= 1
+                block.self_attn.window -= 1
 
 
 @replaces(keras_hub.models.T5GemmaSeq2SeqLM)

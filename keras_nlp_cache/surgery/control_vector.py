@@ -171,6 +171,7 @@ class ControlVector:
         strength=1.0,
         name="control_vector",
         generated_only=False,
+        side="decoder",
     ):
         """Steers a model. See `keras_nlp_cache.surgery.apply()`.
 
@@ -180,7 +181,7 @@ class ControlVector:
         steered = vector.apply(lm, strength=0.5)
         ```
         """
-        return apply(model, self, strength, name, generated_only)
+        return apply(model, self, strength, name, generated_only, side)
 
     # === Arithmetic ===
 
@@ -386,6 +387,7 @@ def apply(
     strength=1.0,
     name="control_vector",
     generated_only=False,
+    side="decoder",
 ):
     """Adds a control vector to the hidden states of a model.
 
@@ -404,6 +406,8 @@ def apply(
             the backbone, the optional input `generated`, int `(B, T)`, is 1 at
             these tokens; without it nothing is steered, so that `score()` and
             a call of the task give what `model` gives.
+        side: `"decoder"`, or `"encoder"` for the directions to be of the blocks
+            of an encoder, which `generated_only` does not go with.
 
     Returns:
         A model of the same class with one layer more, which is called after
@@ -416,7 +420,7 @@ def apply(
     Raises:
         ValueError: If the vector is not made for a model of this depth and
             hidden size, or `strength` is not a finite number or a sequence of
-            these.
+            these, or there is no such `side`.
 
     Example:
     ```python
@@ -439,15 +443,16 @@ def apply(
             f"of {type(vector).__module__}.{type(vector).__name__}."
         )
     rows = _rows(strength)
-    depth, last = len(backbone.blocks), max(vector.directions)
+    blocks = _blocks(backbone, side, generated_only)
+    depth, last = len(blocks), max(vector.directions)
     if last >= depth:
         raise ValueError(
             "Expected a control vector for at most the "
-            f"{depth} decoder blocks of {model.name!r}. Received one with a "
+            f"{depth} {side} blocks of {model.name!r}. Received one with a "
             f"direction for block {last}, counted from 0. Train it with this "
             "model."
         )
-    hidden_dim = _hidden_dim(backbone)
+    hidden_dim = blocks[0].shape[-1]
     if vector.hidden_dim != hidden_dim:
         raise ValueError(
             f"Expected directions of the hidden size of {model.name!r}, "
@@ -476,9 +481,9 @@ def apply(
 
     def call(site, *args, **kwargs):
         x = site.layer(*args, **kwargs)
-        if site.block in vector.directions:
+        if site in blocks and blocks.index(site) in vector.directions:
             generated = active_wiring().generated if generated_only else None
-            x = layer(x, block=site.block, generated=generated)
+            x = layer(x, block=blocks.index(site), generated=generated)
         return x
 
     return rewire_sites(model, call)
@@ -521,9 +526,29 @@ def _unused_name(backbone, name):
     return unused
 
 
-def _hidden_dim(backbone):
-    (shape, *_) = [x.shape for x in backbone.sites if x.block is not None]
-    return shape[-1]
+def _blocks(backbone, side, generated_only):
+    """The calls of the blocks of a side, in order.
+
+    Raises:
+        ValueError: If there are none, or none that generate and are to.
+    """
+    attributes = {"decoder": "block", "encoder": "encoder_block"}
+    blocks = [
+        site
+        for site in backbone.sites
+        if getattr(site, attributes.get(side, ""), None) is not None
+    ]
+    if not blocks:
+        raise ValueError(
+            'Expected `side` to be "decoder", or "encoder" for a model that '
+            f"has one. Received: {side!r}, for a {type(backbone).__name__!r}."
+        )
+    if generated_only and side == "encoder":
+        raise ValueError(
+            "Expected `generated_only=False` for the encoder, which generates "
+            "nothing. Received: generated_only=True."
+        )
+    return blocks
 
 
 # What transformers, and `repeng` with it, calls the families that are called

@@ -164,12 +164,13 @@ def remove(model, where):
 
 
 def keep_blocks(model, where):
-    """Removes all decoder blocks but some.
+    """Removes all decoder blocks but some, or all of the encoder.
 
     Args:
         model: A backbone or a `CausalLM` of this package. It is left as it is.
         where: Which blocks to keep. See `select()`. `slice(0, 12)` exits after
             the first twelve, `slice(None, None, 2)` prunes every other one.
+            With `"encoder.*[02468]"`, the decoder stays as it is.
 
     Returns:
         A model of the same class. The final norm stays in its place.
@@ -179,11 +180,14 @@ def keep_blocks(model, where):
     early_exit = surgery.keep_blocks(backbone, slice(0, 1))
     ```
     """
-    kept = select_blocks(model, where)
+    kept = select_blocks(model, where, of_encoder=True)
+    sides = {site.encoder_block is None for site in kept}
     others = [
         site
         for site in backbone_of(model).sites
-        if site.block is not None and site not in kept
+        if site.is_block
+        and (site.encoder_block is None) in sides
+        and site not in kept
     ]
     if not others:
         return rewire_sites(model, Site.__call__)
@@ -191,7 +195,7 @@ def keep_blocks(model, where):
 
 
 def repeat_blocks(model, where, times=2):
-    """Runs decoder blocks several times (depth up-scaling).
+    """Runs blocks several times (depth up-scaling).
 
     Blocks that follow each other are repeated as a run: of four blocks,
     `slice(1, 3)` gives 0, 1, 2, 1, 2, 3. Every call has its own cache and
@@ -207,8 +211,8 @@ def repeat_blocks(model, where, times=2):
         A model of the same class.
 
     Raises:
-        ValueError: If something else than decoder blocks is selected, or
-            `times` is not a positive integer.
+        ValueError: If something else than blocks is selected, or `times` is not
+            a positive integer.
 
     Example:
     ```python
@@ -224,8 +228,8 @@ def repeat_blocks(model, where, times=2):
             f"Expected `times` to be a positive integer. Received: {times!r}."
         )
     runs = []
-    for site in select_blocks(model, where):
-        if runs and runs[-1][-1].block == site.block - 1:
+    for site in select_blocks(model, where, of_encoder=True):
+        if runs and _follows(site, runs[-1][-1]):
             runs[-1].append(site)
         else:
             runs.append([site])
@@ -239,6 +243,13 @@ def repeat_blocks(model, where, times=2):
         return x
 
     return rewire_sites(model, call)
+
+
+def _follows(site, before):
+    """Whether the call of a block comes right after that of another."""
+    if site.encoder_block is None:
+        return before.block is not None and before.block == site.block - 1
+    return before.encoder_block == site.encoder_block - 1
 
 
 def tap(model, where):

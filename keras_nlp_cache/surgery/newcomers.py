@@ -51,7 +51,10 @@ class Newcomers:
         # Keras explains two new layers of one name.
         if named and not layer._inbound_nodes:
             return layer
-        if conflicts(layer, self._paths):
+        # What is not built yet cannot be copied. Its weights, if it has some
+        # already, get other paths when the model is made.
+        built = getattr(layer, "built", True)
+        if built and conflicts(layer, self._paths):
             return copy(layer, self._unused(layer.name))
         if not named:
             return layer

@@ -44,7 +44,8 @@ class Positionwise:
 def check_positionwise(edited, original):
     """Checks what an edit inserted.
 
-    Decoder blocks, which have a cache, are passed over. Inserted layers run on
+    Decoder blocks, which have a cache, are passed over, and so is all that is
+    in an encoder, which sees a text at once. Inserted layers run on
     random weights, since those they have may be zeros that hide what they do.
 
     Args:
@@ -59,7 +60,9 @@ def check_positionwise(edited, original):
     inserted = [
         site
         for site in sites
-        if id(site.layer) not in known and site.block is None
+        if id(site.layer) not in known
+        and site.block is None
+        and not site.in_encoder
     ]
     if all(_is_positionwise(site.layer) for site in inserted):
         return
@@ -432,13 +435,14 @@ def _run(model, token_ids, noise, positions, kept):
 
     def call(site, *args, **kwargs):
         nonlocal count, noise
-        if site.block is None and not isinstance(site.layer, Positionwise):
+        if not site.is_block and not isinstance(site.layer, Positionwise):
             x = site.layer(*args, **kwargs)
         else:
             x = first_argument(args, kwargs)
         if noise is not None and tuple(x.shape) == tuple(noise.shape):
-            x = x + ops.cast(noise, x.dtype)
-            noise = None
+            if not site.in_encoder:
+                x = x + ops.cast(noise, x.dtype)
+                noise = None
         if count in kept:
             results[count] = x
         count += 1
@@ -446,9 +450,18 @@ def _run(model, token_ids, noise, positions, kept):
 
     inputs = dict.fromkeys(model._inputs_struct)
     inputs["cache"] = [None] * len(model.cache_spec) * 2
-    inputs["token_ids"] = ops.convert_to_tensor(token_ids, dtype="int32")
+    roles = model.roles
+    inputs[roles.token_ids] = ops.convert_to_tensor(token_ids, dtype="int32")
+    if roles.source_ids is not None:
+        ones = ops.ones((len(positions), 2), "int32")
+        inputs |= {roles.source_ids: ones, roles.source_mask: ones}
+        # No call is left out, for those that are counted.
+        inputs[roles.padding_mask] = ops.ones(positions.shape, "int32")
     positions = ops.convert_to_tensor(positions, dtype="int32")
     x, taps = model.replay(inputs, positions, call)
+    x = model.hidden_states_of(x)
+    of_encoder = {site.name for site in model.sites if site.in_encoder}
+    taps = {k: x if k in of_encoder else y for k, y in taps.items()}
     for output in (x, *taps.values()):
         if count in kept:
             results[count] = output

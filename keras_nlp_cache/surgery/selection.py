@@ -22,6 +22,9 @@ def select(model, where):
             - a layer: all calls of that layer,
             - a string: layers of that name, which may be a pattern with `*`,
               `?` and `[...]`,
+            - a string such as `"decoder.-1"` or `"encoder.3"`: blocks of the
+              decoder or, in models that have one, of the encoder, by their
+              place, or a pattern such as `"encoder.*"`,
             - a string such as `"block.*.attention"` or `"block.-1.residual"`:
               parts inside decoder blocks, by the index of the block (or its
               name) and the name of the part; see below,
@@ -51,10 +54,10 @@ def select(model, where):
 
     Returns:
         A tuple of `Site`s and `Part`s, in the order in which the graph calls
-        them. A `Site` has a `layer`, a `name`, and for a decoder block the
-        index `block` of its cache. A layer that is called twice has two sites,
-        the second named with a number at its end. A `Part` has a `name`, a
-        `layer`, and the `site` of its block.
+        them. A `Site` has a `layer`, a `name`, and for a decoder block its
+        index `block`, for one of an encoder `encoder_block`. A layer that is
+        called twice has two sites, the second named with a number at its end. A
+        `Part` has a `name`, a `layer`, and the `site` of its block.
 
     Raises:
         ValueError: If nothing is selected, or `where` is none of the above.
@@ -84,11 +87,17 @@ def select(model, where):
     return chosen
 
 
-def select_blocks(model, where):
-    """Like `select()`, but only decoder blocks may be selected."""
+def select_blocks(model, where, of_encoder=False):
+    """Like `select()`, but only decoder blocks may be selected.
+
+    Args:
+        model: As for `select()`.
+        where: As for `select()`.
+        of_encoder: bool. Whether those of an encoder may be, too.
+    """
     sites = select(model, where)
     for site in sites:
-        if site.block is None:
+        if site.block is None and not (of_encoder and site.is_block):
             raise ValueError(
                 "Expected `where` to select decoder blocks only. Received: "
                 f"{where!r}, which selects {site.name!r} of type "
@@ -110,13 +119,30 @@ def _matcher(sites, where):
         return lambda x: any(matches(x) for matches in matchers)
     if isinstance(where, str):
         parts = set(matching(sites, where))
+        blocks = set(_places(sites, where))
         return lambda x: (
             x in parts
             if isinstance(x, Part)
-            else fnmatch.fnmatchcase(x.layer.name, where) or x.name == where
+            else x in blocks
+            or fnmatch.fnmatchcase(x.layer.name, where)
+            or x.name == where
         )
     matches = _site_matcher(sites, where)
     return lambda x: isinstance(x, Site) and matches(x)
+
+
+def _places(sites, pattern):
+    """The blocks that a pattern such as `"encoder.-1"` names."""
+    for side, attribute in (
+        ("decoder", "block"),
+        ("encoder", "encoder_block"),
+    ):
+        blocks = [x for x in sites if getattr(x, attribute) is not None]
+        for site in blocks:
+            place = getattr(site, attribute)
+            names = f"{side}.{place}", f"{side}.{place - len(blocks)}"
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                yield site
 
 
 def _site_matcher(sites, where):
