@@ -8,6 +8,7 @@ all of them on the few that differ most: see `every_family`, `deep_families` and
 import dataclasses
 import functools
 import os
+import typing
 import zlib
 
 import keras
@@ -59,11 +60,13 @@ class Family:
         name: Shown in the names of tests.
         prefix: What the names of its classes begin with.
         config: Arguments of its backbone, as a tuple of items.
+        kind: What the names of its tasks end with.
     """
 
     name: str
     prefix: str
     config: tuple
+    kind: typing.ClassVar[str] = "CausalLM"
 
     @property
     def decodes_wrong(self):
@@ -93,12 +96,16 @@ class Family:
 
     def task(self, backbone, preprocessor=None, **kwargs):
         """One of our tasks. Upstream does not order arguments in all alike."""
-        cls = self.ours("CausalLM")
+        cls = self.ours(self.kind)
         return cls(backbone=backbone, preprocessor=preprocessor, **kwargs)
 
     def upstream_task(self, backbone, preprocessor=None):
-        cls = self.upstream("CausalLM")
+        cls = self.upstream(self.kind)
         return cls(backbone=backbone, preprocessor=preprocessor)
+
+    def inputs(self, token_ids, padding_mask):
+        """What a backbone is called with to read a text."""
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
 
     def backbone(self, **kwargs):
         """One of our backbones, with weights that make attention matter."""
@@ -144,9 +151,47 @@ class Family:
         return lm
 
     def preprocessor(self, sequence_length=16):
-        return self.upstream("CausalLMPreprocessor")(
+        return self.upstream(f"{self.kind}Preprocessor")(
             self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
             sequence_length=sequence_length,
+        )
+
+
+class EncoderDecoder(Family):
+    """A family whose decoder reads what its encoder returns."""
+
+    kind = "Seq2SeqLM"
+
+    def inputs(self, token_ids, padding_mask):
+        """What a backbone is called with, and the same for every encoder.
+
+        For a batch of two, of which the encoder reads seven tokens and five.
+        """
+        return {
+            **SOURCE,
+            "decoder_token_ids": token_ids,
+            "decoder_padding_mask": padding_mask,
+        }
+
+    def backbone(self, **kwargs):
+        backbone = super().backbone(**kwargs)
+        # For what is generated not to be one token over and over.
+        for weight in backbone.weights:
+            if weight.name in ("beta", "bias"):
+                weight.assign(weight - 1)
+            elif "token_embedding" in weight.path:
+                weight.assign(0.15 * weight)
+            elif "position_embedding" in weight.path:
+                weight.assign(4 * weight)
+            elif "cross_attention" in weight.path and "output" in weight.path:
+                weight.assign(0.3 * weight)
+        return backbone
+
+    def preprocessor(self, sequence_length=16):
+        return self.upstream(f"{self.kind}Preprocessor")(
+            self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
+            encoder_sequence_length=sequence_length,
+            decoder_sequence_length=sequence_length,
         )
 
 
@@ -154,8 +199,8 @@ def _without_none(x):
     return {name: value for name, value in x.items() if value is not None}
 
 
-def _family(name, prefix, config, **kwargs):
-    return Family(name, prefix, tuple(dict(config, **kwargs).items()))
+def _family(name, prefix, config, cls=None, **kwargs):
+    return (cls or Family)(name, prefix, tuple(dict(config, **kwargs).items()))
 
 
 FAMILIES = (
@@ -252,7 +297,39 @@ FAMILIES += (
     ),
 )
 
+_GEMMA_SIDE = dict(
+    hidden_dim=32,
+    intermediate_dim=48,
+    num_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    layer_types=["sliding_attention", "full_attention"],
+)
+ENCODER_DECODERS = (
+    _family("bart", "Bart", _GPT2, cls=EncoderDecoder),
+    _family("t5", "T5", dict(_HEADS, dropout=0.0), cls=EncoderDecoder),
+    _family(
+        "t5gemma",
+        "T5Gemma",
+        dict(vocabulary_size=VOCABULARY_SIZE),
+        cls=EncoderDecoder,
+        **{f"encoder_{name}": x for name, x in _GEMMA_SIDE.items()},
+        # Wider than its encoder.
+        **{
+            f"decoder_{name}": x
+            for name, x in dict(_GEMMA_SIDE, hidden_dim=40).items()
+        },
+        # Beyond, upstream's see one position more.
+        sliding_window=64,
+        query_pre_attn_scalar=8.0,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=10.0,
+    ),
+)
+
 if PATCHED:
+    ENCODER_DECODERS = ()
     # Those that the patches cover.
     FAMILIES = tuple(
         x for x in FAMILIES if x.prefix in ("GPT2", "Gemma", "Llama", "Llama3")
@@ -304,6 +381,14 @@ def _taking_turns(families, **counts):
 every_family = pytest.mark.parametrize(
     "family", [_with_name(x) for x in FAMILIES]
 )
+# For what defines a family whether it has an encoder or not.
+any_family = pytest.mark.parametrize(
+    "family", [_with_name(x) for x in (*FAMILIES, *ENCODER_DECODERS)]
+)
+# For what only they have.
+every_encoder_decoder = pytest.mark.parametrize(
+    "family", [_with_name(x) for x in ENCODER_DECODERS]
+)
 # For what comes of upstream's code and of the lines that a family has, and not
 # of a backend: all on PyTorch, which compiles nothing, and elsewhere one of
 # each kind in turn. The deep ones, and:
@@ -312,15 +397,12 @@ every_family = pytest.mark.parametrize(
 # gpt_neo_x: one projection for all, branches side by side.
 # bloom: biases of the logits.
 _KINDS = {x.name for x in DEEP} | {"mixtral", "gpt_oss", "gpt_neo_x", "bloom"}
-each_kind = _taking_turns(
-    [
-        x
-        for x in FAMILIES
-        if x.name in _KINDS or keras.config.backend() == "torch"
-    ],
-    jax=4,
-    tensorflow=2,
-)
+_EACH_KIND = [
+    x for x in FAMILIES if x.name in _KINDS or keras.config.backend() == "torch"
+]
+each_kind = _taking_turns(_EACH_KIND, jax=4, tensorflow=2)
+# The same, and with an encoder.
+any_kind = _taking_turns([*_EACH_KIND, *ENCODER_DECODERS], jax=5, tensorflow=3)
 # For what code does that does not ask which family it serves.
 deep_families = _taking_turns(DEEP, jax=2, tensorflow=1)
 # For the suites that go deepest: compositions of edits, files, quantization,
@@ -407,6 +489,13 @@ def padding_mask(lengths, total):
 
 def to_numpy(x):
     return ops.convert_to_numpy(ops.cast(x, "float32"))
+
+
+# What encoders read.
+SOURCE = {
+    "encoder_token_ids": random_tokens(2, 7, seed=1),
+    "encoder_padding_mask": padding_mask([7, 5], 7),
+}
 
 
 @functools.lru_cache(maxsize=32)

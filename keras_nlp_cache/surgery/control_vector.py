@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.blocks.replaying import active_wiring
-from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.drop_in import replacements
 from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.surgery import vector_files
 from keras_nlp_cache.surgery.positionwise import Positionwise
@@ -579,9 +579,7 @@ def _letters(hint):
 def _model_hint(backbone):
     """The family in the words of transformers, where Llama 3 is a Llama."""
     *_, family = (
-        cls
-        for cls in type(backbone).__mro__
-        if issubclass(cls, CachedBackbone) and cls is not CachedBackbone
+        cls for cls in type(backbone).__mro__ if cls in replacements()
     )
     name = family.__name__.removesuffix("Backbone").lower()
     return _WORDS.get(name, name)

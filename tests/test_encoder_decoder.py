@@ -1,0 +1,611 @@
+"""A decoder reads what an encoder returned: once, and from its cache then."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+from keras import ops
+
+import keras_nlp_cache
+from keras_nlp_cache import surgery
+from tests.families import compiled
+from tests.families import ENCODER_DECODERS
+from tests.families import every_encoder_decoder
+from tests.families import examples
+from tests.families import on_one_backend
+from tests.families import padding_mask
+from tests.families import random_tokens
+from tests.families import SOURCE
+from tests.families import to_numpy
+from tests.families import XLA
+
+LENGTH = 16
+TOKENS = random_tokens(2, 8)
+GIVEN = [2, 5]
+PROMPTS = {
+    **SOURCE,
+    "decoder_token_ids": random_tokens(2, LENGTH) * padding_mask(GIVEN, LENGTH),
+    "decoder_padding_mask": padding_mask(GIVEN, LENGTH),
+}
+
+
+def full_forward(backbone, token_ids=TOKENS, **source):
+    """What becomes of the text without a cache, `(B, T, hidden_dim)`."""
+    outputs = backbone({"decoder_token_ids": token_ids, **(source or SOURCE)})
+    if isinstance(outputs, tuple):
+        outputs, _ = outputs  # Taps come last.
+    return to_numpy(outputs["decoder_sequence_output"])
+
+
+def cached_forward(
+    backbone, sizes=(5, 1, 2), token_ids=TOKENS, call=None, **source
+):
+    """The same through a cache, of which only the first call reads a source."""
+    cache, index, found = backbone.make_cache(*token_ids.shape), 0, []
+    for size in sizes:
+        inputs = {
+            "decoder_token_ids": token_ids[:, index : index + size],
+            "cache": cache,
+            "cache_update_index": index,
+        }
+        if index == 0:
+            inputs |= source or SOURCE
+        outputs, cache, *_ = (call or backbone)(inputs)
+        assert (outputs["encoder_sequence_output"] is None) == (index > 0)
+        found.append(to_numpy(outputs["decoder_sequence_output"]))
+        index += size
+    return np.concatenate(found, axis=1)
+
+
+def assert_sound(backbone):
+    """The graph is the same with its cache. Returns what it returns."""
+    full = full_forward(backbone)
+    np.testing.assert_allclose(
+        cached_forward(backbone), full, atol=1e-4, rtol=1e-3
+    )
+    return full
+
+
+def assert_greedy_after(prompts, generated, lm):
+    """Each token that was generated is the likeliest after those before it."""
+    token_ids = generated["decoder_token_ids"]
+    given = prompts["decoder_padding_mask"] == 1
+    np.testing.assert_array_equal(
+        token_ids[given], prompts["decoder_token_ids"][given]
+    )
+    logits = lm(
+        {
+            **prompts,
+            "decoder_token_ids": token_ids,
+            "decoder_padding_mask": np.ones_like(token_ids),
+        }
+    )
+    likeliest = to_numpy(logits).argmax(axis=-1)
+    np.testing.assert_array_equal(
+        token_ids[:, 1:][~given[:, 1:]], likeliest[:, :-1][~given[:, 1:]]
+    )
+
+
+# === The graph ===
+
+
+@every_encoder_decoder
+@settings(max_examples=examples(8), deadline=None)
+@given(sizes=st.sampled_from([(8,), (5, 1, 2), (1, 4, 3), (1,) * 8]))
+def test_prefill_and_steps(family, sizes):
+    backbone, _ = family.pair
+    full = full_forward(backbone)
+    call = compiled(backbone)
+    np.testing.assert_allclose(
+        cached_forward(backbone, sizes, call=call), full, atol=1e-4, rtol=1e-4
+    )
+    # What it reads and where it stands matters.
+    other = SOURCE | {"encoder_token_ids": SOURCE["encoder_token_ids"] + 1}
+    assert np.abs(full_forward(backbone, **other) - full).max() > 1e-2
+
+
+@every_encoder_decoder
+def test_the_decoder_alone(family):
+    backbone, _ = family.pair
+    full = full_forward(backbone)
+    source = backbone.encode(*SOURCE.values())
+    whole = backbone(family.inputs(TOKENS, np.ones_like(TOKENS)))
+    np.testing.assert_array_equal(
+        to_numpy(source), to_numpy(whole["encoder_sequence_output"])
+    )
+    given = {
+        "encoder_sequence": source,
+        "encoder_padding_mask": SOURCE["encoder_padding_mask"],
+    }
+    alone = full_forward(backbone, **given)
+    np.testing.assert_allclose(alone, full, atol=1e-5, rtol=1e-5)
+    cached = cached_forward(backbone, **given)
+    np.testing.assert_allclose(cached, full, atol=1e-4, rtol=1e-4)
+
+
+@every_encoder_decoder
+def test_entries_across_are_written_once(family):
+    backbone, _ = family.pair
+    cache = backbone.make_cache(2, LENGTH)
+    assert len(cache) == 2 * len(backbone.blocks)
+    inputs = {"decoder_token_ids": TOKENS[:, :3], "cache_update_index": 0}
+    _, read = backbone({**inputs, **SOURCE, "cache": cache})
+    inputs = {"decoder_token_ids": TOKENS[:, 3:4], "cache_update_index": 3}
+    _, after = backbone({**inputs, "cache": read})
+    across = 0
+    for empty, before, now in zip(cache, read, after):
+        for x, y, z in zip(empty, before, now):
+            if hasattr(x, "mask"):
+                across += 1
+                # In the length of what was read, and not of the text.
+                assert (x.length, y.length) == (0, 7)
+                np.testing.assert_array_equal(
+                    to_numpy(y.stored), to_numpy(z.stored)
+                )
+            else:
+                assert x.shape[2] == LENGTH
+                assert np.abs(to_numpy(y) - to_numpy(z)).max() > 1e-3
+    assert across == 2 * len(backbone.blocks)
+
+
+@every_encoder_decoder
+def test_rows_stand_at_places_of_their_own(family):
+    backbone, _ = family.pair
+    _, cache = backbone(
+        {
+            **SOURCE,
+            "decoder_token_ids": TOKENS,
+            "cache": backbone.make_cache(2, LENGTH),
+            "cache_update_index": 0,
+        }
+    )
+    index = np.array([3, 6])
+    outputs, _ = backbone(
+        {
+            "decoder_token_ids": TOKENS[[0, 1], index][:, None],
+            "cache": cache,
+            "cache_update_index": index,
+        }
+    )
+    np.testing.assert_allclose(
+        to_numpy(outputs["decoder_sequence_output"])[:, 0],
+        full_forward(backbone)[[0, 1], index],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_windows():
+    """Upstream's see one position more, which parity is for."""
+    family = ENCODER_DECODERS[-1]
+    config = dict(family.config)
+    narrow = family.backbone(sliding_window=3)
+    full = assert_sound(narrow)
+    # It sees less than a window that is longer than the text.
+    wide = family.ours("Backbone")(**config)
+    wide.set_weights(narrow.get_weights())
+    assert np.abs(full_forward(wide) - full).max() > 1e-2
+    cache = narrow.make_cache(2, 512, policy="rotating")
+    shapes = [x.stored.shape[2] for x, _ in cache if hasattr(x, "stored")]
+    assert max(shapes) < 512
+
+
+@every_encoder_decoder
+def test_eight_bits(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy", cache_policy="int8")
+    cache = lm.backbone.make_cache(2, LENGTH, policy="int8")
+    hidden_states, cache = lm.run_backbone(TOKENS, cache, 0, **SOURCE)
+    full = full_forward(lm.backbone)
+    error = np.abs(to_numpy(hidden_states) - full).max()
+    assert 0 < error < 0.2 * np.abs(full).max()
+
+
+# === Generating ===
+
+
+@every_encoder_decoder
+def test_greedy(family):
+    lm, upstream = family.lm_pair
+    for x in (lm, upstream):
+        x.compile(sampler="greedy", **XLA)
+    generated = lm.generate(PROMPTS, stop_token_ids=None)
+    expected = upstream.generate(PROMPTS, stop_token_ids=None)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(generated[name], ops.convert_to_numpy(x))
+    # A model that says one thing over and over would say little.
+    for row, start in zip(generated["decoder_token_ids"], GIVEN):
+        assert len(np.unique(row[start:])) > 2
+    assert_greedy_after(PROMPTS, generated, lm)
+    # Rows together are what they are alone.
+    for row in range(2):
+        alone = {name: x[row : row + 1] for name, x in PROMPTS.items()}
+        np.testing.assert_array_equal(
+            lm.generate(alone, stop_token_ids=None)["decoder_token_ids"][0],
+            generated["decoder_token_ids"][row],
+        )
+    # They end with a stop token each.
+    stop = int(generated["decoder_token_ids"][0, 6])
+    ended, expected = (
+        x.generate(PROMPTS, stop_token_ids=[stop]) for x in (lm, upstream)
+    )
+    mask = ops.convert_to_numpy(expected["decoder_padding_mask"])
+    np.testing.assert_array_equal(ended["decoder_padding_mask"], mask)
+    np.testing.assert_array_equal(
+        ended["decoder_token_ids"][mask],
+        ops.convert_to_numpy(expected["decoder_token_ids"])[mask],
+    )
+
+
+@every_encoder_decoder
+def test_beams(family):
+    lm, upstream = family.lm_pair
+    # Upstream's T5Gemma does not repeat what was read for each beam.
+    rows = 1 if family.prefix == "T5Gemma" else 2
+    prompts = {name: x[:rows] for name, x in PROMPTS.items()}
+    for x in (lm, upstream):
+        x.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2), **XLA)
+    generated, expected = (
+        x.generate(prompts, stop_token_ids=None) for x in (lm, upstream)
+    )
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(generated["decoder_token_ids"]),
+        ops.convert_to_numpy(expected["decoder_token_ids"]),
+    )
+
+
+@every_encoder_decoder
+def test_text(family):
+    preprocessor = family.preprocessor()
+    size = preprocessor.tokenizer.vocabulary_size()
+    backbone = family.backbone(vocabulary_size=size)
+    lm = family.task(backbone, preprocessor)
+    upstream = family.upstream_task(
+        family.upstream_backbone(backbone, vocabulary_size=size), preprocessor
+    )
+    for x in (lm, upstream):
+        x.compile(sampler="greedy", **XLA)
+    for prompt in (
+        "the quick brown fox",
+        ["the quick brown fox", "airplane"],
+        {"encoder_text": "the capital", "decoder_text": "the fox"},
+        {
+            "encoder_text": ["the capital", "airplane at airport"],
+            "decoder_text": ["the", "the quick brown"],
+        },
+    ):
+        assert lm.generate(prompt) == upstream.generate(prompt)
+    assert lm.generate("the fox", max_length=9) == upstream.generate(
+        "the fox", max_length=9
+    )
+
+
+@every_encoder_decoder
+def test_the_encoder_runs_once(family, monkeypatch):
+    lm = family.task(family.backbone())
+    lm.compile(sampler="greedy", run_eagerly=True)
+    calls = []
+    for block in (*lm.backbone.encoder_blocks, *lm.backbone.blocks):
+        call = block.call
+
+        def counted(*args, call=call, name=block.name, **kwargs):
+            calls.append(name)
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(block, "call", counted)
+    lm.generate(PROMPTS, stop_token_ids=None)
+    for block in lm.backbone.encoder_blocks:
+        assert calls.count(block.name) == 1
+    # One step at least for each token of the row that is longer.
+    for block in lm.backbone.blocks:
+        assert calls.count(block.name) > LENGTH - max(GIVEN)
+
+
+@every_encoder_decoder
+def test_methods_of_upstream(family):
+    lm, upstream = family.lm_pair
+    _, *ours = lm._build_cache(*_arguments(family))
+    _, *theirs = upstream._build_cache(*_arguments(family))
+    logits = []
+    for x, state in ((lm, ours), (upstream, theirs)):
+        token = TOKENS[:, :1]
+        if family.prefix == "T5Gemma":
+            cache, (source, mask) = state
+            step = x.call_decoder_with_cache(
+                token, None, cache, 8, source, mask
+            )
+        else:
+            source, text, across = state
+            step = x.call_decoder_with_cache(
+                source,
+                SOURCE["encoder_padding_mask"],
+                token,
+                text,
+                8,
+                across,
+                None,
+            )
+        logits.append(to_numpy(step[0]))
+    np.testing.assert_allclose(*logits, atol=1e-4, rtol=1e-4)
+
+
+def _arguments(family):
+    token_ids = np.pad(TOKENS, ((0, 0), (0, 8)))
+    arguments = [*SOURCE.values(), token_ids]
+    if family.prefix == "T5Gemma":
+        arguments.append(np.ones_like(token_ids))
+    return [ops.convert_to_tensor(x) for x in arguments]
+
+
+@on_one_backend("what is called is recorded")
+@every_encoder_decoder
+def test_what_a_subclass_says_is_called(family):
+    called = []
+
+    class Mine(family.ours("Seq2SeqLM")):
+        def call_encoder(self, *args, **kwargs):
+            called.append("encoder")
+            return super().call_encoder(*args, **kwargs)
+
+        def call_decoder_with_cache(self, *args, **kwargs):
+            called.append("decoder")
+            return super().call_decoder_with_cache(*args, **kwargs)
+
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    expected = lm.generate(PROMPTS, stop_token_ids=None)
+    mine = Mine(backbone=lm.backbone, preprocessor=None)
+    mine.compile(sampler="greedy")
+    generated = mine.generate(PROMPTS, stop_token_ids=None)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(generated["decoder_token_ids"]),
+        expected["decoder_token_ids"],
+    )
+    assert called.count("encoder") == 1
+    assert called.count("decoder") > 8
+
+
+@every_encoder_decoder
+def test_training(family):
+    """One step of gradient descent is upstream's."""
+    ours = family.task(family.backbone())
+    theirs = family.upstream_task(family.upstream_backbone(ours.backbone))
+    inputs = family.inputs(TOKENS, padding_mask([8, 5], 8))
+    targets = random_tokens(2, 8, seed=2)
+    for lm in (ours, theirs):
+        lm.compile(
+            optimizer=keras.optimizers.SGD(0.1),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        lm.fit(inputs, targets, batch_size=2, epochs=1, verbose=0)
+    for x, y in zip(ours.weights, theirs.weights, strict=True):
+        np.testing.assert_allclose(
+            to_numpy(x.value), to_numpy(y.value), atol=1e-5, err_msg=x.path
+        )
+
+
+# === Surgery ===
+
+
+def dense(layer):
+    output = layer.output
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    return keras.layers.Dense(output.shape[-1])
+
+
+def mixing(layer):
+    """It looks at neighbours, which only an encoder may."""
+    output = layer.output
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    return keras.layers.Conv1D(output.shape[-1], 3, padding="same")
+
+
+def new(layer):
+    """A block like another one, with weights of its own."""
+    config = {**layer.get_config(), "name": f"new_{layer.name}"}
+    return type(layer).from_config(config)
+
+
+EDITS = {
+    "encoder, inserted": lambda m: surgery.insert_after(m, "encoder.*", dense),
+    "encoder, mixing": lambda m: surgery.insert_after(m, "encoder.-1", mixing),
+    "encoder, a block": lambda m: surgery.insert_after(m, "encoder.0", new),
+    "encoder, removed": lambda m: surgery.remove(m, "encoder.1"),
+    "encoder, repeated": lambda m: surgery.repeat_blocks(m, "encoder.*"),
+    "encoder, kept": lambda m: surgery.keep_blocks(m, "encoder.-2"),
+    "between": lambda m: surgery.insert_after(m, "encoder_output", dense),
+    "decoder, inserted": lambda m: surgery.insert_after(
+        m, ["decoder.-1", "block.0.residual"], keras.layers.Dense(_width(m))
+    ),
+    "decoder, a block": lambda m: surgery.replace(m, "decoder.1", new),
+    "decoder, removed": lambda m: surgery.remove(m, "decoder.0"),
+    "decoder, repeated": lambda m: surgery.repeat_blocks(m, slice(None)),
+    "decoder, heads": lambda m: surgery.ablate_heads(m, 0, [0, -1]),
+    "decoder, a sink": lambda m: surgery.add_attention_sink(m, 1, initial=1.0),
+    "both, tapped": lambda m: surgery.insert_before(
+        surgery.tap(m, ["encoder.0", "decoder.0", "block.1.attention.weights"]),
+        "decoder.0",
+        keras.layers.Dense(_width(m)),
+    ),
+}
+
+
+def _width(model):
+    (site, *_) = surgery.select(model, "decoder.0")
+    return site.shape[-1]
+
+
+@every_encoder_decoder
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits(family, edit, tmp_path):
+    backbone, _ = family.pair
+    before = full_forward(backbone)
+    edited = EDITS[edit](backbone)
+    after = assert_sound(edited)
+    assert np.abs(after - before).max() > 1e-3
+    np.testing.assert_array_equal(full_forward(backbone), before)
+    edited.save(tmp_path / "edited.keras")
+    loaded = keras_nlp_cache.load_model(tmp_path / "edited.keras")
+    np.testing.assert_allclose(full_forward(loaded), after, atol=1e-5)
+    assert len(loaded.encoder_blocks) == len(edited.encoder_blocks)
+    assert loaded.taps == edited.taps
+
+
+@every_encoder_decoder
+def test_edits_show_in_generation(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    before = lm.generate(PROMPTS, stop_token_ids=None)["decoder_token_ids"]
+    for where in ("encoder.0", "encoder_output", "decoder.1"):
+        edited = surgery.insert_after(lm, where, keras.layers.Rescaling(-3.0))
+        after = edited.generate(PROMPTS, stop_token_ids=None)
+        assert_greedy_after(PROMPTS, after, edited)
+        assert (after["decoder_token_ids"] != before).any(), where
+
+
+@on_one_backend("what a name means is looked at")
+@every_encoder_decoder
+def test_selection(family):
+    backbone, _ = family.pair
+    for side, blocks in (
+        ("encoder", backbone.encoder_blocks),
+        ("decoder", backbone.blocks),
+    ):
+        for place in (0, 1, -1, -2):
+            (site,) = surgery.select(backbone, f"{side}.{place}")
+            assert site.layer is blocks[place]
+            assert site.in_encoder == (side == "encoder")
+        found = surgery.select(backbone, f"{side}.*")
+        assert [x.layer for x in found] == blocks
+    with pytest.raises(ValueError, match="selects nothing"):
+        surgery.select(backbone, "encoder.2")
+
+
+def test_the_embeddings_of_the_encoder():
+    """Upstream's BART calls those of the decoder when it generates."""
+    lm, _ = ENCODER_DECODERS[0].lm_pair
+    lm.compile(sampler="greedy")
+    edited = surgery.insert_after(
+        lm, "encoder_embeddings_add", keras.layers.Dense(32)
+    )
+    generated = edited.generate(PROMPTS, stop_token_ids=None)
+    assert_greedy_after(PROMPTS, generated, edited)
+    before = lm.generate(PROMPTS, stop_token_ids=None)
+    assert (generated["decoder_token_ids"] != before["decoder_token_ids"]).any()
+
+
+@every_encoder_decoder
+@pytest.mark.parametrize("side", ("encoder", "decoder"))
+def test_control_vectors(family, side):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    (site, *_) = surgery.select(lm, f"{side}.1")
+    hint = family.prefix.lower()
+    direction = np.random.default_rng(0).normal(size=site.shape[-1])
+    vector = surgery.ControlVector({1: direction}, model_hint=hint)
+    steered = vector.apply(lm, strength=4.0, side=side)
+    before, after = map(full_forward, (lm.backbone, steered.backbone))
+    assert np.abs(after - before).max() > 1e-2
+    assert_sound(steered.backbone)
+    generated = steered.generate(PROMPTS, stop_token_ids=None)
+    assert_greedy_after(PROMPTS, generated, steered)
+    steered.backbone.get_layer("control_vector").strength.assign(0.0)
+    np.testing.assert_allclose(
+        full_forward(steered.backbone), before, atol=1e-5
+    )
+
+
+# === Bad input ===
+
+
+def bad_calls(backbone):
+    """Pairs of what a backbone refuses and how it says so."""
+    text = {"decoder_token_ids": TOKENS}
+    empty = {"cache": backbone.make_cache(2, 8), "cache_update_index": 0}
+    _, cache = backbone({**text, **SOURCE, **empty})
+    read = {"cache": cache, "cache_update_index": 0}
+    sequence = to_numpy(backbone.encode(*SOURCE.values()))
+    mask = SOURCE["encoder_padding_mask"]
+    ids = SOURCE["encoder_token_ids"]
+    yield text, "`encoder_token_ids` or `encoder_sequence`.*neither"
+    yield {**text, **empty}, r"first call with a `cache`.*, 0, .*nothing"
+    yield (
+        {**text, **SOURCE, "encoder_sequence": sequence},
+        "which it returned before. Received both",
+    )
+    yield (
+        {**text, "encoder_token_ids": ids[:1]},
+        r"`encoder_token_ids`.*batch=2.*\(1, 7\)",
+    )
+    yield (
+        {**text, "encoder_token_ids": ids[0]},
+        r"`encoder_token_ids` to have rank 2.*\(7,\)",
+    )
+    yield (
+        {**text, "encoder_sequence": sequence[:, :, :-1]},
+        r"`encoder_sequence`.*hidden_dim=32.*\(2, 7, 31\)",
+    )
+    yield (
+        {**text, "encoder_token_ids": ids, "encoder_padding_mask": mask[:, :6]},
+        r"`encoder_padding_mask`.*encoder_length=7.*\(2, 6\)",
+    )
+    yield (
+        {**text, **read, "encoder_token_ids": ids[:, :4]},
+        r"of the length that `cache` has.*, 7.*\(2, 4\)",
+    )
+    yield (
+        {**text, **read, "encoder_padding_mask": mask},
+        "`encoder_padding_mask` with .*neither",
+    )
+    yield (
+        {**text, "encoder_token_ids": np.zeros((2, 0))},
+        r"at least one token per row.*\(2, 0\)",
+    )
+    yield {**SOURCE}, "no 'decoder_token_ids'"
+    yield {**text, **SOURCE, "token_ids": TOKENS}, "unknown key: 'token_ids'"
+
+
+@every_encoder_decoder
+def test_bad_calls(family):
+    backbone, _ = family.pair
+    for inputs, message in bad_calls(backbone):
+        with pytest.raises(ValueError, match=message):
+            backbone(inputs)
+
+
+def test_positions_of_the_encoder():
+    backbone, _ = ENCODER_DECODERS[0].pair
+    with pytest.raises(ValueError, match=r"at most the 64 .*\(2, 65\)"):
+        backbone(
+            {
+                "decoder_token_ids": TOKENS,
+                "encoder_token_ids": random_tokens(2, 65),
+            }
+        )
+
+
+@every_encoder_decoder
+def test_bad_prompts(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    ids, mask = SOURCE.values()
+    for change, message in (
+        ({"encoder_token_ids": None}, "what the encoder is to read"),
+        ({"encoder_token_ids": ids[:1]}, r"batch of 2 prompts.*\(1, 7\)"),
+        ({"encoder_padding_mask": mask[:, :3]}, r"\(2, 7\) and \(2, 3\)"),
+        ({"encoder_padding_mask": 0 * mask}, "none in row 0"),
+        ({"encoder_token_ids": ids + 100}, "from 0 to 99, the vocabulary"),
+        ({"decoder_padding_mask": 0 * mask}, r"\(2, 16\) and \(2, 7\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm.generate({**PROMPTS, **change}, stop_token_ids=None)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        lm.generate(PROMPTS, stop_token_ids=None, max_new_tokens=3)
+    for method in ("stream", "chat", "generate_many", "score"):
+        with pytest.raises(ValueError, match="without an encoder"):
+            getattr(lm, method)("the fox")
+    with pytest.raises(ValueError, match="keras_hub stack their caches"):
+        lm._joined(np.zeros((2, 2, 2, 8, 4, 8)), ())
