@@ -1,5 +1,7 @@
 """A decoder reads what an encoder returned: once, and from its cache then."""
 
+import copy
+
 import keras
 import keras_hub
 import numpy as np
@@ -277,7 +279,10 @@ def test_text(family):
             "decoder_text": ["the", "the quick brown"],
         },
     ):
-        assert lm.generate(prompt) == upstream.generate(prompt)
+        before = copy.deepcopy(prompt)
+        generated = lm.generate(prompt)
+        assert prompt == before  # Which upstream's changes.
+        assert generated == upstream.generate(prompt)
     assert lm.generate("the fox", max_length=9) == upstream.generate(
         "the fox", max_length=9
     )

@@ -10,6 +10,7 @@ from tests.families import on_one_backend
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
+from tests.transformers_models import ENCODER_DECODERS
 from tests.transformers_models import FAMILIES
 from tests.transformers_models import MAX_LENGTH
 from tests.transformers_models import PROMPT_LENGTH
@@ -70,3 +71,38 @@ def test_greedy_generation(pair):
         stop_token_ids=None,
     )
     np.testing.assert_array_equal(output["token_ids"], theirs.greedy(TOKEN_IDS))
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoders(name, tmp_path):
+    theirs = ENCODER_DECODERS[name]
+    theirs.save(tmp_path)
+    lm = theirs.load(models, tmp_path)
+    source = random_tokens(2, PROMPT_LENGTH, seed=12)
+    mask = padding_mask([PROMPT_LENGTH, PROMPT_LENGTH - 7], PROMPT_LENGTH)
+    token_ids = TOKEN_IDS.copy()
+    token_ids[:, 0] = theirs.start
+    expected = theirs.logits(source, mask, token_ids)
+    inputs = {"encoder_token_ids": source, "encoder_padding_mask": mask}
+    full = compiled(lm)(
+        {
+            **inputs,
+            "decoder_token_ids": token_ids,
+            "decoder_padding_mask": np.ones_like(token_ids),
+        }
+    )
+    np.testing.assert_allclose(to_numpy(full), expected, **TOLERANCE)
+    # Longer than a window, as is what the encoder reads.
+    room = ((0, 0), (0, MAX_LENGTH - PROMPT_LENGTH))
+    lm.compile(sampler="greedy")
+    output = lm.generate(
+        {
+            **inputs,
+            "decoder_token_ids": np.pad(token_ids, room),
+            "decoder_padding_mask": np.pad(np.ones_like(token_ids), room),
+        },
+        stop_token_ids=None,
+    )
+    np.testing.assert_array_equal(
+        output["decoder_token_ids"], theirs.greedy(source, mask, token_ids)
+    )

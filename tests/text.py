@@ -15,7 +15,7 @@ CORPUS = (
 
 def tokenizer_arguments(prefix):
     """Constructor arguments of the tokenizer of a model family."""
-    if prefix in ("GPT2", "Llama3"):
+    if prefix in ("Bart", "GPT2", "Llama3"):
         return _byte_pair(prefix)
     return {"proto": _sentence_piece(prefix)}
 
@@ -25,6 +25,7 @@ def _byte_pair(prefix):
     merges = ["Ġ t", "h e", "Ġt he", "a i", "ai r", "Ġ a", "Ġa t", "p o"]
     pieces = ["!", "Ġ", *letters, *(x.replace(" ", "") for x in merges)]
     special = {
+        "Bart": ["<s>", "<pad>", "</s>", "<mask>"],
         "GPT2": ["<|endoftext|>"],
         "Llama3": [
             "<|begin_of_text|>",
@@ -41,17 +42,28 @@ def _byte_pair(prefix):
 @functools.cache
 def _sentence_piece(prefix):
     model = io.BytesIO()
+    gemma = dict(
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+    )
     special = {
-        "Gemma": dict(
+        "Gemma": gemma,
+        "T5": dict(
             pad_id=0,
             eos_id=1,
-            bos_id=2,
-            unk_id=3,
+            bos_id=-1,
+            unk_id=2,
             pad_piece="<pad>",
-            eos_piece="<eos>",
-            bos_piece="<bos>",
+            eos_piece="</s>",
             unk_piece="<unk>",
         ),
+        "T5Gemma": gemma,
         "Llama": dict(
             unk_id=0,
             bos_id=1,

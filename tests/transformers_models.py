@@ -7,7 +7,9 @@ share, and every kind of layer that a family has.
 
 import dataclasses
 import functools
+import json
 import pathlib
+import typing
 
 import numpy as np
 import safetensors.torch
@@ -37,12 +39,14 @@ class Family:
     config: transformers.PreTrainedConfig
     arguments: callable = None
     weights: callable = None
+    kind: typing.ClassVar[str] = "CausalLM"
+    auto_class: typing.ClassVar[type] = transformers.AutoModelForCausalLM
 
     @functools.cached_property
     def model(self):
         """The model, made once, with weights that make attention matter."""
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(self.config)
+        model = self.auto_class.from_config(self.config)
         with torch.no_grad():
             # Its six layers would round away what is compared.
             deep = self.config.model_type == "gemma3_text"
@@ -79,14 +83,18 @@ class Family:
             models: A module, `keras_nlp_cache.models` or `keras_hub.models`.
             folder: Where it was saved.
         """
-        task = getattr(models, f"{self.prefix}CausalLM")
+        task = getattr(models, f"{self.prefix}{self.kind}")
         if self.arguments is None:
             return task.from_preset(str(folder), preprocessor=None)
         backbone = getattr(models, f"{self.prefix}Backbone")(
             **self.arguments(self.config)
         )
         weights = self.model.state_dict()
-        unread = set(weights) - {"lm_head.weight"}
+        unread = set(weights) - {
+            "lm_head.weight",
+            "encoder.embed_tokens.weight",
+            "decoder.embed_tokens.weight",
+        }
 
         def read(name):
             unread.discard(name)
@@ -147,6 +155,92 @@ def _is_packed(name, config):
     return config.model_type == "gpt_oss" and name.endswith(
         ("gate_up_proj", "down_proj")
     )
+
+
+class EncoderDecoder(Family):
+    """A small model with an encoder, which reads a source."""
+
+    kind = "Seq2SeqLM"
+    auto_class = transformers.AutoModelForSeq2SeqLM
+    # With which transformers begins what it generates.
+    start = 2
+
+    def save(self, folder):
+        super().save(folder)
+        # keras_hub reads what transformers 5 does not write any more.
+        path = pathlib.Path(folder) / "config.json"
+        config = json.loads(path.read_text())
+        layers = config.get("encoder_layers")
+        if layers is not None:
+            path.write_text(json.dumps({**config, "num_hidden_layers": layers}))
+
+    def logits(self, source, source_mask, token_ids):
+        with torch.no_grad():
+            return self.model(
+                input_ids=torch.tensor(source).long(),
+                attention_mask=torch.tensor(source_mask).long(),
+                decoder_input_ids=torch.tensor(token_ids).long(),
+            ).logits.numpy()
+
+    def greedy(self, source, source_mask, token_ids):
+        return self.model.generate(
+            torch.tensor(source).long(),
+            attention_mask=torch.tensor(source_mask).long(),
+            decoder_input_ids=torch.tensor(token_ids).long(),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        ).numpy()
+
+
+def _t5_arguments(config):
+    return dict(
+        vocabulary_size=config.vocab_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        hidden_dim=config.d_model,
+        intermediate_dim=config.d_ff,
+        key_value_dim=config.d_kv,
+        dropout=0.0,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+    )
+
+
+def _t5_weights(backbone, read):
+    yield backbone.token_embedding.embeddings, read("shared.weight")
+    for side in ("encoder", "decoder"):
+        norm = getattr(backbone, f"{side}_layer_norm")
+        yield norm.weight, read(f"{side}.final_layer_norm.weight")
+        blocks = getattr(backbone, f"{side}_transformer_layers")
+        for i, block in enumerate(blocks):
+            name = f"{side}.block.{i}.layer"
+            branches = [("SelfAttention", "self_attention")]
+            if side == "decoder":
+                branches.append(("EncDecAttention", "cross_attention"))
+            for j, (theirs, ours) in enumerate(branches):
+                attention = getattr(block, ours)
+                for part in ("query", "key", "value", "output"):
+                    letter = "o" if part == "output" else part[0]
+                    yield from _linear(
+                        getattr(attention, f"{part}_projector"),
+                        read,
+                        f"{name}.{j}.{theirs}.{letter}",
+                    )
+                if attention.use_relative_attention_bias:
+                    bias = f"{name}.{j}.{theirs}.relative_attention_bias"
+                    yield (
+                        attention.relative_attention_bias,
+                        read(f"{bias}.weight"),
+                    )
+                norm = getattr(block, f"{ours}_layer_norm")
+                yield norm.weight, read(f"{name}.{j}.layer_norm.weight")
+            last = f"{name}.{len(branches)}"
+            yield block.layer_norm.weight, read(f"{last}.layer_norm.weight")
+            for layer, part in (
+                (block.input_projector, "wi_0"),
+                (block.gate_projector, "wi_1"),
+                (block.output_projector, "wo"),
+            ):
+                yield from _linear(layer, read, f"{last}.DenseReluDense.{part}")
 
 
 # Families without a converter. A linear layer of transformers has its outputs
@@ -657,6 +751,71 @@ FAMILIES = {
             # The fourth layer is the first that does not rotate.
             **dict(_LLAMA, num_hidden_layers=4),
             rope_parameters=_ROPE,
+        ),
+    ),
+}
+
+_T5GEMMA = dict(
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    sliding_window=WINDOW,
+    layer_types=["sliding_attention", "full_attention"],
+    query_pre_attn_scalar=12,
+    attn_logit_softcapping=5.0,
+    final_logit_softcapping=10.0,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+ENCODER_DECODERS = {
+    "bart": EncoderDecoder(
+        "Bart",
+        transformers.BartConfig(
+            **dict(_COMMON, pad_token_id=1),
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=64,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+        ),
+    ),
+    "t5": EncoderDecoder(
+        "T5",
+        transformers.T5Config(
+            **dict(_COMMON, pad_token_id=0),
+            d_model=32,
+            d_kv=12,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-relu",
+            layer_norm_epsilon=1e-3,
+            decoder_start_token_id=2,
+        ),
+        _t5_arguments,
+        _t5_weights,
+    ),
+    "t5gemma": EncoderDecoder(
+        "T5Gemma",
+        transformers.T5GemmaConfig(
+            encoder=_T5GEMMA,
+            decoder=dict(_T5GEMMA, hidden_size=40),
+            vocab_size=100,
+            attn_implementation="eager",
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=None,
         ),
     ),
 }

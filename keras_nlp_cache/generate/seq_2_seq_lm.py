@@ -185,9 +185,10 @@ class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
                 "is what a model with an encoder takes. Received also: "
                 f"{', '.join(given)}."
             )
-        # Upstream's preprocessors cut what is too long.
+        # Upstream writes into a dictionary. Its preprocessors cut what is too
+        # long.
         return super().generate(
-            inputs,
+            dict(inputs) if isinstance(inputs, dict) else inputs,
             max_length=max_length,
             stop_token_ids=stop_token_ids,
             truncation="right",
