@@ -219,8 +219,8 @@ def test_greedy(family):
     for name, x in expected.items():
         np.testing.assert_array_equal(generated[name], ops.convert_to_numpy(x))
     # A model that says one thing over and over would say little.
-    for row, start in zip(generated["decoder_token_ids"], GIVEN):
-        assert len(np.unique(row[start:])) > 2
+    is_new = PROMPTS["decoder_padding_mask"] == 0
+    assert len(np.unique(generated["decoder_token_ids"][is_new])) > 2
     assert_greedy_after(PROMPTS, generated, lm)
     # Rows together are what they are alone.
     for row in range(2):

@@ -220,12 +220,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         Args:
             graph: Optional `keras.Function`, whose inputs to take.
         """
-        return Wiring(
-            floating_policy(self.blocks[0]),
-            graph,
-            roles=self.roles,
-            source=self._source,
-        )
+        return Wiring(floating_policy(self.blocks[0]), graph)
 
     def _output_of_encoder(self, outputs):
         """What of upstream's outputs decoder blocks read, if they do."""
@@ -245,7 +240,6 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self._positions = wiring.positions
         self.cache_windows = tuple(wiring.windows)
-        self.cache_encoded = tuple(wiring.encoded)
         # Losses and metrics see the hidden states alone.
         self.output_names = self.output_names[:1]
 

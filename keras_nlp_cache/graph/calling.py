@@ -145,21 +145,15 @@ class CachedGraph:
         dtype = floating_dtype("dtype", dtype or self.compute_dtype)
         policy = policies.get(policy)
         policy.check(self)
-
-        def make(heads, dim, window, is_encoded):
-            if is_encoded:
-                shape = batch_size, heads, 0, dim
-                return policy.make_encoded(shape, dtype, zeros)
-            shape = batch_size, heads, max_length, dim
-            return policy.make(shape, dtype, window, zeros)
-
         return tuple(
-            tuple(make(*spec, window, is_encoded) for _ in range(2))
-            for spec, window, is_encoded in zip(
-                self.cache_spec,
-                self.cache_windows,
-                self.cache_encoded,
-                strict=True,
+            tuple(
+                policy.make(
+                    (batch_size, heads, max_length, dim), dtype, window, zeros
+                )
+                for _ in range(2)
+            )
+            for (heads, dim), window in zip(
+                self.cache_spec, self.cache_windows, strict=True
             )
         )
 

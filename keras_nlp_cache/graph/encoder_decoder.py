@@ -1,12 +1,18 @@
 """A backbone whose decoder reads what its encoder returns."""
 
 import keras
+from keras import ops
 
+from keras_nlp_cache.cache import policies
 from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.graph.calling import floating_dtype
+from keras_nlp_cache.graph.calling import plain_python
 from keras_nlp_cache.graph.constructed import learned_positions
+from keras_nlp_cache.graph.encoder_wiring import EncoderWiring
 from keras_nlp_cache.graph.roles import ENCODER_DECODER
 from keras_nlp_cache.graph.source_inputs import check_remembered
 from keras_nlp_cache.graph.source_inputs import normalize_source
+from keras_nlp_cache.quantization.quantizing import floating_policy
 
 
 class EncoderDecoderBackbone(CachedBackbone):
@@ -118,8 +124,14 @@ class EncoderDecoderBackbone(CachedBackbone):
             tensors.extend(node.input_tensors)
         return found
 
-    def _set_graph(self, *args, **kwargs):
-        super()._set_graph(*args, **kwargs)
+    def new_wiring(self, graph=None):
+        return EncoderWiring(
+            floating_policy(self.blocks[0]), graph, self.roles, self._source
+        )
+
+    def _set_graph(self, wiring, *args, **kwargs):
+        super()._set_graph(wiring, *args, **kwargs)
+        self.cache_encoded = tuple(wiring.encoded)
         # Looked for once: they are asked for in every call.
         self._max_positions, self._max_source_positions = (
             learned_positions(
@@ -133,6 +145,37 @@ class EncoderDecoderBackbone(CachedBackbone):
         setattr(self, self.encoder_blocks_name, list(wiring.encoder_blocks))
 
     # === How it is called ===
+
+    @plain_python
+    def make_cache(
+        self, batch_size, max_length, dtype=None, policy=None, zeros=ops.zeros
+    ):
+        """Makes an empty cache, as `CachedBackbone.make_cache()` does.
+
+        Entries of what the encoder returns have no length, until a call reads
+        some of that. `max_length` is of the text.
+        """
+        self.check_cache_size(batch_size, max_length)
+        dtype = floating_dtype("dtype", dtype or self.compute_dtype)
+        policy = policies.get(policy)
+        policy.check(self)
+
+        def make(heads, dim, window, is_encoded):
+            if is_encoded:
+                shape = batch_size, heads, 0, dim
+                return policy.make_encoded(shape, dtype, zeros)
+            shape = batch_size, heads, max_length, dim
+            return policy.make(shape, dtype, window, zeros)
+
+        return tuple(
+            tuple(make(*spec, window, is_encoded) for _ in range(2))
+            for spec, window, is_encoded in zip(
+                self.cache_spec,
+                self.cache_windows,
+                self.cache_encoded,
+                strict=True,
+            )
+        )
 
     def _normalize(self, inputs):
         roles = self.roles

@@ -6,7 +6,6 @@ pair of outputs. Who builds the graph sees blocks that take and return what
 upstream's do.
 """
 
-import collections
 import functools
 import inspect
 
@@ -16,13 +15,10 @@ from keras import ops
 from keras import tree
 
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
-from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.cache.layer_cache import LayerCache
 from keras_nlp_cache.cache.shared_inputs import AttentionMask
 from keras_nlp_cache.cache.shared_inputs import Distance
 from keras_nlp_cache.cache.shared_inputs import Positions
-from keras_nlp_cache.cache.source_inputs import EncoderOutput
-from keras_nlp_cache.cache.source_inputs import SourceMask
 from keras_nlp_cache.graph.roles import TEXT
 from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.layers.block_call import sequence_first
@@ -46,8 +42,6 @@ class Wiring:
         graph: Optional `keras.Function`, a graph without a cache whose inputs
             to take. Defaults to new ones.
         roles: `Roles`, what inputs are called.
-        source: Optional symbolic tensor `(B, S, source_dim)`, like what the
-            encoder returns.
 
     Attributes:
         inputs: Dictionary of the symbolic inputs, but for the caches.
@@ -55,25 +49,20 @@ class Wiring:
             `positions`.
         blocks: The decoder blocks, in the order in which they were called. One
             that was called twice stands there twice.
-        encoder_blocks: The blocks of the encoder, like these.
         windows: For each entry of the cache, how many tokens a query of its
             layer sees, `None` for all.
-        encoded: For each entry, whether it is of what an encoder returned.
     """
 
-    def __init__(self, dtype, graph=None, roles=TEXT, source=None):
+    def __init__(self, dtype, graph=None, roles=TEXT):
         self._dtype = dtype
         self._graph = graph
         self._roles = roles
-        self._source = source
         self._caches = []
         self._updated = []
-        self.windows, self.encoded = [], []
-        self._masks, self._source_masks = {}, {}
+        self.windows = []
+        self._masks = {}
         self._distance = None
-        self.blocks, self.encoder_blocks = [], []
-        # What the last block of the encoder and of the decoder was called with.
-        self._arguments = {}
+        self.blocks = []
         self.inputs = {
             **{
                 name: keras.Input(
@@ -103,13 +92,6 @@ class Wiring:
                 if name != roles.token_ids:
                     given[name]._keras_history.operation.optional = True
             self.inputs.update(given)
-        if source is not None:
-            self.inputs[roles.source] = keras.Input(
-                source.shape[1:],
-                dtype=source.dtype,
-                name=roles.source,
-                optional=True,
-            )
         self.positions = Positions(dtype=dtype, name="positions")(
             self.inputs[roles.token_ids],
             index=self.inputs["cache_update_index"],
@@ -143,7 +125,6 @@ class Wiring:
         Returns:
             The symbolic hidden states.
         """
-        calls = collections.Counter()
 
         def call(operation, *args, **kwargs):
             args, kwargs = tree.map_structure(constant, (args, kwargs))
@@ -151,21 +132,16 @@ class Wiring:
                 kwargs["positions"] = self.positions
             if isinstance(operation, DecoderBlock):
                 return self.call_block(operation, args, kwargs)
-            x = operation(*args, **kwargs)
-            calls[operation] += 1
-            if self._source is not None:
-                history = self._source._keras_history
-                here = operation, calls[operation] - 1
-                if here == (history.operation, history.node_index):
-                    x = EncoderOutput(dtype=self._dtype, name="encoder_output")(
-                        x, given=self.inputs[self._roles.source]
-                    )
-            return x
+            return self.call_operation(operation, args, kwargs)
 
         return self._graph._run_through_graph(
             self._graph.inputs,
             operation_fn=lambda operation: functools.partial(call, operation),
         )
+
+    def call_operation(self, operation, args, kwargs):
+        """Calls what is no decoder block, as upstream does."""
+        return operation(*args, **kwargs)
 
     def call_block(self, block, args, kwargs):
         """Calls a decoder block, with an entry for each layer that remembers.
@@ -174,72 +150,26 @@ class Wiring:
             block: A `DecoderBlock`.
             args: Its positional arguments, symbolic hidden states first.
             kwargs: Its other arguments, without entries. The padding mask may
-                be left out, and so may be all else that the block before was
-                called with, if it reads what an encoder returned.
+                be left out.
 
         Returns:
             What the block returns without a cache, symbolically.
         """
-        args, kwargs = block.arranged(args, kwargs)
+        args, kwargs = sequence_first(block, args, kwargs)
         kwargs = self._of_signature(block, kwargs)
-        if not block.built:
-            completed = self._completed("decoder", block, kwargs)
-            block.build_on(
-                first_argument(args, kwargs),
-                completed.get(block.source_argument),
-            )
-        layers = block.remembering()
-        if not layers:
-            with replaying(None):
-                return self.call_encoder_block(block, args, kwargs)
         if len(args) < 2 and block.padding_argument is not None:
             kwargs.setdefault(
                 block.padding_argument, self.inputs[self._roles.padding_mask]
             )
-        if block.source_argument is not None:
-            kwargs = self._completed("decoder", block, kwargs)
-        source = kwargs.get(block.source_argument)
+        if not block.built:
+            block.build(first_argument(args, kwargs).shape)
         kwargs["entries"] = tuple(
-            self._encoded_entry(layer, source)
-            if layer is block.attention_across()
-            else self._entry(layer)
-            for layer in layers
+            self._entry(layer) for layer in block.remembering()
         )
         outputs, updated, *_ = block(*args, **kwargs)
-        kwargs.pop("entries")
-        self._note("decoder", block, kwargs, outputs)
         self.blocks.append(block)
         self._updated.extend(updated)
         return outputs
-
-    def call_encoder_block(self, block, args, kwargs):
-        """Calls a block of an encoder, which remembers nothing.
-
-        Args:
-            block: A layer.
-            args: Its positional arguments, symbolic hidden states first.
-            kwargs: Its other arguments. What the block before was called with
-                may be left out.
-
-        Returns:
-            What the block returns, symbolically.
-        """
-        args, kwargs = sequence_first(block, args, kwargs)
-        kwargs = self._completed("encoder", block, kwargs)
-        outputs = block(*args, **kwargs)
-        self._note("encoder", block, kwargs, outputs)
-        self.encoder_blocks.append(block)
-        return outputs
-
-    def _completed(self, side, block, kwargs):
-        """Arguments of a block, with those of the one before it."""
-        before = self._arguments.get(side, {})
-        return {**self._of_signature(block, before), **kwargs}
-
-    def _note(self, side, block, kwargs, outputs):
-        further = outputs[1:] if isinstance(outputs, tuple) else ()
-        carried = zip(getattr(block, "carries", ()), further)
-        self._arguments[side] = {**kwargs, **dict(carried)}
 
     @staticmethod
     def _of_signature(block, kwargs):
@@ -255,7 +185,7 @@ class Wiring:
         }
         return {name: x for name, x in kwargs.items() if name in named}
 
-    def _new_entry(self, layer, is_encoded):
+    def _new_entry(self, layer):
         """The symbolic key and value of one more entry of the cache."""
         heads, head_dim = layer.key_value_shape
         key, value = (
@@ -269,27 +199,10 @@ class Wiring:
         )
         self._caches.append((key, value))
         self.windows.append(layer.window)
-        self.encoded.append(is_encoded)
         return key, value
 
-    def _encoded_entry(self, layer, source):
-        """An entry of what an encoder returned."""
-        key, value = self._new_entry(layer, is_encoded=True)
-        if id(source) not in self._source_masks:
-            count = len(self._source_masks)
-            self._source_masks[id(source)] = SourceMask(
-                dtype=self._dtype, name=f"source_mask_{count}"
-            )(
-                source,
-                padding_mask=self.inputs[self._roles.source_mask],
-                key=key,
-            )
-        return LayerCache(
-            key=key, value=value, mask=self._source_masks[id(source)]
-        )
-
     def _entry(self, layer):
-        key, value = self._new_entry(layer, is_encoded=False)
+        key, value = self._new_entry(layer)
         return LayerCache(
             key=key,
             value=value,

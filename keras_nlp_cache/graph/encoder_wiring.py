@@ -1,0 +1,133 @@
+"""How a cache is threaded through a graph whose decoder has an encoder."""
+
+import collections
+
+import keras
+
+from keras_nlp_cache.blocks.replaying import replaying
+from keras_nlp_cache.cache.layer_cache import LayerCache
+from keras_nlp_cache.cache.source_inputs import EncoderOutput
+from keras_nlp_cache.cache.source_inputs import SourceMask
+from keras_nlp_cache.graph.wiring import Wiring
+from keras_nlp_cache.layers.block_call import first_argument
+from keras_nlp_cache.layers.block_call import sequence_first
+
+
+class EncoderWiring(Wiring):
+    """The inputs of one graph, and what is threaded through it.
+
+    What the encoder returns is one more optional input, and where it is
+    returned the graph is cut.
+
+    Args:
+        dtype: As for `Wiring`, like the next two.
+        graph: Optional `keras.Function`.
+        roles: `Roles`.
+        source: Symbolic tensor `(B, S, source_dim)`, what the encoder of
+            upstream's graph returns.
+
+    Attributes:
+        encoder_blocks: The blocks of the encoder, in the order in which they
+            were called.
+        encoded: For each entry of the cache, whether it is of what the encoder
+            returned.
+    """
+
+    def __init__(self, dtype, graph, roles, source):
+        super().__init__(dtype, graph, roles)
+        self._source = source
+        self._calls = collections.Counter()
+        self._source_masks = {}
+        self.encoder_blocks, self.encoded = [], []
+        # What the last block of the encoder and of the decoder was called with.
+        self._arguments = {}
+        # The layer that attends across in the block under way, and to what.
+        self._across = None, None
+        self.inputs[roles.source] = keras.Input(
+            source.shape[1:],
+            dtype=source.dtype,
+            name=roles.source,
+            optional=True,
+        )
+
+    def call_operation(self, operation, args, kwargs):
+        x = super().call_operation(operation, args, kwargs)
+        here = operation, self._calls[operation]
+        self._calls[operation] += 1
+        history = self._source._keras_history
+        if here != (history.operation, history.node_index):
+            return x
+        return EncoderOutput(dtype=self._dtype, name="encoder_output")(
+            x, given=self.inputs[self._roles.source]
+        )
+
+    def call_block(self, block, args, kwargs):
+        """Calls a block of the decoder, or of the encoder if it is one.
+
+        As for `Wiring`. All that the block before was called with may be left
+        out, too.
+        """
+        args, kwargs = block.arranged(args, kwargs)
+        completed = self._completed("decoder", block, kwargs)
+        source = completed.get(block.source_argument)
+        if not block.built:
+            block.build_on(first_argument(args, kwargs), source)
+        if not block.remembering():
+            with replaying(None):
+                return self.call_encoder_block(block, args, kwargs)
+        self._across = block.attention_across(), source
+        outputs = super().call_block(block, args, completed)
+        self._note("decoder", block, completed, outputs)
+        return outputs
+
+    def call_encoder_block(self, block, args, kwargs):
+        """Calls a block of an encoder, which remembers nothing.
+
+        Args:
+            block: A layer.
+            args: Its positional arguments, symbolic hidden states first.
+            kwargs: Its other arguments. What the block before was called with
+                may be left out.
+
+        Returns:
+            What the block returns, symbolically.
+        """
+        args, kwargs = sequence_first(block, args, kwargs)
+        kwargs = self._completed("encoder", block, kwargs)
+        outputs = block(*args, **kwargs)
+        self._note("encoder", block, kwargs, outputs)
+        self.encoder_blocks.append(block)
+        return outputs
+
+    def _completed(self, side, block, kwargs):
+        """Arguments of a block, with those of the one before it."""
+        before = self._arguments.get(side, {})
+        return {**self._of_signature(block, before), **kwargs}
+
+    def _note(self, side, block, kwargs, outputs):
+        further = outputs[1:] if isinstance(outputs, tuple) else ()
+        carried = zip(getattr(block, "carries", ()), further)
+        self._arguments[side] = {**kwargs, **dict(carried)}
+
+    def _new_entry(self, layer):
+        across, _ = self._across
+        self.encoded.append(layer is across)
+        return super()._new_entry(layer)
+
+    def _entry(self, layer):
+        across, source = self._across
+        if layer is not across:
+            return super()._entry(layer)
+        key, value = self._new_entry(layer)
+        if id(source) not in self._source_masks:
+            name = f"source_mask_{len(self._source_masks)}"
+            self._source_masks[id(source)] = SourceMask(
+                dtype=self._dtype, name=name
+            )(
+                source,
+                padding_mask=self.inputs[self._roles.source_mask],
+                key=key,
+            )
+        return LayerCache(
+            key=key, value=value, mask=self._source_masks[id(source)]
+        )
