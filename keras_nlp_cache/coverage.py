@@ -8,7 +8,6 @@ import inspect
 
 import keras_hub
 
-_CROSS = "decoder blocks remember two things, the text and what an encoder read"
 _STATE = "some layers remember a state, not a key and a value for each token"
 _SHARED = "some blocks use the keys and values of others"
 _IMAGES = "its graph reads images, too"
@@ -18,17 +17,17 @@ _OTHERS = "a decoder without a module in `models/`"
 # By what the name of a task begins with, before `CausalLM` or `Seq2SeqLM`.
 _REASONS = {
     "BLIP2": _IMAGES,
-    "EdRec": _CROSS,
+    "EdRec": "it has no positions, and neither a preprocessor nor presets",
     "Gemma3n": _SHARED,
     "Gemma4": _SHARED,
     "Gemma4Assistant": "it reads the cache of another model",
-    "Moonshine": _CROSS,
+    "Moonshine": "its encoder reads sound",
     "PARSeq": "it reads images, in a decoder of two streams",
     "PaliGemma": _IMAGES,
     "Qwen3_5": _STATE,
     "Qwen3_5Moe": _STATE,
     "RWKV7": _STATE,
-    "T5Gemma2": _CROSS,
+    "T5Gemma2": "one softmax is over the text and what an encoder returned",
 }
 
 

@@ -612,5 +612,7 @@ def test_bad_prompts(family):
     for method in ("stream", "chat", "generate_many", "score"):
         with pytest.raises(ValueError, match="without an encoder"):
             getattr(lm, method)("the fox")
+    with pytest.raises(ValueError, match="without an encoder, whose prompts"):
+        surgery.ControlVector.train(lm, ["the fox"], ["the dog"])
     with pytest.raises(ValueError, match="keras_hub stack their caches"):
         lm._joined(np.zeros((2, 2, 2, 8, 4, 8)), ())
