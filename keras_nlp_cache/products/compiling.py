@@ -1,12 +1,11 @@
 """Compiles functions for C to call, once for all processes."""
 
 import contextlib
-import os
-import pathlib
 import threading
 
 import numba
-import platformdirs
+
+from keras_nlp_cache.files.cache_folder import cache_folder
 
 _lock = threading.Lock()
 
@@ -24,7 +23,7 @@ def compiled(signature, function):
     Returns:
         What has an `address`, for as long as it is kept.
     """
-    with _lock, _keeping_in(_folder()):
+    with _lock, _keeping_in(cache_folder() / "kernels"):
         try:
             return numba.cfunc(signature, cache=True)(function)
         except RuntimeError as e:
@@ -32,12 +31,6 @@ def compiled(signature, function):
                 raise
             # No folder can be written to.
             return numba.cfunc(signature)(function)
-
-
-def _folder():
-    home = os.environ.get("KERAS_NLP_CACHE_HOME")
-    home = home or platformdirs.user_cache_dir("keras-nlp-cache")
-    return pathlib.Path(home) / "kernels"
 
 
 @contextlib.contextmanager
