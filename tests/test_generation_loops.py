@@ -49,9 +49,10 @@ def greedy_lm(family, **kwargs):
 def optimized_hlo(loop, generation):
     """What XLA makes of a decode loop, as text."""
     arguments = loop._bounds(generation, 8, ()), *loop._options(None)
+    rows = len(generation.token_ids)
     if BACKEND == "jax":
         lowered = loop._compiled_decode.lower(
-            loop._weights(), [], generation, *arguments
+            loop._weights(rows), [], generation, *arguments
         )
         return lowered.compile().as_text()
     import tensorflow as tf
@@ -61,7 +62,7 @@ def optimized_hlo(loop, generation):
         (generation._replace(cache=()), *arguments),
     )
     return loop._compiled_decode.experimental_get_compiler_ir(
-        generation.cache, small, *arguments
+        loop._packed(rows), generation.cache, small, *arguments
     )(stage="optimized_hlo")
 
 

@@ -108,7 +108,9 @@ def test_many_prompts_compile_little_and_take_no_more_memory(monkeypatch):
     make_cache = lm.backbone.make_cache
 
     def count(*args, zeros=None, **kwargs):
-        if zeros is None or "_spec" not in zeros.__name__:
+        # Where it is compiled, what says nothing is for the compiler, too.
+        says = BACKEND == "torch" if zeros is None else True
+        if says and "_spec" not in getattr(zeros, "__name__", ""):
             made.append(args[:2])
         zeros = {} if zeros is None else {"zeros": zeros}
         return make_cache(*args, **kwargs, **zeros)
