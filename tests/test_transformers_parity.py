@@ -91,7 +91,9 @@ def test_encoder_decoders(name, tmp_path):
             "decoder_padding_mask": np.ones_like(token_ids),
         }
     )
-    np.testing.assert_allclose(to_numpy(full), expected, **TOLERANCE)
+    # T5 does not scale its logits down, which enlarges what is rounded.
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(to_numpy(full), expected, atol=2e-4 * largest)
     # Longer than a window, as is what the encoder reads.
     room = ((0, 0), (0, MAX_LENGTH - PROMPT_LENGTH))
     lm.compile(sampler="greedy")
