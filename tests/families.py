@@ -386,9 +386,7 @@ any_family = pytest.mark.parametrize(
     "family", [_with_name(x) for x in (*FAMILIES, *ENCODER_DECODERS)]
 )
 # For what only they have.
-every_encoder_decoder = pytest.mark.parametrize(
-    "family", [_with_name(x) for x in ENCODER_DECODERS]
-)
+every_encoder_decoder = _taking_turns(ENCODER_DECODERS, jax=1, tensorflow=1)
 # For what comes of upstream's code and of the lines that a family has, and not
 # of a backend: all on PyTorch, which compiles nothing, and elsewhere one of
 # each kind in turn. The deep ones, and:
@@ -400,16 +398,16 @@ _KINDS = {x.name for x in DEEP} | {"mixtral", "gpt_oss", "gpt_neo_x", "bloom"}
 _EACH_KIND = [
     x for x in FAMILIES if x.name in _KINDS or keras.config.backend() == "torch"
 ]
-each_kind = _taking_turns(_EACH_KIND, jax=4, tensorflow=2)
+each_kind = _taking_turns(_EACH_KIND, jax=3, tensorflow=2)
 # The same, and with an encoder.
-any_kind = _taking_turns([*_EACH_KIND, *ENCODER_DECODERS], jax=5, tensorflow=3)
+any_kind = _taking_turns([*_EACH_KIND, *ENCODER_DECODERS], jax=3, tensorflow=2)
 # For what code does that does not ask which family it serves.
-deep_families = _taking_turns(DEEP, jax=2, tensorflow=1)
+deep_families = _taking_turns(DEEP, jax=1, tensorflow=1)
 # For the suites that go deepest: compositions of edits, files, quantization,
 # sessions. With Llama, whose logits have a matrix of their own.
 deep_suites = _taking_turns(
     [x for x in FAMILIES if x in DEEP or x.name == "llama"],
-    jax=2,
+    jax=1,
     tensorflow=1,
 )
 
