@@ -1,5 +1,7 @@
 """Attention to what is filled gives what attention to all slots gives."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -132,7 +134,8 @@ def test_an_accelerator_does_not_wait_for_the_host(monkeypatch):
         monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     else:
         monkeypatch.setattr(
-            "tensorflow.config.list_logical_devices", lambda kind: [kind]
+            "tensorflow.config.list_logical_devices",
+            lambda kind=None: [types.SimpleNamespace(device_type="GPU")],
         )
     np.testing.assert_allclose(attended(), expected, atol=1e-5)
     assert loops == [1]
