@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 
 import keras
 import pytest
@@ -26,8 +27,12 @@ PROMPTS = [
 def cluster():
     """The address of a cluster of two machines with a CPU each."""
     reason = "Ray is not installed, see the extra `ray`"
-    pytest.importorskip("ray", reason=reason)
+    ray = pytest.importorskip("ray", reason=reason)
     from ray.cluster_utils import Cluster
+
+    # A worker has the package and not its tests: `load_dying()` goes to it
+    # with its code.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     machine = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = Cluster(
@@ -37,6 +42,7 @@ def cluster():
     cluster.add_node(**machine)
     yield cluster.address
     cluster.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 class Dying:
