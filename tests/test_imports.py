@@ -15,6 +15,7 @@ ORDER = (
     "device",
     "default_model",
     "drop_in",
+    "kernels",
     "layers",
     "cache",
     "attention",

@@ -351,7 +351,7 @@ def test_without_numba(monkeypatch):
 def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
     import numba
 
-    from keras_nlp_cache.products import compiling
+    from keras_nlp_cache.kernels import compiling
     from keras_nlp_cache.products import kernels
 
     monkeypatch.setenv("KERAS_NLP_CACHE_HOME", str(tmp_path))

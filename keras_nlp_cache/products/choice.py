@@ -74,11 +74,11 @@ def why_not():
     elif backend == "tensorflow":
         import tensorflow as tf
 
-        from keras_nlp_cache.products import tensorflow_product
+        from keras_nlp_cache.kernels import tensorflow_call
 
         if tf.config.list_logical_devices("GPU"):
             return "TensorFlow computes on a GPU"
-        if not tensorflow_product.is_available():
+        if not tensorflow_call.is_available():
             return "this TensorFlow takes no custom calls"
     else:
         from keras.src.backend.torch.core import get_device

@@ -18,12 +18,12 @@ import numpy as np
 from numba import carray
 from numba import types
 
-from keras_nlp_cache.products import jobs
-from keras_nlp_cache.products.compiling import compiled
-from keras_nlp_cache.products.machine_words import from_bfloat16
-from keras_nlp_cache.products.machine_words import from_float16
-from keras_nlp_cache.products.machine_words import pointer
-from keras_nlp_cache.products.machine_words import words
+from keras_nlp_cache.kernels import jobs
+from keras_nlp_cache.kernels.compiling import compiled
+from keras_nlp_cache.kernels.machine_words import from_bfloat16
+from keras_nlp_cache.kernels.machine_words import from_float16
+from keras_nlp_cache.kernels.machine_words import pointer
+from keras_nlp_cache.kernels.machine_words import words
 
 _PIECE = types.void(types.int64, types.int64)
 

@@ -128,9 +128,9 @@ def _in_groups(x, form):
 def _multiply(form, x, arrays):
     backend = keras.config.backend()
     if backend == "jax":
-        from keras_nlp_cache.products.jax_product import multiply
+        from keras_nlp_cache.kernels.jax_call import multiply
     elif backend == "tensorflow":
-        from keras_nlp_cache.products.tensorflow_product import multiply
+        from keras_nlp_cache.kernels.tensorflow_call import multiply
     else:
-        from keras_nlp_cache.products.torch_product import multiply
+        from keras_nlp_cache.kernels.torch_call import multiply
     return multiply(form, x, *arrays)

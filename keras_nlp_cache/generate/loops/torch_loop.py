@@ -236,9 +236,9 @@ class TorchLoop(EagerTorchLoop):
                     step = torch.compile(step, dynamic=False)
                 elif self.own_products is not None:
                     # Which takes numba to import.
-                    from keras_nlp_cache.products import torch_product
+                    from keras_nlp_cache.kernels import torch_call
 
-                    torch_product.call_directly(step)
+                    torch_call.call_directly(step)
                 self._captured[key] = prepare, step
             return self._captured[key]
 

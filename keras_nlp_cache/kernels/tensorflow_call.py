@@ -7,9 +7,9 @@ import os
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
+from keras_nlp_cache.kernels.xla_handler import prepare
+from keras_nlp_cache.kernels.xla_handler import REGISTER
 from keras_nlp_cache.products import kernels
-from keras_nlp_cache.products.xla_handler import prepare
-from keras_nlp_cache.products.xla_handler import REGISTER
 
 _TARGET = "keras_nlp_cache_product"
 _TYPES = {

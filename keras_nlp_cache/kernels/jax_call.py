@@ -6,9 +6,9 @@ import functools
 import jax
 import numpy as np
 
+from keras_nlp_cache.kernels.xla_handler import prepare
 from keras_nlp_cache.products.kernels import kind_of
 from keras_nlp_cache.products.kernels import KINDS
-from keras_nlp_cache.products.xla_handler import prepare
 
 _TARGET = "keras_nlp_cache_product"
 

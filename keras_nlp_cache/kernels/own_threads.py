@@ -13,10 +13,10 @@ import numba
 import numpy as np
 from numba import types
 
-from keras_nlp_cache.products import jobs
-from keras_nlp_cache.products.compiling import compiled
-from keras_nlp_cache.products.machine_words import swap
-from keras_nlp_cache.products.machine_words import words
+from keras_nlp_cache.kernels import jobs
+from keras_nlp_cache.kernels.compiling import compiled
+from keras_nlp_cache.kernels.machine_words import swap
+from keras_nlp_cache.kernels.machine_words import words
 
 # What threads share: a semaphore of the C library, which needs 32 bytes, a lock
 # and a ring of jobs, from the oldest one to the newest.

@@ -13,12 +13,12 @@ import functools
 import numba
 from numba import types
 
-from keras_nlp_cache.products.compiling import compiled
-from keras_nlp_cache.products.machine_words import allocate
-from keras_nlp_cache.products.machine_words import call_with_two
-from keras_nlp_cache.products.machine_words import fetch_add
-from keras_nlp_cache.products.machine_words import release
-from keras_nlp_cache.products.machine_words import words
+from keras_nlp_cache.kernels.compiling import compiled
+from keras_nlp_cache.kernels.machine_words import allocate
+from keras_nlp_cache.kernels.machine_words import call_with_two
+from keras_nlp_cache.kernels.machine_words import fetch_add
+from keras_nlp_cache.kernels.machine_words import release
+from keras_nlp_cache.kernels.machine_words import words
 
 NEXT = 0  # The piece that is taken next.
 DONE = 1  # How many pieces are computed.

@@ -12,12 +12,12 @@ import numba
 import numpy as np
 from numba import types
 
-from keras_nlp_cache.products import jobs
+from keras_nlp_cache.kernels import jobs
+from keras_nlp_cache.kernels.compiling import compiled
+from keras_nlp_cache.kernels.machine_words import call_with_one
+from keras_nlp_cache.kernels.machine_words import symbol
+from keras_nlp_cache.kernels.machine_words import words
 from keras_nlp_cache.products import kernels
-from keras_nlp_cache.products.compiling import compiled
-from keras_nlp_cache.products.machine_words import call_with_one
-from keras_nlp_cache.products.machine_words import symbol
-from keras_nlp_cache.products.machine_words import words
 
 # What compiled code looks up: who helps, then the kernel of each kind.
 _MOST_KINDS = 15

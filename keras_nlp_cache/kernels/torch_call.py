@@ -8,12 +8,12 @@ import functools
 import torch
 from numba import types
 
-from keras_nlp_cache.products import jobs
+from keras_nlp_cache.kernels import jobs
+from keras_nlp_cache.kernels.compiling import compiled
+from keras_nlp_cache.kernels.machine_words import words
+from keras_nlp_cache.kernels.own_threads import ask_for_help
+from keras_nlp_cache.kernels.own_threads import helpers_state
 from keras_nlp_cache.products import kernels
-from keras_nlp_cache.products.compiling import compiled
-from keras_nlp_cache.products.machine_words import words
-from keras_nlp_cache.products.own_threads import ask_for_help
-from keras_nlp_cache.products.own_threads import helpers_state
 
 _LIBRARY = torch.library.Library("keras_nlp_cache", "FRAGMENT")
 _LIBRARY.define(

@@ -1,0 +1,7 @@
+"""Code of our own on a CPU, compiled by numba, which needs no compiler.
+
+A *kernel* computes some of a job's pieces. `jobs.py` shares a job among
+threads. Jobs run inside of the compiled step: `xla_handler.py` is how XLA calls
+them, `jax_call.py`, `tensorflow_call.py` and `torch_call.py` how a backend
+does.
+"""
