@@ -510,6 +510,19 @@ def compiled(function):
     return jax.jit(lambda *args: function(*args))
 
 
+def compiled_as_loops(function):
+    """A function as a loop would have it compiled."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True, autograph=False)
+    return function
+
+
 def call_by_hand(block, x, pair, index):
     """Calls a decoder block on hidden states with its `(key, value)` pair.
 

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from keras_nlp_cache.generate import loops
+from keras_nlp_cache.kernels import availability
+from keras_nlp_cache.kernels import description
 from keras_nlp_cache.models import Llama3Backbone
 from keras_nlp_cache.models import Llama3CausalLM
 from keras_nlp_cache.products import choice
-from keras_nlp_cache.products import description
 from keras_nlp_cache.products import multiplying
 from keras_nlp_cache.products.finding import find_weights
 from keras_nlp_cache.products.logits import logits
 from keras_nlp_cache.products.packing import packed_now
+from tests.families import compiled_as_loops
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import randomize
@@ -63,20 +65,9 @@ def _wherever_they_can(monkeypatch):
 @pytest.fixture
 def without_our_own(monkeypatch):
     """A function: from when on the backend's products are to serve."""
-    return lambda: monkeypatch.setattr(choice, "why_not", lambda: "a test")
-
-
-def compiled(function):
-    """A function as a loop would have it compiled."""
-    if keras.config.backend() == "jax":
-        import jax
-
-        return jax.jit(function)
-    if keras.config.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(function, jit_compile=True, autograph=False)
-    return function
+    return lambda: monkeypatch.setattr(
+        availability, "why_not", lambda: "a test"
+    )
 
 
 def multiplied(model, call, x):
@@ -88,7 +79,7 @@ def multiplied(model, call, x):
         with multiplying.multiplying_with(weights, arrays):
             return call(x)
 
-    return to_numpy(compiled(function)(x))
+    return to_numpy(compiled_as_loops(function)(x))
 
 
 def check(model, call, x, expected, tolerance):
@@ -336,7 +327,7 @@ def test_without_numba(monkeypatch):
         "find_spec",
         lambda name, *args: None if name == "numba" else find_spec(name, *args),
     )
-    choice._why_not_here.cache_clear()
+    availability._why_not_here.cache_clear()
     try:
         assert "numba is not installed" in description()
         lm = make_lm()
@@ -344,7 +335,7 @@ def test_without_numba(monkeypatch):
         dense = lm.backbone.transformer_layers[0]._feedforward_gate_dense
         assert type(dense) is keras.layers.Dense
     finally:
-        choice._why_not_here.cache_clear()
+        availability._why_not_here.cache_clear()
 
 
 @needs_numba
@@ -352,13 +343,13 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
     import numba
 
     from keras_nlp_cache.kernels import compiling
-    from keras_nlp_cache.products import kernels
+    from keras_nlp_cache.products.kernels import KERNELS
 
     monkeypatch.setenv("KERAS_NLP_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
     signature = numba.types.void(numba.types.int64, numba.types.int64)
     for hits in (0, 1):
-        kernel = compiling.compiled(signature, kernels.KINDS[0].piece)
+        kernel = compiling.compiled(signature, KERNELS["int8", "float32"].piece)
         assert kernel.cache_hits == hits
     assert list(tmp_path.rglob("*.nbi"))
-    assert description() == "kernels compiled by numba"
+    assert description() == "compiled by numba"

@@ -344,8 +344,8 @@ def _info(args):
 
     import keras_nlp_cache
     from keras_nlp_cache import drop_in
+    from keras_nlp_cache import kernels
     from keras_nlp_cache import models  # noqa: F401 (fills the list below)
-    from keras_nlp_cache import products
 
     families = sorted(
         cls.__name__.removesuffix("Backbone")
@@ -364,7 +364,7 @@ def _info(args):
             rows[package] = "not installed"
     rows["backend"] = keras.config.backend()
     rows["devices"] = ", ".join(_devices(keras.config.backend()))
-    rows["products"] = products.description()
+    rows["kernels"] = kernels.description()
     rows["families"] = ", ".join(families)
     width = max(map(len, rows))
     for name, value in rows.items():

@@ -5,3 +5,7 @@ threads. Jobs run inside of the compiled step: `xla_handler.py` is how XLA calls
 them, `jax_call.py`, `tensorflow_call.py` and `torch_call.py` how a backend
 does.
 """
+
+from keras_nlp_cache.kernels.availability import description
+
+__all__ = ["description"]

@@ -24,44 +24,31 @@ NEXT = 0  # The piece that is taken next.
 DONE = 1  # How many pieces are computed.
 USERS = 2
 PIECES = 3
-KERNEL = 4  # Addresses, from here on to `ZERO`.
-WEIGHT = 5
-INPUTS = 6
-RESULTS = 7
-SCALE = 8
-ZERO = 9
-OUTPUTS = 10  # Sizes: N, K and how many rows.
-DEPTH = 11
-ROWS = 12
-BLOCK = 13  # How many numbers share a scale.
-WORDS = 14
-
-# A piece is what a core computes in some 5 microseconds, the time that it takes
-# to wake another thread; no more of them than what makes up for uneven threads.
-_PIECE_BYTES = 64 * 1024
-_MOST_PIECES = 16
+KERNEL = 4  # Addresses, from here on to `SIZES`.
+RESULT = 5
+ARGUMENTS = 6
+SIZES = 14
+WORDS = 30
+MOST_ARGUMENTS = SIZES - ARGUMENTS
+MOST_SIZES = WORDS - SIZES
 
 let_others_run = types.ExternalFunction("sched_yield", types.int32())
 
 
 @numba.njit
-def new_job(weight_bytes, rows):
-    """Allocates a job of as many pieces as it is worth.
-
-    Args:
-        weight_bytes: int. How much is read.
-        rows: int. How many rows of `x` there are. More take longer.
+def new_job(pieces):
+    """Allocates a job of some pieces.
 
     Returns:
-        Its address. All but the addresses and sizes of arrays is set.
+        Its address. What is to be set are the addresses, 0 for arguments that
+        there are none of, and sizes.
     """
     job = allocate(8 * WORDS)
     q = words(job, WORDS)
-    pieces = weight_bytes * (1 + rows // 4) // _PIECE_BYTES
     q[NEXT] = 0
     q[DONE] = 0
     q[USERS] = 1
-    q[PIECES] = max(1, min(_MOST_PIECES, pieces))
+    q[PIECES] = pieces
     return job
 
 

@@ -117,3 +117,16 @@ def from_float16(typing_context, bits):
         return builder.fpext(half, ir.FloatType())
 
     return types.float32(types.uint16), generate
+
+
+@intrinsic
+def power_of_two(typing_context, exponent):
+    """The float32 of an exponent from -126 to 127, an int32."""
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(32)
+        bits = builder.add(args[0], ir.Constant(word, 127))
+        bits = builder.shl(bits, ir.Constant(word, 23))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int32), generate

@@ -1,4 +1,4 @@
-"""Products of our own in what XLA compiles for TensorFlow."""
+"""Kernels in what XLA compiles for TensorFlow."""
 
 import ctypes
 import functools
@@ -7,11 +7,11 @@ import os
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
+from keras_nlp_cache.kernels.xla_handler import attributes
 from keras_nlp_cache.kernels.xla_handler import prepare
 from keras_nlp_cache.kernels.xla_handler import REGISTER
-from keras_nlp_cache.products import kernels
 
-_TARGET = "keras_nlp_cache_product"
+_TARGET = "keras_nlp_cache_kernel"
 _TYPES = {
     "bfloat16": "bf16",
     "float16": "f16",
@@ -22,13 +22,13 @@ _TYPES = {
 }
 # StableHLO's custom call with typed attributes, as a module of nothing else.
 _MODULE = """
-module @product {{
+module @kernel {{
   func.func public @main({parameters}) -> {result} {{
     %y = stablehlo.custom_call @{target}({names}) {{
       api_version = 4 : i32,
       backend_config = {{
-        block = {block} : i64, kind = {kind} : i64,
-        weight_bytes = {weight_bytes} : i64
+        given = {given} : i64, number = {number} : i64,
+        pieces = {pieces} : i64, sizes = array<i64: {sizes}>
       }}
     }} : ({types}) -> {result}
     return %y : {result}
@@ -39,25 +39,12 @@ module @product {{
 _CALL_VERSION = 5
 
 
-def multiply(form, x, weight, scale=None, zero=None):
-    """`x @ weight.T` by a custom call. XLA has to compile what it is in.
-
-    Args:
-        form: `packing.Form` of the weight.
-        x: float32 tensor `(rows, K)`, or int8.
-        weight: Tensor as from `packing.packed()`.
-        scale: Of `"int4"`, as well.
-        zero: Of `"int4"`, as well.
-
-    Returns:
-        A float32 tensor `(rows, N)`, int32 if `x` is int8.
-    """
-    kind = kernels.kind_of(form.dtype, x.dtype.name)
-    _prepare(kind)
-    if scale is None:
-        scale = zero = tf.zeros(1)
-    arguments = weight, x, scale, zero
-    shape, dtype = (x.shape[0], form.outputs), kernels.KINDS[kind].result
+def call(kernel, arguments, shape, sizes, pieces):
+    """What `Kernel` does in what XLA compiles for TensorFlow."""
+    _prepare(kernel)
+    values = attributes(kernel, arguments, sizes, pieces)
+    values["sizes"] = ", ".join(map(str, sizes))
+    arguments = [x for x in arguments if x is not None]
     names = [f"%{i}" for i in range(len(arguments))]
     types = [_type(y.shape, y.dtype.name) for y in arguments]
     module = _MODULE.format(
@@ -65,16 +52,14 @@ def multiply(form, x, weight, scale=None, zero=None):
         names=", ".join(names),
         types=", ".join(types),
         parameters=", ".join(f"{x}: {y}" for x, y in zip(names, types)),
-        result=_type(shape, dtype),
-        block=form.packed_block,
-        kind=kind,
-        weight_bytes=weight.shape.num_elements() * weight.dtype.size,
+        result=_type(shape, kernel.result),
+        **values,
     )
     (y,) = xla.call_module(
         arguments,
         version=_CALL_VERSION,
         module=module,
-        Tout=[dtype],
+        Tout=[kernel.result],
         Sout=[tf.TensorShape(shape)],
         platforms=["CPU"],
     )
@@ -82,13 +67,13 @@ def multiply(form, x, weight, scale=None, zero=None):
 
 
 def _type(shape, dtype):
-    return f"tensor<{'x'.join(map(str, shape))}x{_TYPES[dtype]}>"
+    return f"tensor<{''.join(f'{size}x' for size in shape)}{_TYPES[dtype]}>"
 
 
 @functools.cache
-def _prepare(kind):
-    """Compiles what a kind of product needs, and tells XLA of it once."""
-    _register(prepare(kind))
+def _prepare(kernel):
+    """Compiles a kernel, and tells XLA of it once."""
+    _register(prepare(kernel))
 
 
 class _Text(ctypes.Structure):

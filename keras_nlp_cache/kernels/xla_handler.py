@@ -1,4 +1,4 @@
-"""A product as a custom call of XLA, in its stable foreign-function interface.
+"""A kernel as a custom call of XLA, in its stable foreign-function interface.
 
 JAX and TensorFlow bring the same interface, each in its own version. The
 structures of its C header, `xla/ffi/api/c_api.h`, are read as words of eight
@@ -17,12 +17,11 @@ from keras_nlp_cache.kernels.compiling import compiled
 from keras_nlp_cache.kernels.machine_words import call_with_one
 from keras_nlp_cache.kernels.machine_words import symbol
 from keras_nlp_cache.kernels.machine_words import words
-from keras_nlp_cache.products import kernels
 
-# What compiled code looks up: who helps, then the kernel of each kind.
-_MOST_KINDS = 15
-_TABLE = np.zeros(1 + _MOST_KINDS, np.int64)
-_TABLE_SYMBOL = "keras_nlp_cache_products"
+# What compiled code looks up: who helps, then kernels by their numbers.
+_MOST_KERNELS = 31
+_TABLE = np.zeros(1 + _MOST_KERNELS, np.int64)
+_TABLE_SYMBOL = "keras_nlp_cache_kernels"
 llvmlite.binding.add_symbol(_TABLE_SYMBOL, _TABLE.ctypes.data)
 _table = symbol(_TABLE_SYMBOL)
 
@@ -30,7 +29,7 @@ _table = symbol(_TABLE_SYMBOL)
 _FRAME = 21
 _EXTENSION, _API, _CONTEXT, _ARGS, _RESULTS, _ATTRIBUTES = 1, 2, 3, 9, 14, 20
 # In `XLA_FFI_Buffer`.
-_BUFFER, _DATA, _DIMS = 6, 3, 5
+_BUFFER, _DATA = 6, 3
 # In `XLA_FFI_Api`.
 _API_WORDS, _VERSION, REGISTER, _SCHEDULE, _COUNT_THREADS = 19, 4, 9, 17, 18
 # `XLA_FFI_Extension_Metadata`: asks which version the handler speaks.
@@ -39,9 +38,14 @@ _METADATA = 1
 
 @numba.njit(inline="always")
 def _attribute(frame, index):
-    """An integer, from attributes in the order of their names."""
-    scalar = words(words(frame[_ATTRIBUTES], index + 1)[index], 2)
-    return words(scalar[1], 1)[0]
+    """The address of an attribute, which come in the order of their names."""
+    return words(frame[_ATTRIBUTES], index + 1)[index]
+
+
+@numba.njit(inline="always")
+def _integer(attribute):
+    """The value of an attribute: `XLA_FFI_Scalar`, a dtype and an address."""
+    return words(words(attribute, 2)[1], 1)[0]
 
 
 @numba.njit
@@ -65,10 +69,10 @@ def _ask_for_help(job, frame, count_threads, schedule):
 
 
 def _handle(address):
-    """Runs a product: `(weight, x, scale, zero) -> y`.
+    """Runs a kernel.
 
-    The weight is `(N, ...)` and `x` `(rows, K)`. The attributes are `block`,
-    `kind` and `weight_bytes`.
+    The attributes are `given`, of which a bit says for each argument that there
+    is one, `number`, the kernel's, `pieces` and the array `sizes`.
     """
     frame = words(address, _FRAME)
     api = words(frame[_API], _API_WORDS)
@@ -82,40 +86,59 @@ def _handle(address):
             metadata[3] = minor << 32
             metadata[4] = 0
             return 0
-    args = words(frame[_ARGS], 4)
-    weight, x = words(args[0], _BUFFER), words(args[1], _BUFFER)
-    y = words(words(frame[_RESULTS], 1)[0], _BUFFER)
-    x_dims, y_dims = words(x[_DIMS], 2), words(y[_DIMS], 2)
-    job = jobs.new_job(_attribute(frame, 2), x_dims[0])
+    job = jobs.new_job(_integer(_attribute(frame, 2)))
     q = words(job, jobs.WORDS)
-    q[jobs.KERNEL] = words(_table(), 1 + _MOST_KINDS)[1 + _attribute(frame, 1)]
-    q[jobs.WEIGHT] = weight[_DATA]
-    q[jobs.INPUTS] = x[_DATA]
-    q[jobs.RESULTS] = y[_DATA]
-    q[jobs.SCALE] = words(args[2], _BUFFER)[_DATA]
-    q[jobs.ZERO] = words(args[3], _BUFFER)[_DATA]
-    q[jobs.OUTPUTS] = y_dims[1]
-    q[jobs.DEPTH] = x_dims[1]
-    q[jobs.ROWS] = x_dims[0]
-    q[jobs.BLOCK] = _attribute(frame, 0)
+    number = _integer(_attribute(frame, 1))
+    q[jobs.KERNEL] = words(_table(), 1 + _MOST_KERNELS)[1 + number]
+    q[jobs.RESULT] = words(words(frame[_RESULTS], 1)[0], _BUFFER)[_DATA]
+    given, at = _integer(_attribute(frame, 0)), 0
+    for i in range(jobs.MOST_ARGUMENTS):
+        q[jobs.ARGUMENTS + i] = 0
+        if given >> i & 1:
+            argument = words(frame[_ARGS], at + 1)[at]
+            q[jobs.ARGUMENTS + i] = words(argument, _BUFFER)[_DATA]
+            at += 1
+    # `XLA_FFI_Array`: a dtype, a length and where it begins.
+    array = words(_attribute(frame, 3), 3)
+    sizes = words(array[2], array[1])
+    for i in range(array[1]):
+        q[jobs.SIZES + i] = sizes[i]
     if q[jobs.PIECES] > 1:
         _ask_for_help(job, frame, api[_COUNT_THREADS], api[_SCHEDULE])
     jobs.finish(job)
     return 0
 
 
-def prepare(kind):
-    """Compiles what a kind of product needs, and has the handler know of it.
+def prepare(kernel):
+    """Compiles a kernel, and has the handler know of it.
 
     Args:
-        kind: int, from `kernels.kind_of()`: the attribute of a call.
+        kernel: `Kernel`.
 
     Returns:
         int, the address of the handler.
     """
     _TABLE[0] = jobs.helping().address
-    _TABLE[1 + kind] = kernels.kernel(kind).address
+    _TABLE[1 + kernel.number] = kernel.code.address
     return handler().address
+
+
+def attributes(kernel, arguments, sizes, pieces):
+    """The attributes of a call, ints and a tuple of ints, by their names.
+
+    Args:
+        kernel: `Kernel`.
+        arguments: List of tensors and `None`s.
+        sizes: Tuple of ints.
+        pieces: int.
+    """
+    given = sum(1 << i for i, x in enumerate(arguments) if x is not None)
+    return {
+        "given": given,
+        "number": kernel.number,
+        "pieces": pieces,
+        "sizes": sizes,
+    }
 
 
 @functools.cache

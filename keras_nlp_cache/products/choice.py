@@ -1,9 +1,5 @@
 """Which form of a product runs, and what that was measured to be worth."""
 
-import functools
-import importlib.util
-import sys
-
 import keras
 
 # Up to how many rows of `x` a kernel of our own is the fastest form, by what
@@ -45,51 +41,6 @@ MOST_ROWS = {
 LEAST_NUMBERS = 4096
 
 
-@functools.cache
-def _why_not_here():
-    """Why kernels of our own can't run in this process, `None` if they can."""
-    if sys.platform == "win32":
-        return "no threads of our own on Windows"
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed"
-    if keras.config.backend() not in ("jax", "tensorflow", "torch"):
-        return f"the backend is {keras.config.backend()}"
-    return None
-
-
-def why_not():
-    """Why kernels of our own do not run now, `None` if they do.
-
-    They are for what is computed on one CPU.
-    """
-    reason = _why_not_here()
-    if reason is not None:
-        return reason
-    backend = keras.config.backend()
-    if backend == "jax":
-        import jax
-
-        if jax.default_backend() != "cpu":
-            return "JAX computes on another device"
-    elif backend == "tensorflow":
-        import tensorflow as tf
-
-        from keras_nlp_cache.kernels import tensorflow_call
-
-        if tf.config.list_logical_devices("GPU"):
-            return "TensorFlow computes on a GPU"
-        if not tensorflow_call.is_available():
-            return "this TensorFlow takes no custom calls"
-    else:
-        from keras.src.backend.torch.core import get_device
-
-        if get_device() != "cpu":
-            return "PyTorch computes on another device"
-    if keras.distribution.distribution() is not None:
-        return "weights are distributed over devices"
-    return None
-
-
 def most_rows(dtype):
     """Up to how many rows of `x` our kernels serve on this backend.
 
@@ -98,22 +49,3 @@ def most_rows(dtype):
     """
     library = "torch" if keras.config.backend() == "torch" else "xla"
     return MOST_ROWS[library][dtype]
-
-
-def description():
-    """Says which form the products of a decode step have, in a few words.
-
-    Returns:
-        str.
-
-    Example:
-    ```python
-    from keras_nlp_cache import products
-
-    print(products.description())
-    ```
-    """
-    reason = why_not()
-    if reason is None:
-        return "kernels compiled by numba"
-    return f"those of {keras.config.backend()} ({reason})"

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 from keras import ops
 
+from keras_nlp_cache.kernels import availability
 from keras_nlp_cache.products import choice
 from keras_nlp_cache.products.layers import is_exactly
 from keras_nlp_cache.products.layers import matrix_of
@@ -30,7 +31,7 @@ def find_weights(model):
     Returns:
         `Weights`, or `None` if kernels of our own do not run here.
     """
-    if choice.why_not() is not None:
+    if availability.why_not() is not None:
         return None
     found = {}
     for layer in model._flatten_layers():

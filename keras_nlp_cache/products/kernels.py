@@ -10,22 +10,21 @@ A kernel computes one piece of a job, some of the `N` outputs for all rows of
 fastest on the processor. The order does not depend on the number of threads.
 """
 
-import functools
-import typing
-
 import numba
 import numpy as np
 from numba import carray
-from numba import types
 
 from keras_nlp_cache.kernels import jobs
-from keras_nlp_cache.kernels.compiling import compiled
+from keras_nlp_cache.kernels.kernel import Kernel
 from keras_nlp_cache.kernels.machine_words import from_bfloat16
 from keras_nlp_cache.kernels.machine_words import from_float16
 from keras_nlp_cache.kernels.machine_words import pointer
 from keras_nlp_cache.kernels.machine_words import words
 
-_PIECE = types.void(types.int64, types.int64)
+# What a job consists of: arguments, and sizes `N`, `K`, how many rows there
+# are, and how many numbers along `K` share a scale.
+WEIGHT, INPUTS, SCALE, ZERO = range(jobs.ARGUMENTS, jobs.ARGUMENTS + 4)
+OUTPUTS, DEPTH, ROWS, BLOCK = range(jobs.SIZES, jobs.SIZES + 4)
 
 
 @numba.njit
@@ -99,11 +98,11 @@ _of_integers = _sums("products_of_integers", _int32, _int32, np.int32(0))
 def _operands(job, piece, dtype, x_dtype, y_dtype):
     """`w`, `x` and `y` of a job, and of which outputs a piece is."""
     q = words(job, jobs.WORDS)
-    n, k, rows = q[jobs.OUTPUTS], q[jobs.DEPTH], q[jobs.ROWS]
+    n, k, rows = q[OUTPUTS], q[DEPTH], q[ROWS]
     return (
-        carray(pointer(q[jobs.WEIGHT]), (n, k), dtype),
-        carray(pointer(q[jobs.INPUTS]), (rows, k), x_dtype),
-        carray(pointer(q[jobs.RESULTS]), (rows, n), y_dtype),
+        carray(pointer(q[WEIGHT]), (n, k), dtype),
+        carray(pointer(q[INPUTS]), (rows, k), x_dtype),
+        carray(pointer(q[jobs.RESULT]), (rows, n), y_dtype),
         piece * n // q[jobs.PIECES],
         (piece + 1) * n // q[jobs.PIECES],
     )
@@ -195,14 +194,14 @@ def _of_nibbles(w, scale, zero, x, totals, y, first, last, groups, half):
 
 def _int4_piece(job, piece):
     q = words(job, jobs.WORDS)
-    n, depth, rows = q[jobs.OUTPUTS], q[jobs.DEPTH], q[jobs.ROWS]
-    block = q[jobs.BLOCK]
+    n, depth, rows = q[OUTPUTS], q[DEPTH], q[ROWS]
+    block = q[BLOCK]
     groups = depth // block
-    w = carray(pointer(q[jobs.WEIGHT]), (n, depth // 2), np.uint8)
-    scale = carray(pointer(q[jobs.SCALE]), (n, groups), np.float32)
-    zero = carray(pointer(q[jobs.ZERO]), (n, groups), np.float32)
-    x = carray(pointer(q[jobs.INPUTS]), (rows, depth), np.float32)
-    y = carray(pointer(q[jobs.RESULTS]), (rows, n), np.float32)
+    w = carray(pointer(q[WEIGHT]), (n, depth // 2), np.uint8)
+    scale = carray(pointer(q[SCALE]), (n, groups), np.float32)
+    zero = carray(pointer(q[ZERO]), (n, groups), np.float32)
+    x = carray(pointer(q[INPUTS]), (rows, depth), np.float32)
+    y = carray(pointer(q[jobs.RESULT]), (rows, n), np.float32)
     totals = np.zeros((rows, groups), np.float32)
     for i in range(rows):
         for g in range(groups):
@@ -222,43 +221,12 @@ def _int4_piece(job, piece):
     )
 
 
-class Kind(typing.NamedTuple):
-    """A kind of product.
-
-    Attributes:
-        weight: str. The dtype of what is read.
-        x: The dtype of rows, str.
-        result: The dtype of sums, str.
-        piece: What computes a piece of a job, to be compiled.
-    """
-
-    weight: str
-    x: str
-    result: str
-    piece: typing.Any
-
-
-KINDS = (
-    Kind("float32", "float32", "float32", _float32_piece),
-    Kind("bfloat16", "float32", "float32", _bfloat16_piece),
-    Kind("float16", "float32", "float32", _float16_piece),
-    Kind("int8", "float32", "float32", _int8_piece),
-    Kind("int8", "int8", "int32", _int8_with_int8_piece),
-    Kind("int4", "float32", "float32", _int4_piece),
-)
-
-
-def kind_of(weight_dtype, x_dtype):
-    """The index in `KINDS` of a product, by dtypes."""
-    wanted = weight_dtype, str(np.dtype(x_dtype))
-    return [kind[:2] for kind in KINDS].index(wanted)
-
-
-@functools.cache
-def kernel(kind):
-    """What computes pieces of a kind of product, with an `address`.
-
-    Args:
-        kind: int, from `kind_of()`.
-    """
-    return compiled(_PIECE, KINDS[kind].piece)
+# By the dtypes of the weight and of `x`.
+KERNELS = {
+    ("float32", "float32"): Kernel(0, "float32", _float32_piece),
+    ("bfloat16", "float32"): Kernel(1, "float32", _bfloat16_piece),
+    ("float16", "float32"): Kernel(2, "float32", _float16_piece),
+    ("int8", "float32"): Kernel(3, "float32", _int8_piece),
+    ("int8", "int8"): Kernel(4, "int32", _int8_with_int8_piece),
+    ("int4", "float32"): Kernel(5, "float32", _int4_piece),
+}

@@ -60,6 +60,11 @@ def multiplying_as_known(variables, known):
         _weights.reset(token)
 
 
+def uses_kernels():
+    """Whether kernels of our own run in this scope."""
+    return _weights.get() is not None
+
+
 def is_looked_up(variable):
     """Whether a product with a variable may be one of our own just now."""
     weights = _weights.get()
@@ -126,11 +131,19 @@ def _in_groups(x, form):
 
 
 def _multiply(form, x, arrays):
-    backend = keras.config.backend()
-    if backend == "jax":
-        from keras_nlp_cache.kernels.jax_call import multiply
-    elif backend == "tensorflow":
-        from keras_nlp_cache.kernels.tensorflow_call import multiply
-    else:
-        from keras_nlp_cache.kernels.torch_call import multiply
-    return multiply(form, x, *arrays)
+    """`x` `(rows, K)` with a packed weight, `(rows, N)`."""
+    # Which takes numba to import.
+    from keras_nlp_cache.kernels.kernel import pieces_of
+    from keras_nlp_cache.kernels.kernel import tensor_bytes
+    from keras_nlp_cache.products.kernels import KERNELS
+
+    weight, *further = arrays
+    rows = x.shape[0]
+    kernel = KERNELS[form.dtype, keras.backend.standardize_dtype(x.dtype)]
+    return kernel(
+        [weight, x, *further],
+        shape=(rows, form.outputs),
+        sizes=(form.outputs, form.packed_depth, rows, form.packed_block),
+        # More rows take longer.
+        pieces=pieces_of(tensor_bytes(weight) * (1 + rows // 4)),
+    )

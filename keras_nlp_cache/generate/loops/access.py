@@ -12,6 +12,7 @@ import keras
 from keras import ops
 
 from keras_nlp_cache.attention.blockwise import attend_in_blocks
+from keras_nlp_cache.attention.by_kernel import attend_by_kernel
 from keras_nlp_cache.cache.access import Access
 from keras_nlp_cache.cache.access import write_with_jax
 from keras_nlp_cache.cache.access import write_with_torch
@@ -28,6 +29,7 @@ from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.products import logits as own_logits
 from keras_nlp_cache.products.layers import is_exactly
+from keras_nlp_cache.products.multiplying import uses_kernels
 
 
 def loop_access():
@@ -60,6 +62,27 @@ class LoopAccess(Access):
             return super().logits(embedding, hidden_states)
         return logits
 
+    def attention(self, cache, length):
+        attend_filled = self.attend_filled()
+        if cache.key is None or attend_filled is None:
+            return None
+        filled = _filled(cache, length)
+        function = functools.partial(attend_filled, filled=filled)
+        if not uses_kernels():
+            return function
+        return functools.partial(
+            attend_by_kernel, filled=filled, otherwise=function
+        )
+
+    def attend_filled(self):
+        """What attends to the first slots of a cache, `filled` of them.
+
+        Returns:
+            A function with the arguments of `attend()` and `filled`, or `None`
+            for one that reads all slots.
+        """
+        raise NotImplementedError
+
 
 class XLAAccess(LoopAccess):
     """Access for loops that XLA compiles.
@@ -68,12 +91,8 @@ class XLAAccess(LoopAccess):
     there is another, and all slots are read.
     """
 
-    def attention(self, cache, length):
-        if cache.key is None or self.on_an_accelerator():
-            return None
-        return functools.partial(
-            attend_in_blocks, filled=_filled(cache, length)
-        )
+    def attend_filled(self):
+        return None if self.on_an_accelerator() else attend_in_blocks
 
     def call_block(self, block, call, args, kwargs):
         return alike.call_block(block, call, args, kwargs)
@@ -207,12 +226,10 @@ class TorchAccess(LoopAccess):
             kept = kept.clone()
         return write_with_torch(kept, update, where)
 
-    def attention(self, cache, length):
+    def attend_filled(self):
         from keras_nlp_cache.attention.torch_prefix import attend_prefix
 
-        if cache.key is None:
-            return None
-        return functools.partial(attend_prefix, filled=_filled(cache, length))
+        return attend_prefix
 
 
 def in_order_of_kernel(equation):

@@ -1,0 +1,124 @@
+"""Attention of a decode step by a kernel of our own, where that is faster."""
+
+import struct
+
+import keras
+from keras import ops
+
+from keras_nlp_cache.cache.int8 import Int8
+
+# Up to how many queries a head serves a kernel is faster than the products of a
+# backend, which read a key once for many.
+MOST_QUERIES = 16
+
+# Fewer heads than these, in all rows, do not keep cores busy.
+FEW_HEADS = 8
+
+_DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+
+def attend_by_kernel(
+    query,
+    key,
+    value,
+    mask,
+    filled,
+    otherwise,
+    scale,
+    soft_cap=None,
+    dropout=None,
+    sink=None,
+    bias=None,
+):
+    """Attends to the first slots of a cache, by a kernel if one serves.
+
+    Nothing is trained through a cache that a loop owns, so there is no dropout.
+
+    Args:
+        query: As for `attend()`, like all that are not named here.
+        key: Tensor or `Int8`.
+        value: Tensor or `Int8`.
+        mask: float32 tensor. Has to hide the slots from `filled` on.
+        filled: int32 scalar, the number of slots to attend to.
+        otherwise: Function with the arguments of `attend()`, for what no kernel
+            serves.
+        scale: float.
+        soft_cap: Optional float.
+        dropout: Optional callable.
+        sink: Optional tensor.
+        bias: Optional float32 tensor.
+
+    Returns:
+        What `attend()` does.
+    """
+    numbers = key.values if isinstance(key, Int8) else key
+    if not _is_served(query, numbers):
+        return otherwise(
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            scale=scale,
+            soft_cap=soft_cap,
+            dropout=dropout,
+            sink=sink,
+            bias=bias,
+        )
+    # Which takes numba to import.
+    from keras_nlp_cache.attention.kernels import KERNELS
+    from keras_nlp_cache.kernels.kernel import pieces_of
+    from keras_nlp_cache.kernels.kernel import tensor_bytes
+
+    scales = None, None
+    if isinstance(key, Int8):
+        scales = key.scale, value.scale
+        key, value = key.values, value.values
+    added = mask if bias is None else mask + bias
+    rows, length, query_heads, head_dim = query.shape
+    _, heads, slots, _ = key.shape
+    # Fewer leave cores with nothing to do: then each reads them by itself.
+    groups = query_heads // heads
+    together = groups if rows * heads >= FEW_HEADS else 1
+    kernel = KERNELS[keras.backend.standardize_dtype(key.dtype)]
+    output = kernel(
+        [
+            ops.cast(query, "float32"),
+            key,
+            value,
+            added,
+            ops.cast(filled, "int32"),
+            None if sink is None else ops.cast(sink, "float32"),
+            *scales,
+        ],
+        shape=tuple(query.shape),
+        sizes=(
+            rows,
+            heads,
+            groups,
+            length,
+            slots,
+            head_dim,
+            added.shape[0],
+            added.shape[1],
+            together,
+            _bits(scale),
+            _bits(soft_cap or 0),
+        ),
+        pieces=pieces_of(2 * tensor_bytes(key), most=rows * query_heads),
+    )
+    return ops.cast(output, query.dtype)
+
+
+def _is_served(query, key):
+    """Whether a kernel attends with a query to keys, known by their shapes."""
+    shape = (*query.shape, *key.shape)
+    if None in shape:
+        return False
+    if keras.backend.standardize_dtype(key.dtype) not in _DTYPES:
+        return False
+    return query.shape[1] * query.shape[2] // key.shape[1] <= MOST_QUERIES
+
+
+def _bits(x):
+    """The bits of a float64, as an int."""
+    return struct.unpack("<q", struct.pack("<d", float(x)))[0]
