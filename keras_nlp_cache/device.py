@@ -8,6 +8,11 @@
 | `large_block` | 512, GPT-2 at batch 8, a width of 6144, on 2 cores | all slots are read | all slots are read |
 | `narrow` | 2048, between GPT-2's 768 and 6144, on 2 cores | all slots are read | all slots are read |
 | `most_blocks` | 4, the same models | all slots are read | all slots are read |
+| `most_queries` | 16, not measured yet: fewer than a chunk of a prefill | no kernels | no kernels |
+| `few_heads` | 8, SmolLM2's 3 at 4000 tokens, on 2 cores | no kernels | no kernels |
+| `least_product` | 4096, not measured yet | no kernels | no kernels |
+| `piece_bytes` | 65536, 5 microseconds of a core, to wake another takes as long | no kernels | no kernels |
+| `most_pieces` | 16, on 2 cores beside a process that burns one | no kernels | no kernels |
 | `most_choices` | 4, with more nearly all experts are chosen | 1, not measured yet | 1, not measured yet |
 
 `set_constants()` sets others, for a device that this table does not know:
@@ -40,6 +45,17 @@ class Constants:
         narrow: int. Numbers per slot, in the keys of all rows and heads, up to
             which a slot is narrow.
         most_blocks: int. In how many blocks a long cache is attended.
+        most_queries: int. Up to how many queries that share keys our own kernel
+            attends with. Products of a backend read a key once for many.
+        few_heads: int. Fewer key/value heads than these, in all rows, would
+            leave cores with nothing to do: then each query head reads its keys
+            by itself.
+        least_product: int. How many numbers a weight has at least that our own
+            kernel multiplies with. Of smaller ones, a call costs more than
+            what is saved.
+        piece_bytes: int. How many bytes a thread reads of what a kernel reads,
+            before it looks for more.
+        most_pieces: int. Into how many such pieces a job is divided at most.
         most_choices: int. How often tokens may choose experts, for each expert
             there is, for it to be quicker to compute those that were chosen.
     """
@@ -50,6 +66,11 @@ class Constants:
     large_block: int = 512
     narrow: int = 2048
     most_blocks: int = 4
+    most_queries: int = 16
+    few_heads: int = 8
+    least_product: int = 4096
+    piece_bytes: int = 64 * 1024
+    most_pieces: int = 16
     most_choices: int = 1
 
 

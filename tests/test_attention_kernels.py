@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
+from keras_nlp_cache import device
 from keras_nlp_cache.attention import by_kernel
 from keras_nlp_cache.attention.functions import attend
 from keras_nlp_cache.cache.int8 import Int8
@@ -107,9 +108,11 @@ def test_equal(
         further["sink"] = numbers(queries)
     if has_bias:
         further["bias"] = numbers(1, queries, length, SLOTS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(by_kernel, "FEW_HEADS", few_heads)
+    device.set_constants(few_heads=few_heads)
+    try:
         actual = attended(query, key, value, mask, max(filled), **further)
+    finally:
+        device.set_constants()
     # It computes in float32, whatever it reads.
     query, key, value = (
         x if isinstance(x, Int8) else ops.cast(x, "float32")

@@ -6,13 +6,7 @@ import keras
 from keras import ops
 
 from keras_nlp_cache.cache.int8 import Int8
-
-# Up to how many queries a head serves a kernel is faster than the products of a
-# backend, which read a key once for many.
-MOST_QUERIES = 16
-
-# Fewer heads than these, in all rows, do not keep cores busy.
-FEW_HEADS = 8
+from keras_nlp_cache.device import constants
 
 _DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -76,9 +70,8 @@ def attend_by_kernel(
     added = mask if bias is None else mask + bias
     rows, length, query_heads, head_dim = query.shape
     _, heads, slots, _ = key.shape
-    # Fewer leave cores with nothing to do: then each reads them by itself.
     groups = query_heads // heads
-    together = groups if rows * heads >= FEW_HEADS else 1
+    together = groups if rows * heads >= constants().few_heads else 1
     kernel = KERNELS[keras.backend.standardize_dtype(key.dtype)]
     output = kernel(
         [
@@ -116,7 +109,8 @@ def _is_served(query, key):
         return False
     if keras.backend.standardize_dtype(key.dtype) not in _DTYPES:
         return False
-    return query.shape[1] * query.shape[2] // key.shape[1] <= MOST_QUERIES
+    queries = query.shape[1] * query.shape[2] // key.shape[1]
+    return queries <= constants().most_queries
 
 
 def _bits(x):

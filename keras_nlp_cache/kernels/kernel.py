@@ -7,17 +7,13 @@ import typing
 import keras
 from numba import types
 
+from keras_nlp_cache.device import constants
 from keras_nlp_cache.kernels.compiling import compiled
 
 _PIECE = types.void(types.int64, types.int64)
 
 # All kernels by their numbers.
 KERNELS = {}
-
-# A piece is what a core computes in some 5 microseconds, the time that it takes
-# to wake another thread; no more of them than what makes up for uneven threads.
-_PIECE_BYTES = 64 * 1024
-MOST_PIECES = 16
 
 
 class Kernel:
@@ -64,14 +60,16 @@ class Kernel:
         return _backend_call()(self, arguments, shape, sizes, pieces)
 
 
-def pieces_of(bytes_read, most=MOST_PIECES):
+def pieces_of(bytes_read, most=None):
     """Into how many pieces it is worth to divide a job.
 
     Args:
         bytes_read: int. How much it reads, at the speed of memory.
-        most: int. Into how many it can be divided.
+        most: Optional int. Into how many it can be divided.
     """
-    return max(1, min(MOST_PIECES, most, bytes_read // _PIECE_BYTES))
+    known = constants()
+    most = known.most_pieces if most is None else min(most, known.most_pieces)
+    return max(1, min(most, bytes_read // known.piece_bytes))
 
 
 def tensor_bytes(x):

@@ -37,9 +37,6 @@ MOST_ROWS = {
     },
 }
 
-# Of smaller weights, a call costs more than what is saved.
-LEAST_NUMBERS = 4096
-
 
 def most_rows(dtype):
     """Up to how many rows of `x` our kernels serve on this backend.

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 from keras import ops
 
+from keras_nlp_cache.device import constants
 from keras_nlp_cache.kernels import availability
 from keras_nlp_cache.products import choice
 from keras_nlp_cache.products.layers import is_exactly
@@ -49,7 +50,7 @@ def find_weights(model):
         form = weight.form
         if choice.most_rows(form.dtype) == 0:
             continue
-        if form.outputs * form.depth >= choice.LEAST_NUMBERS:
+        if form.outputs * form.depth >= constants().least_product:
             found[id(weight.variable)] = weight
             specialize_dense(layer)
     return Weights(found)
