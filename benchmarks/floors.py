@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from benchmarks.worker import torch_device
+from benchmarks.device import torch_device
 
 
 def matrix_shapes(preset):

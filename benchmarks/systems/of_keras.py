@@ -1,0 +1,100 @@
+"""Systems that are a `CausalLM` of Keras: ours and upstream's."""
+
+import time
+
+import numpy as np
+
+from benchmarks.systems.base import System
+
+
+class KerasSystem(System):
+    """A `CausalLM` of Keras, on the backend of `KERAS_BACKEND`."""
+
+    def __init__(self, models, preset, dtype):
+        self.lm = models.CausalLM.from_preset(
+            preset, preprocessor=None, dtype=dtype
+        )
+        self.lm.compile(sampler="greedy")
+
+    def generate(self, prompt, new, max_length=None, stop=None):
+        batch, length = prompt.shape
+        total = max_length or length + new
+        inputs = {
+            "token_ids": np.pad(prompt, ((0, 0), (0, total - length))),
+            "padding_mask": np.tile(np.arange(total) < length, (batch, 1)),
+        }
+        output = self.lm.generate(
+            inputs, stop_token_ids=None if stop is None else (stop,)
+        )
+        return output["token_ids"][:, length : length + new]
+
+    def batch(self, prompts, new):
+        lengths = np.array([len(x) for x in prompts])
+        total = int((lengths + new).max())
+        mask = np.arange(total) < lengths[:, None]
+        token_ids = np.zeros(mask.shape, "int32")
+        token_ids[mask] = np.concatenate(prompts)
+        output = self.lm.generate(
+            {"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=None
+        )["token_ids"]
+        return [
+            row[length : length + count]
+            for row, length, count in zip(output, lengths, new)
+        ]
+
+    def logit_gap(self, tokens, candidates):
+        """How far apart two candidates for the next token are."""
+        tokens = np.asarray(tokens, "int32")[None]
+        logits = self.lm({"token_ids": tokens, "padding_mask": tokens * 0 + 1})
+        logits = np.array(logits[0, -1], "float64")[candidates]
+        return {"gap": float(abs(logits[0] - logits[1]))}
+
+
+class Ours(KerasSystem):
+    """keras_nlp_cache."""
+
+    def __init__(self, preset, dtype):
+        from keras_nlp_cache import models
+
+        super().__init__(models, preset, dtype)
+
+    def rows(self, prompts, new, places):
+        requests = [
+            {"prompt": prompt, "max_new_tokens": count}
+            for prompt, count in zip(prompts, new)
+        ]
+        return self.lm.generate(
+            requests, batch_size=places, stop_token_ids=None, strip_prompt=True
+        )
+
+    def step_milliseconds(self, prompt, new, max_length):
+        """The mean duration of a decode step after a prompt."""
+        prompt = np.asarray(prompt, "int32")
+        loop = self.lm.generation_loop
+        generation = loop.prefill(prompt, np.ones_like(prompt), max_length)
+        length = prompt.shape[1]
+        generation = loop.decode(generation, length + 1)
+        np.asarray(generation.token_ids)
+        start = time.perf_counter()
+        generation = loop.decode(generation, length + 1 + new)
+        np.asarray(generation.token_ids)  # JAX does not wait otherwise.
+        return {"milliseconds": (time.perf_counter() - start) / new * 1e3}
+
+
+class InBatches(Ours):
+    """keras_nlp_cache, a batch of prompts after the other."""
+
+    def rows(self, prompts, new, places):
+        return System.rows(self, prompts, new, places)
+
+    def batch(self, prompts, new):
+        return super().rows(prompts, new, places=len(prompts))
+
+
+class KerasHub(KerasSystem):
+    """keras_hub."""
+
+    def __init__(self, preset, dtype):
+        from keras_hub import models
+
+        super().__init__(models, preset, dtype)
