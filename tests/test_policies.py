@@ -11,6 +11,7 @@ from keras_nlp_cache import surgery
 from keras_nlp_cache.cache.policies import Full
 from keras_nlp_cache.cache.policies import Rotating
 from keras_nlp_cache.cache.policies import SinksAndWindow
+from tests import prose
 from tests.families import assert_greedy
 from tests.families import compiled
 from tests.families import deep_families
@@ -236,7 +237,7 @@ def test_files_of_another_policy(tmp_path):
 @in_words
 def test_eight_bits_and_perplexity(smollm2):
     lm = models.CausalLM.from_preset(smollm2)
-    tokenizer, text = lm.preprocessor.tokenizer, TEXT
+    tokenizer, text = lm.preprocessor.tokenizer, prose.TEXT
     token_ids = np.asarray(tokenizer(text))[None]
     assert token_ids.shape[1] > 150
     losses = {}
@@ -249,22 +250,6 @@ def test_eight_bits_and_perplexity(smollm2):
         )
     change = np.exp(losses["int8"] - losses["full"]) - 1
     assert 0 < abs(change) < 0.01
-
-
-TEXT = (
-    "A key/value cache keeps what a language model has computed of the tokens "
-    "that it has read, so that the next token costs no more than itself. "
-    "Without one, each new word would have the model read all of the text, "
-    "and the longer the text, the longer the wait. What is kept grows with the "
-    "text, though. A small model of a long memory may hold more bytes of keys "
-    "and values than of weights. There are three remedies. Layers that look "
-    "back no further than a window need no more than that window, and a place "
-    "whose token has left it may be given to a new one. Numbers may be stored "
-    "in fewer bits, with a scale beside them, since what attention makes of "
-    "them is an average. And of a text without an end, the first few tokens "
-    "and the last thousand are often enough to go on, although nobody should "
-    "ask such a model what was said in between."
-)
 
 
 MISTAKES = {
