@@ -37,6 +37,8 @@ BENCH = [
     "tabulate",
     "transformers>=5",
 ]
+# What the benchmark compares with, apart: it takes a compiler to build.
+LLAMA_CPP = ["llama-cpp-python>=0.3.36"]
 TEST = [
     *DEMO,
     *EXPORT,
@@ -88,6 +90,7 @@ setup(
         "ray": RAY,
         "test": TEST,
         "bench": BENCH,
+        "llama-cpp": LLAMA_CPP,
     },
     entry_points={
         "console_scripts": [

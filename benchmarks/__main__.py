@@ -1,11 +1,14 @@
-"""Compares generation with upstream's and with transformers'.
+"""Compares generation with upstream's, transformers' and llama.cpp's.
 
-Each system runs in a process of its own. They take turns, round by round, on
-the same weights and the same prompt, so that a machine that slows down slows
-down all of them. The first round compiles and is not counted, and no time is
-reported unless all systems generated the same tokens in it.
+Each system runs in a process of its own, one for each precision. They take
+turns, round by round, on the same weights and the same prompt, so that a
+machine that slows down slows down all of them. The first round compiles and is
+not counted, and no time is reported unless all systems generated the same
+tokens in it, in float32.
 
     python -m benchmarks speed --model gpt2 --batch 8 --prompt 128 --new 384
+    python -m benchmarks speed --model smollm2 --batch 1 8 32 --busy 1
+    python -m benchmarks perplexity --model smollm2 --quantize none int8 int4
     python -m benchmarks rows --model smollm2 --prompts 8 --longest 350
     python -m benchmarks first-token --model smollm2
     python -m benchmarks position --model smollm2
@@ -17,17 +20,17 @@ draws a figure.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import tempfile
 
-import psutil
-from tabulate import tabulate
-
 from benchmarks import figures
+from benchmarks import gguf_file
+from benchmarks import machine
 from benchmarks import measuring
 from benchmarks import models
+from benchmarks import tables
+from benchmarks.systems import check_installed
+from benchmarks.systems import QUANTIZATIONS
 from benchmarks.systems import SYSTEMS
 from keras_nlp_cache.files import atomic_file
 
@@ -35,7 +38,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 BACKENDS = ("jax", "tensorflow", "torch")
 # What the integers are that a command takes.
 LENGTHS = {
-    "batch": "number of prompts",
+    "batch": "number of prompts at a time",
     "prompt": "number of tokens of a prompt",
     "new": "number of tokens to generate",
     "max_lengths": "lengths that systems are to be ready for",
@@ -51,35 +54,10 @@ LENGTHS = {
 }
 
 
-def machine():
-    import torch
-
-    gib = psutil.virtual_memory().total / 2**30
-    parts = [f"{os.cpu_count()} cores", platform.machine(), f"{gib:.0f} GiB"]
-    if torch.cuda.is_available():
-        parts.append(torch.cuda.get_device_name())
-    return ", ".join(parts)
-
-
 def write(path, result):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file.replacing(path) as unfinished:
         unfinished.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def print_table(result):
-    rows = []
-    for name, values in result["systems"].items():
-        if isinstance(values, list):
-            values = {
-                f"{cache:.0f} MiB": f"{added:.0f} ({added / cache:.2f}x)"
-                for cache, added in zip(result["cache_mib"], values)
-            }
-        rows.append({"system": name, **values})
-    print(tabulate(rows, headers="keys", floatfmt=".3g"))
-    for backend, floor in result.get("floors", {}).items():
-        steps = {k: f"{v * 1e3:.1f} ms" for k, v in floor.items()}
-        print(f"floors of a step, {backend}: {steps}")
 
 
 def main():
@@ -105,7 +83,20 @@ def main():
         default=["ours", "keras_hub", "transformers"],
         help="what to compare",
     )
-    shared.add_argument("--dtype", default="float32", help="of the weights")
+    shared.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=list(gguf_file.FLOATS),
+        default=["float32"],
+        help="of the weights, and of what is computed",
+    )
+    shared.add_argument(
+        "--quantize",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        default=["none"],
+        help="how weights are stored",
+    )
     shared.add_argument(
         "--rounds", type=int, default=3, help="measurements of each system"
     )
@@ -135,10 +126,14 @@ def main():
                 nargs="+" if many else None,
                 help=LENGTHS[option],
             )
-        sub.set_defaults(function=function)
+        sub.set_defaults(function=function, busy=0)
+        return sub
 
-    command(measuring.speed, batch=1, prompt=32, new=128)
-    command(
+    timed = command(measuring.speed, batch=[1], prompt=32, new=128)
+    timed.add_argument(
+        "--perplexity", action="store_true", help="of each system, beside it"
+    )
+    several = command(
         measuring.rows,
         prompts=8,
         shortest=8,
@@ -147,6 +142,19 @@ def main():
         most=48,
         places=8,
     )
+    for sub in (timed, several):
+        sub.add_argument(
+            "--busy",
+            type=int,
+            default=0,
+            help="processes that burn a core each while systems are measured",
+        )
+    for sub in (timed, command(measuring.perplexity)):
+        sub.add_argument(
+            "--text",
+            type=pathlib.Path,
+            help="a file, for a text other than the tests' own",
+        )
     command(measuring.first_token, prompt=32, max_lengths=[128, 256, 512, 1024])
     command(
         measuring.position,
@@ -158,23 +166,30 @@ def main():
 
     function = vars(args).pop("function")
     results = vars(args).pop("results")
+    check_installed(args.systems)
+    described = machine.description()
     with tempfile.TemporaryDirectory() as folder:
         args.preset = str(models.MODELS[args.model](folder))
-        result = function(args)
+        found = function(args)
     del args.preset
-    result["machine"] = machine()
-    result["arguments"] = vars(args)
-    case = [args.command, args.model]
-    if args.command == "speed":
-        case += [f"batch{args.batch}", f"{args.prompt}+{args.new}"]
-    if args.command == "rows":
-        case += [f"{args.prompts}x{args.shortest}to{args.longest}"]
-        case += [f"new{args.least}to{args.most}"]
-    path = results / f"{'-'.join(case)}.json"
-    write(path, result)
-    print(f"{path.stem}, {args.dtype}, {result['machine']}")
-    print_table(result)
+    for parts, result in found.items():
+        save(results, args, parts, {**result, "machine": described})
     figures.draw(results)
+
+
+def save(folder, args, parts, result):
+    """Writes a result, and prints it."""
+    case = [args.command, args.model, *parts]
+    if args.busy:
+        case += [f"busy{args.busy}"]
+    path = folder / f"{'-'.join(case)}.json"
+    result["arguments"] = {
+        name: str(x) if isinstance(x, pathlib.Path) else x
+        for name, x in vars(args).items()
+    }
+    write(path, result)
+    print(f"\n{path.stem}, {machine.in_words(result['machine'])}")
+    tables.show(result)
 
 
 if __name__ == "__main__":

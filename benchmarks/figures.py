@@ -7,24 +7,50 @@ import json
 import pathlib
 
 from matplotlib import pyplot
+from matplotlib import ticker
 
 pyplot.switch_backend("Agg")
 pyplot.rcParams["svg.hashsalt"] = "The same results give the same file."
 
 # One color per system, one line or hatch per backend.
-COLORS = {"ours": "#d0410c", "keras_hub": "#8d99ae", "transformers": "#e9b44c"}
+COLORS = {
+    "ours": "#d0410c",
+    "keras_hub": "#8d99ae",
+    "transformers": "#e9b44c",
+    "llama_cpp": "#2a6f97",
+}
 STYLES = {"jax": "-", "tensorflow": "--", "torch": ":", "": "-."}
+MARKERS = {"jax": "o", "tensorflow": "s", "torch": "^", "": "D"}
 HATCHES = {"jax": "", "tensorflow": "//", "torch": "..", "": ""}
 
 
 def _look(name):
-    system, _, backend = name.partition("-")
+    system, _, backend = name.partition(" ")[0].partition("-")
     return COLORS.get(system, "#5b5b5b"), backend
 
 
 def _results(folder, command):
     for path in sorted(folder.glob(f"{command}-*.json")):
         yield path.stem[len(command) + 1 :], json.loads(path.read_text())
+
+
+def _says_bytes(result):
+    """Whether it is no result of a time when they were not counted."""
+    return all("bytes_per_token" in x for x in result["systems"].values())
+
+
+def _title(case, result):
+    """The case, and the precision unless systems say theirs."""
+    dtypes, quantize = (
+        [x] if isinstance(x, str) else x
+        for x in (
+            result["arguments"]["dtype"],
+            result["arguments"].get("quantize", "none"),
+        )
+    )
+    if len(dtypes) > 1 or len(quantize) > 1:
+        return case
+    return ", ".join([case, *dtypes, *(x for x in quantize if x != "none")])
 
 
 def draw_speed(folder, axes, case, result):
@@ -38,6 +64,62 @@ def draw_speed(folder, axes, case, result):
     axes.set_yticks(range(len(result["systems"])), result["systems"])
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s")
+
+
+def draw_roofline(folder, axes, case, result):
+    """What a step reads for a token, and how fast that is done.
+
+    No system is above the line, unless a processor's own memory holds what is
+    read.
+    """
+    systems = result["systems"].items()
+    clusters = {}
+    labels = set()
+    for name, row in systems:
+        color, backend = _look(name)
+        label = name.partition(" ")[0]
+        mib = row["bytes_per_token"] / 2**20
+        clusters.setdefault(row["precision"], []).append(mib)
+        axes.plot(
+            mib,
+            row["tokens_per_second"],
+            MARKERS[backend],
+            color=color,
+            alpha=0.9,
+            label=None if label in labels else label,
+        )
+        labels.add(label)
+    bandwidth = result["machine"]["bytes_per_second"]
+    span = [x for mib in clusters.values() for x in mib]
+    ends = [min(span) / 1.4, max(span) * 1.4]
+    axes.plot(
+        ends,
+        [bandwidth / 2**20 / x for x in ends],
+        color="black",
+        linewidth=1,
+        label=f"memory, {bandwidth / 1e9:.0f} GB/s",
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_locator(ticker.NullLocator())
+    for precision, mib in clusters.items():
+        axes.text(
+            min(mib),
+            0.02,
+            precision,
+            rotation=90,
+            ha="right",
+            va="bottom",
+            fontsize="x-small",
+            color="#5b5b5b",
+            transform=axes.get_xaxis_transform(),
+        )
+    axes.set_xlabel("MiB read per token: weights and filled cache")
+    axes.set_ylabel("tokens/s")
+    axes.legend(fontsize="small")
 
 
 def draw_lines(folder, axes, case, result, xlabel, ylabel, scale=1):
@@ -62,8 +144,10 @@ def draw_lines(folder, axes, case, result, xlabel, ylabel, scale=1):
 def draw(folder):
     """Draws a figure for each kind of result that is there."""
     kinds = {
-        "speed": (draw_speed, {}),
+        "speed": ("speed", draw_speed, {}),
+        "roofline": ("speed", draw_roofline, {}),
         "first-token": (
+            "first-token",
             draw_lines,
             {
                 "xlabel": "max_length",
@@ -72,10 +156,12 @@ def draw(folder):
             },
         ),
         "position": (
+            "position",
             draw_lines,
             {"xlabel": "position", "ylabel": "ms/token"},
         ),
         "memory": (
+            "memory",
             draw_lines,
             {
                 "xlabel": "MiB of keys and values",
@@ -83,8 +169,10 @@ def draw(folder):
             },
         ),
     }
-    for command, (function, options) in kinds.items():
+    for kind, (command, function, options) in kinds.items():
         results = list(_results(folder, command))
+        if kind == "roofline":
+            results = [(x, y) for x, y in results if _says_bytes(y)]
         if not results:
             continue
         figure, axes = pyplot.subplots(
@@ -96,9 +184,9 @@ def draw(folder):
         )
         for ax, (case, result) in zip(axes[0], results):
             function(folder, ax, case, result, **options)
-            ax.set_title(f"{case}, {result['arguments']['dtype']}")
+            ax.set_title(_title(case, result))
         # Without a date, so that the same results give the same file.
-        figure.savefig(folder / f"{command}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{kind}.svg", metadata={"Date": None})
         pyplot.close(figure)
 
 

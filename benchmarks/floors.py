@@ -1,11 +1,11 @@
 """What no implementation can be faster than, measured on this machine.
 
-    python -m benchmarks.floors torch PRESET BATCH BYTES
+    python -m benchmarks.floors torch PRESET BATCH
 
-prints, as JSON, the seconds that a decode step takes at least: `bandwidth`, to
-read weights and filled cache once; `products`, to multiply a batch of vectors
-with every weight matrix in that framework (on PyTorch by MKL or by oneDNN,
-whichever is faster).
+prints, as JSON, the seconds that the `products` of a decode step take: to
+multiply a batch of vectors with every weight matrix, in float32, in that
+framework (on PyTorch by MKL or by oneDNN, whichever is faster). `bandwidth()`
+is how fast memory is read, and so how fast weights and a filled cache can be.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def matrix_shapes(preset):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(preset)
-    shapes = [
+    return [
         # GPT-2 keeps its matrices the other way around, as `Conv1D`.
         tuple(x.weight.shape[::-1])
         if type(x).__name__ == "Conv1D"
@@ -32,8 +32,6 @@ def matrix_shapes(preset):
         for x in model.modules()
         if type(x).__name__ in ("Linear", "Conv1D")
     ]
-    size = sum(x.numel() * 4 for x in model.parameters())
-    return shapes, size
 
 
 def median_seconds(function, repetitions=7):
@@ -107,14 +105,9 @@ def main():
     parser.add_argument("backend", choices=["jax", "tensorflow", "torch"])
     parser.add_argument("preset")
     parser.add_argument("batch", type=int)
-    parser.add_argument("cache_bytes", type=int)
     args = parser.parse_args()
-    shapes, size = matrix_shapes(args.preset)
-    floors = {
-        "bandwidth": (size + args.cache_bytes) / bandwidth(),
-        "products": products(args.backend, shapes, args.batch),
-    }
-    print(json.dumps(floors))
+    shapes = matrix_shapes(args.preset)
+    print(json.dumps({"products": products(args.backend, shapes, args.batch)}))
 
 
 if __name__ == "__main__":

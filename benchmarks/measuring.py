@@ -1,4 +1,7 @@
-"""What is measured: one function per command."""
+"""What is measured: one function per command.
+
+Each returns results by the parts of a file's name that say which case it is.
+"""
 
 import json
 import statistics
@@ -7,16 +10,21 @@ import sys
 
 import numpy as np
 
+from benchmarks import busy
+from benchmarks import machine
 from benchmarks import models
+from benchmarks import perplexities
 from benchmarks.running import check_tokens
+from benchmarks.running import EXACT
 from benchmarks.running import prompt
 from benchmarks.running import workers
 
 
-def measure_floors(args, cache_bytes):
+def measure_floors(args, batch):
+    """Seconds that a step takes at least, by backend."""
     floors = {}
     for backend in args.backends:
-        command = (backend, args.preset, str(args.batch), str(cache_bytes))
+        command = (backend, args.preset, str(batch))
         output = subprocess.run(
             [sys.executable, "-m", "benchmarks.floors", *command],
             check=True,
@@ -27,39 +35,93 @@ def measure_floors(args, cache_bytes):
     return floors
 
 
-def speed(args):
-    """Tokens per second of whole calls, beside what the machine allows."""
-    prompts = prompt(args.batch, args.prompt)
-    rows = {}
-    with workers(args) as running:
-        first = {
-            name: worker.ask("timed", prompt=prompts, new=args.new)
-            for name, worker in running.items()
-        }
-        ties = check_tokens(first, running, prompts)
+def in_turns(args, running, method, prompts, **request):
+    """The answers of all workers, round by round, after one that compiles.
+
+    Returns:
+        The first answer of each, a list of the others for each, and what
+        `check_tokens()` found.
+    """
+    name = "prompt" if method == "timed" else "prompts"
+    request[name] = prompts
+    first = {
+        name: worker.ask(method, **request) for name, worker in running.items()
+    }
+    agreement = check_tokens(first, running, prompts)
+    rounds = {name: [] for name in running}
+    with busy.neighbors(args.busy):
         for _ in range(args.rounds):
             for name, worker in running.items():
-                answer = worker.ask("timed", prompt=prompts, new=args.new)
-                rows.setdefault(name, []).append(answer)
-    filled = args.prompt + args.new // 2
-    cache = args.batch * filled * models.cache_bytes_per_slot(args.preset)
-    floors = measure_floors(args, cache)
-    systems = {}
-    for name, answers in rows.items():
-        rates = [args.batch * args.new / x["seconds"] for x in answers]
-        systems[name] = {
-            "tokens_per_second": statistics.median(rates),
-            "slowest": min(rates),
-            "fastest": max(rates),
-            "first_call_seconds": first[name]["seconds"],
-            "peak_mib": answers[-1]["peak_mib"],
+                rounds[name].append(worker.ask(method, **request))
+    return first, rounds, agreement
+
+
+def rates(first, answers, tokens):
+    """What a system did in rounds of a number of tokens each."""
+    per_second = [tokens / x["seconds"] for x in answers]
+    return {
+        "tokens_per_second": statistics.median(per_second),
+        "slowest": min(per_second),
+        "fastest": max(per_second),
+        "first_call_seconds": first["seconds"],
+        "peak_mib": answers[-1]["peak_mib"],
+    }
+
+
+def speed(args):
+    """Tokens per second of whole calls, beside what the machine allows."""
+    results = {}
+    with workers(args) as running:
+        weights = {
+            name: worker.ask("weight_bytes")["bytes"]
+            for name, worker in running.items()
         }
-        floor = floors.get(name.partition("-")[2] or "torch")
-        for kind, seconds in (floor or {}).items():
-            systems[name][f"of_{kind}_floor"] = (
-                systems[name]["tokens_per_second"] * seconds / args.batch
+        for batch in args.batch:
+            prompts = prompt(batch, args.prompt)
+            first, rounds, agreement = in_turns(
+                args, running, "timed", prompts, new=args.new
             )
-    return {"systems": systems, "floors": floors, "ties": ties}
+            systems = {
+                name: {
+                    "precision": str(running[name].precision),
+                    **rates(first[name], answers, batch * args.new),
+                }
+                for name, answers in rounds.items()
+            }
+            results[batch] = {"systems": systems, **agreement}
+        if args.perplexity:
+            found = perplexities.measured(args, running)
+            for result in results.values():
+                for name, row in result["systems"].items():
+                    row["perplexity"] = found[name]["perplexity"]
+        precisions = {name: x.precision for name, x in running.items()}
+        backends = {name: x.backend for name, x in running.items()}
+    bandwidth = machine.description()["bytes_per_second"]
+    for batch, result in results.items():
+        floors = result["floors"] = measure_floors(args, batch)
+        for name, row in result["systems"].items():
+            step = row["tokens_per_second"] / batch
+            slot = models.cache_bytes_per_slot(
+                args.preset, precisions[name].dtype
+            )
+            filled = batch * (args.prompt + args.new // 2) * slot
+            row["bytes_per_token"] = (weights[name] + filled) / batch
+            row["of_bandwidth_floor"] = (
+                step * (weights[name] + filled) / bandwidth
+            )
+            if precisions[name] == EXACT and backends[name] in floors:
+                floor = floors[backends[name]]["products"]
+                row["of_products_floor"] = step * floor
+    return {
+        (f"batch{batch}", f"{args.prompt}+{args.new}"): result
+        for batch, result in results.items()
+    }
+
+
+def perplexity(args):
+    """Perplexity of a text in each precision."""
+    with workers(args) as running:
+        return {(): {"systems": perplexities.measured(args, running)}}
 
 
 def rows(args):
@@ -75,29 +137,22 @@ def rows(args):
     ]
     drawn = rng.geometric(2 / (args.least + args.most), args.prompts)
     new = np.clip(drawn + args.least - 1, args.least, args.most).tolist()
-    request = {"prompts": prompts, "new": new, "places": args.places}
-    found = {}
     with workers(args) as running:
-        first = {
-            name: worker.ask("timed_rows", **request)
-            for name, worker in running.items()
+        first, rounds, agreement = in_turns(
+            args, running, "timed_rows", prompts, new=new, places=args.places
+        )
+        systems = {
+            name: {
+                "precision": str(running[name].precision),
+                **rates(first[name], answers, sum(new)),
+            }
+            for name, answers in rounds.items()
         }
-        ties = check_tokens(first, running, prompts)
-        for _ in range(args.rounds):
-            for name, worker in running.items():
-                answer = worker.ask("timed_rows", **request)
-                found.setdefault(name, []).append(answer)
-    systems = {}
-    for name, answers in found.items():
-        rates = [sum(new) / x["seconds"] for x in answers]
-        systems[name] = {
-            "tokens_per_second": statistics.median(rates),
-            "slowest": min(rates),
-            "fastest": max(rates),
-            "first_call_seconds": first[name]["seconds"],
-            "peak_mib": answers[-1]["peak_mib"],
-        }
-    return {"systems": systems, "ties": ties, "new_tokens": sum(new)}
+    case = (
+        f"{args.prompts}x{args.shortest}to{args.longest}",
+        f"new{args.least}to{args.most}",
+    )
+    return {case: {"systems": systems, **agreement, "new_tokens": sum(new)}}
 
 
 def first_token(args):
@@ -122,13 +177,13 @@ def first_token(args):
                 systems.setdefault(name, {})[max_length] = statistics.median(
                     times[1:]
                 )
-    return {"systems": systems}
+    return {(): {"systems": systems}}
 
 
 def position(args):
     """Milliseconds of a decode step, by how much there is to attend to."""
     systems = {}
-    with workers(args, ("ours", "transformers")) as running:
+    with workers(args, ("ours", "transformers", "llama_cpp")) as running:
         for at in args.positions:
             for name, worker in running.items():
                 request = {
@@ -141,12 +196,17 @@ def position(args):
                     for _ in range(args.rounds + 1)
                 ]
                 systems.setdefault(name, {})[at] = statistics.median(times[1:])
-    return {"systems": systems}
+    return {(): {"systems": systems}}
 
 
 def memory(args):
     """What generating adds at its peak to the weights, by size of the cache."""
-    per_slot = models.cache_bytes_per_slot(args.preset)
+    if len(args.dtype) > 1:
+        raise SystemExit(
+            "Expected one --dtype, since that decides the size of the cache. "
+            f"Received: {args.dtype}."
+        )
+    per_slot = models.cache_bytes_per_slot(args.preset, args.dtype[0])
     systems, first, sizes = {}, {}, []
     for length in args.lengths:
         sizes.append(args.batch * length * per_slot / 2**20)
@@ -164,4 +224,4 @@ def memory(args):
                 ]
                 first.setdefault(name, []).append(added[0])
                 systems.setdefault(name, []).append(added[1])
-    return {"systems": systems, "first_call": first, "cache_mib": sizes}
+    return {(): {"systems": systems, "first_call": first, "cache_mib": sizes}}

@@ -3,6 +3,8 @@
 import json
 import pathlib
 
+from benchmarks.systems.base import itemsize
+
 
 def gpt2(folder):
     """GPT-2 base with random weights."""
@@ -96,14 +98,15 @@ def _random(folder, config, name):
     return folder
 
 
-def cache_bytes_per_slot(preset):
-    """Bytes of float32 keys and values that one token adds to a cache."""
+def cache_bytes_per_slot(preset, dtype):
+    """Bytes of keys and values that one token adds to a cache."""
     config = json.loads((pathlib.Path(preset) / "config.json").read_text())
     layers = config.get("num_hidden_layers") or config["n_layer"]
     heads = config.get("num_attention_heads") or config["n_head"]
     width = config.get("hidden_size") or config["n_embd"]
     head_dim = config.get("head_dim") or width // heads
-    return 2 * 4 * layers * head_dim * config.get("num_key_value_heads", heads)
+    heads = config.get("num_key_value_heads", heads)
+    return 2 * itemsize(dtype) * layers * heads * head_dim
 
 
 MODELS = {f.__name__: f for f in (gpt2, smollm2, gemma, qwen3, gemma3, mixtral)}

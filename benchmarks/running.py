@@ -1,6 +1,7 @@
 """Systems under test as processes, and what they are asked to agree on."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,23 +9,57 @@ import sys
 
 import numpy as np
 
+from benchmarks.systems import ON_EACH_BACKEND
 from benchmarks.systems import SYSTEMS
 
 # Tokens whose logits are closer than this are a tie that rounding decides.
 TIE = 1e-3
 
 
-class Worker:
-    """A system under test, as a process of `benchmarks.worker`."""
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """What is computed with, and how weights are stored."""
 
-    def __init__(self, name, preset, dtype):
-        system, _, backend = name.partition("-")
+    dtype: str
+    quantize: str
+
+    def __str__(self):
+        if self.quantize == "none":
+            return self.dtype
+        if self.dtype == "float32":
+            return self.quantize
+        return f"{self.quantize}+{self.dtype}"
+
+
+EXACT = Precision("float32", "none")
+
+
+class Worker:
+    """A system under test, as a process of `benchmarks.worker`.
+
+    Attributes:
+        name: str. A system, a backend if it has several, and a precision unless
+            that is float32: `"ours-jax int8"`.
+        precision: A `Precision`.
+        backend: str. Whose products it has, `""` if its own.
+    """
+
+    def __init__(self, system, backend, precision, preset):
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
         if backend:
             environment["KERAS_BACKEND"] = backend
-        self.name = name
+        self.precision = precision
+        # transformers' products are those of PyTorch, too.
+        in_torch = system.startswith("transformers")
+        self.backend = "torch" if in_torch else backend
+        self.name = "-".join(x for x in (system, backend) if x)
+        if precision != EXACT:
+            self.name += f" {precision}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", system, preset, dtype],
+            [
+                *(sys.executable, "-m", "benchmarks.worker"),
+                *(system, preset, precision.dtype, precision.quantize),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -49,20 +84,35 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(args, systems=SYSTEMS):
-    """One worker per system, and per backend where it has several."""
-    names = []
-    for system in args.systems:
-        if system not in systems:
-            continue
-        if system in ("ours", "in_batches", "keras_hub"):
-            names += [f"{system}-{backend}" for backend in args.backends]
-        else:
-            names.append(system)
+    """Workers by name: systems, on each backend, in each precision.
+
+    All of them stay in memory, so that they can be measured in turns. What a
+    system cannot store is left out, and said.
+    """
+    precisions = [
+        Precision(dtype, quantize)
+        for dtype in args.dtype
+        for quantize in args.quantize
+    ]
     with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(Worker(name, args.preset, args.dtype))
-            for name in names
-        }
+        running = {}
+        for system in args.systems:
+            if system not in systems:
+                continue
+            backends = args.backends if system in ON_EACH_BACKEND else [""]
+            for precision in precisions:
+                if precision.quantize not in SYSTEMS[system].quantizations:
+                    print(f"{system} has no {precision}", file=sys.stderr)
+                    continue
+                for backend in backends:
+                    worker = Worker(system, backend, precision, args.preset)
+                    running[worker.name] = stack.enter_context(worker)
+        if not running:
+            raise SystemExit(
+                f"Expected systems of {list(systems)} that can store "
+                f"{[str(x) for x in precisions]}. Received: {args.systems}."
+            )
+        yield running
 
 
 def prompt(batch, length):
@@ -71,25 +121,50 @@ def prompt(batch, length):
 
 
 def check_tokens(answers, running, prompts):
-    """Ends the program unless all generated the same, ties aside."""
-    (reference, first), *others = answers.items()
-    judge = next(w for name, w in running.items() if name.startswith("ours"))
-    ties = 0
-    for name, answer in others:
-        rows = zip(prompts, first["tokens"], answer["tokens"])
-        for row, (start, expected, actual) in enumerate(rows):
-            if expected == actual:
+    """Ends the program unless all generated the same in float32, ties aside.
+
+    Elsewhere, systems round in ways of their own, and may go on differently.
+    How often is counted, and `perplexity` says what it costs.
+
+    Args:
+        answers: Dictionary from names of workers to what they answered.
+        running: Dictionary from names to workers.
+        prompts: List of lists of token ids.
+
+    Returns:
+        A dictionary: how many `ties` there were, and for each other precision
+        in how many rows systems went on otherwise than the first of them.
+    """
+    ties, differing, references = 0, {}, {}
+    for name, answer in answers.items():
+        precision = running[name].precision
+        if precision not in references:
+            references[precision] = name
+            continue
+        reference = references[precision]
+        expected = answers[reference]["tokens"]
+        for row, (x, y) in enumerate(zip(expected, answer["tokens"])):
+            if x == y:
                 continue
-            at = next(i for i, x in enumerate(expected) if x != actual[i])
-            gap = judge.ask(
-                "logit_gap",
-                tokens=start + expected[:at],
-                candidates=[expected[at], actual[at]],
-            )["gap"]
-            if gap > TIE:
-                raise SystemExit(
-                    f"No result: {reference} and {name} differ in row {row}, "
-                    f"token {at}, where logits are {gap:.2g} apart."
-                )
-            ties += 1
-    return ties
+            if precision == EXACT:
+                _check_tie(running, reference, name, row, prompts[row], x, y)
+                ties += 1
+            else:
+                count = differing.get(str(precision), 0)
+                differing[str(precision)] = count + 1
+    return {"ties": ties, "differing_rows": differing}
+
+
+def _check_tie(running, reference, name, row, start, expected, actual):
+    """Ends the program unless two continuations part where logits are equal."""
+    at = next(i for i, x in enumerate(expected) if x != actual[i])
+    gap = running[reference].ask(
+        "logit_gap",
+        tokens=start + expected[:at],
+        candidates=[expected[at], actual[at]],
+    )["gap"]
+    if gap > TIE:
+        raise SystemExit(
+            f"No result: {reference} and {name} differ in row {row}, "
+            f"token {at}, where logits are {gap:.2g} apart."
+        )

@@ -18,11 +18,12 @@ def main():
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("preset")
     parser.add_argument("dtype")
+    parser.add_argument("quantize")
     args = parser.parse_args()
 
     results = sys.stdout
     sys.stdout = sys.stderr  # Whatever libraries print is no result.
-    system = SYSTEMS[args.system](args.preset, args.dtype)
+    system = SYSTEMS[args.system](args.preset, args.dtype, args.quantize)
     system.loaded_mib = psutil.Process().memory_info().rss / 2**20
     for line in sys.stdin:
         request = json.loads(line)

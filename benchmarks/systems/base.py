@@ -10,8 +10,17 @@ import numpy as np
 class System:
     """What a system under test can be asked to do.
 
-    Subclasses load a model and define `generate()`.
+    Subclasses load a model and define `generate()`, `batch()`, `logits()` and
+    `weight_bytes()`.
+
+    Args:
+        preset: str. Path of a Hugging Face directory.
+        dtype: str. Of the weights, and of what is computed.
+        quantize: str, one of `quantizations`. How weights are stored, `"none"`
+            for as they are.
     """
+
+    quantizations = ("none",)
 
     def generate(self, prompt, new, max_length=None, stop=None):
         """Greedy tokens `(B, new)` after a prompt `(B, P)`, as an array.
@@ -57,6 +66,40 @@ class System:
         """Greedy tokens after a batch of prompts of any length."""
         raise NotImplementedError
 
+    def logits(self, tokens):
+        """Logits `(T, vocabulary_size)` after each of a list of tokens."""
+        raise NotImplementedError
+
+    def weight_bytes(self):
+        """What all weights take, once each: a step reads them all."""
+        raise NotImplementedError
+
+    def perplexity(self, tokens):
+        """How surprised a model is by a text, its first token aside."""
+        logits = self.logits(tokens)[:-1].astype("float64")
+        logits -= logits.max(axis=1, keepdims=True)
+        chosen = logits[np.arange(len(logits)), tokens[1:]]
+        losses = np.log(np.exp(logits).sum(axis=1)) - chosen
+        return {
+            "perplexity": float(np.exp(losses.mean())),
+            "nats_per_token": float(losses.mean()),
+        }
+
+    def logit_gap(self, tokens, candidates):
+        """How far apart two candidates for the next token are."""
+        logits = self.logits(tokens)[-1, candidates].astype("float64")
+        return {"gap": float(abs(logits[0] - logits[1]))}
+
+    def step_milliseconds(self, prompt, new, max_length):
+        """The mean duration of a decode step after a prompt."""
+        prompt = np.asarray(prompt, "int32")
+        start = time.perf_counter()
+        self.generate(prompt, 1, max_length)
+        middle = time.perf_counter()
+        self.generate(prompt, 1 + new, max_length)
+        seconds = time.perf_counter() - middle - (middle - start)
+        return {"milliseconds": seconds / new * 1e3}
+
     def timed_rows(self, **kwargs):
         start = time.perf_counter()
         tokens = self.rows(**kwargs)
@@ -72,6 +115,12 @@ class System:
             file.write("5")  # The peak starts anew.
         answer = self.timed(prompt, **kwargs)
         return {"added_mib": answer["peak_mib"] - self.loaded_mib}
+
+
+def itemsize(dtype):
+    """Bytes of a number, by the name of its type."""
+    bits = re.search(r"\d+$", dtype)
+    return int(bits[0]) // 8 if bits else 1
 
 
 def peak_mib():

@@ -1,19 +1,25 @@
 """Systems that are a `CausalLM` of Keras: ours and upstream's."""
 
+import math
 import time
 
 import numpy as np
 
+from benchmarks.systems.base import itemsize
 from benchmarks.systems.base import System
 
 
 class KerasSystem(System):
     """A `CausalLM` of Keras, on the backend of `KERAS_BACKEND`."""
 
-    def __init__(self, models, preset, dtype):
+    quantizations = ("none", "int8", "int8-weights", "int4", "int4-32")
+
+    def __init__(self, models, preset, dtype, quantize):
         self.lm = models.CausalLM.from_preset(
             preset, preprocessor=None, dtype=dtype
         )
+        if quantize != "none":
+            self.lm.quantize(**quantization(quantize))
         self.lm.compile(sampler="greedy")
 
     def generate(self, prompt, new, max_length=None, stop=None):
@@ -42,21 +48,29 @@ class KerasSystem(System):
             for row, length, count in zip(output, lengths, new)
         ]
 
-    def logit_gap(self, tokens, candidates):
-        """How far apart two candidates for the next token are."""
+    def logits(self, tokens):
+        import keras
+
         tokens = np.asarray(tokens, "int32")[None]
-        logits = self.lm({"token_ids": tokens, "padding_mask": tokens * 0 + 1})
-        logits = np.array(logits[0, -1], "float64")[candidates]
-        return {"gap": float(abs(logits[0] - logits[1]))}
+        inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+        logits = keras.ops.cast(self.lm(inputs)[0], "float32")
+        return keras.ops.convert_to_numpy(logits)
+
+    def weight_bytes(self):
+        sizes = [
+            math.prod(x.shape) * itemsize(x.dtype)
+            for x in self.lm.backbone.weights
+        ]
+        return {"bytes": sum(sizes)}
 
 
 class Ours(KerasSystem):
     """keras_nlp_cache."""
 
-    def __init__(self, preset, dtype):
+    def __init__(self, preset, dtype, quantize):
         from keras_nlp_cache import models
 
-        super().__init__(models, preset, dtype)
+        super().__init__(models, preset, dtype, quantize)
 
     def rows(self, prompts, new, places):
         requests = [
@@ -68,7 +82,6 @@ class Ours(KerasSystem):
         )
 
     def step_milliseconds(self, prompt, new, max_length):
-        """The mean duration of a decode step after a prompt."""
         prompt = np.asarray(prompt, "int32")
         loop = self.lm.generation_loop
         generation = loop.prefill(prompt, np.ones_like(prompt), max_length)
@@ -94,7 +107,24 @@ class InBatches(Ours):
 class KerasHub(KerasSystem):
     """keras_hub."""
 
-    def __init__(self, preset, dtype):
+    def __init__(self, preset, dtype, quantize):
         from keras_hub import models
 
-        super().__init__(models, preset, dtype)
+        super().__init__(models, preset, dtype, quantize)
+
+
+def quantization(name):
+    """What `quantize()` takes for the name of a way to store weights."""
+    import keras
+
+    if name == "int8-weights":
+        # Without it, what a layer is called on becomes integers, too.
+        only = keras.quantizers.Int8QuantizationConfig(
+            activation_quantizer=None
+        )
+        return {"config": only}
+    if name == "int4-32":
+        # Groups as small as those of GGUF. Keras' own are of 128.
+        groups = keras.quantizers.Int4QuantizationConfig(block_size=32)
+        return {"config": groups}
+    return {"mode": name}

@@ -1,7 +1,5 @@
 """transformers on PyTorch, as it comes and compiled."""
 
-import time
-
 import numpy as np
 
 from benchmarks.device import torch_device
@@ -13,7 +11,7 @@ class Transformers(System):
 
     options = {}
 
-    def __init__(self, preset, dtype):
+    def __init__(self, preset, dtype, quantize):
         import torch
         import transformers
 
@@ -62,14 +60,17 @@ class Transformers(System):
             ).numpy(force=True)
         return [row[most : most + n] for row, n in zip(output, new)]
 
-    def step_milliseconds(self, prompt, new, max_length):
-        prompt = np.asarray(prompt, "int32")
-        start = time.perf_counter()
-        self.generate(prompt, 1)
-        middle = time.perf_counter()
-        self.generate(prompt, 1 + new)
-        seconds = time.perf_counter() - middle - (middle - start)
-        return {"milliseconds": seconds / new * 1e3}
+    def logits(self, tokens):
+        import torch
+
+        tokens = torch.tensor([tokens], device=torch_device())
+        with torch.no_grad():
+            logits = self.model(tokens).logits
+        return logits[0].float().numpy(force=True)
+
+    def weight_bytes(self):
+        sizes = [x.numel() * x.element_size() for x in self.model.parameters()]
+        return {"bytes": sum(sizes)}
 
 
 class TransformersCompiled(Transformers):
@@ -77,8 +78,8 @@ class TransformersCompiled(Transformers):
 
     options = {"cache_implementation": "static"}
 
-    def __init__(self, preset, dtype):
+    def __init__(self, preset, dtype, quantize):
         import torch
 
-        super().__init__(preset, dtype)
+        super().__init__(preset, dtype, quantize)
         self.model.forward = torch.compile(self.model.forward)
