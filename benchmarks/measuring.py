@@ -16,6 +16,7 @@ from benchmarks import models
 from benchmarks import perplexities
 from benchmarks.running import check_tokens
 from benchmarks.running import EXACT
+from benchmarks.running import planned
 from benchmarks.running import prompt
 from benchmarks.running import workers
 
@@ -71,6 +72,8 @@ def rates(first, answers, tokens):
 def speed(args):
     """Tokens per second of whole calls, beside what the machine allows."""
     results = {}
+    if args.perplexity:
+        tokens = perplexities.token_ids(args.preset, args.text)
     with workers(args) as running:
         weights = {
             name: worker.ask("weight_bytes")["bytes"]
@@ -90,10 +93,11 @@ def speed(args):
             }
             results[batch] = {"systems": systems, **agreement}
         if args.perplexity:
-            found = perplexities.measured(args, running)
-            for result in results.values():
-                for name, row in result["systems"].items():
-                    row["perplexity"] = found[name]["perplexity"]
+            for name, worker in running.items():
+                found = worker.ask("perplexity", tokens=tokens)
+                for result in results.values():
+                    row = result["systems"][name]
+                    row["perplexity"] = found["perplexity"]
         precisions = {name: x.precision for name, x in running.items()}
         backends = {name: x.backend for name, x in running.items()}
     bandwidth = machine.description()["bytes_per_second"]
@@ -120,8 +124,15 @@ def speed(args):
 
 def perplexity(args):
     """Perplexity of a text in each precision."""
-    with workers(args) as running:
-        return {(): {"systems": perplexities.measured(args, running)}}
+    tokens = perplexities.token_ids(args.preset, args.text)
+    found = {}
+    for start in planned(args):
+        # Nothing is timed, so one after the other, which takes less memory.
+        with start() as worker:
+            answer = worker.ask("perplexity", tokens=tokens)
+            found[worker.name] = {"precision": str(worker.precision), **answer}
+    systems = perplexities.compared(found)
+    return {(): {"systems": systems, "tokens": len(tokens)}}
 
 
 def rows(args):

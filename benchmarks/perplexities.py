@@ -25,22 +25,17 @@ def token_ids(preset, path=None):
     return tokenizer(text)["input_ids"]
 
 
-def measured(args, running):
-    """What each worker says of the text, and how much worse that is.
+def compared(answers):
+    """Says of each answer how much worse it is than in the first precision.
 
-    `worse` is beside the same system in the first precision that it has: a
-    perplexity that is a hundredth larger is 0.01.
+    Args:
+        answers: Dictionary from names of workers to what they answered. Those
+            of a system are compared: a perplexity that is a hundredth larger
+            is `worse` by 0.01.
     """
-    tokens = token_ids(args.preset, args.text)
-    systems, first = {}, {}
-    for name, worker in running.items():
-        found = worker.ask("perplexity", tokens=tokens)
-        system = name.partition(" ")[0]
-        before = first.setdefault(system, found["nats_per_token"])
-        systems[name] = {
-            "precision": str(worker.precision),
-            **found,
-            "worse": math.expm1(found["nats_per_token"] - before),
-            "tokens": len(tokens),
-        }
-    return systems
+    first, result = {}, {}
+    for name, answer in answers.items():
+        nats = answer["nats_per_token"]
+        before = first.setdefault(name.partition(" ")[0], nats)
+        result[name] = {**answer, "worse": math.expm1(nats - before)}
+    return result

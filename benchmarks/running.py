@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -11,9 +12,6 @@ import numpy as np
 
 from benchmarks.systems import ON_EACH_BACKEND
 from benchmarks.systems import SYSTEMS
-
-# Tokens whose logits are closer than this are a tie that rounding decides.
-TIE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Worker:
         name: str. A system, a backend if it has several, and a precision unless
             that is float32: `"ours-jax int8"`.
         precision: A `Precision`.
+        tie: float. How close logits are of which rounding picks one.
         backend: str. Whose products it has, `""` if its own.
     """
 
@@ -49,6 +48,7 @@ class Worker:
         if backend:
             environment["KERAS_BACKEND"] = backend
         self.precision = precision
+        self.tie = SYSTEMS[system].tie
         # transformers' products are those of PyTorch, too.
         in_torch = system.startswith("transformers")
         self.backend = "torch" if in_torch else backend
@@ -82,37 +82,46 @@ class Worker:
         self.process.wait()
 
 
-@contextlib.contextmanager
-def workers(args, systems=SYSTEMS):
-    """Workers by name: systems, on each backend, in each precision.
+def planned(args, systems=SYSTEMS):
+    """What is to run: systems, on each backend, in each precision.
 
-    All of them stay in memory, so that they can be measured in turns. What a
-    system cannot store is left out, and said.
+    What a system cannot store is left out, and said.
+
+    Returns:
+        A list of functions that start a `Worker`.
     """
     precisions = [
         Precision(dtype, quantize)
         for dtype in args.dtype
         for quantize in args.quantize
     ]
-    with contextlib.ExitStack() as stack:
-        running = {}
-        for system in args.systems:
-            if system not in systems:
+    found = []
+    for system in args.systems:
+        if system not in systems:
+            continue
+        backends = args.backends if system in ON_EACH_BACKEND else [""]
+        for precision in precisions:
+            if precision.quantize not in SYSTEMS[system].quantizations:
+                print(f"{system} has no {precision}", file=sys.stderr)
                 continue
-            backends = args.backends if system in ON_EACH_BACKEND else [""]
-            for precision in precisions:
-                if precision.quantize not in SYSTEMS[system].quantizations:
-                    print(f"{system} has no {precision}", file=sys.stderr)
-                    continue
-                for backend in backends:
-                    worker = Worker(system, backend, precision, args.preset)
-                    running[worker.name] = stack.enter_context(worker)
-        if not running:
-            raise SystemExit(
-                f"Expected systems of {list(systems)} that can store "
-                f"{[str(x) for x in precisions]}. Received: {args.systems}."
-            )
-        yield running
+            found += [
+                functools.partial(Worker, system, x, precision, args.preset)
+                for x in backends
+            ]
+    if not found:
+        raise SystemExit(
+            f"Expected systems of {list(systems)} that can store "
+            f"{[str(x) for x in precisions]}. Received: {args.systems}."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def workers(args, systems=SYSTEMS):
+    """All that is to run, by name, at once, to be measured in turns."""
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(x()) for x in planned(args, systems)]
+        yield {worker.name: worker for worker in running}
 
 
 def prompt(batch, length):
@@ -163,7 +172,7 @@ def _check_tie(running, reference, name, row, start, expected, actual):
         tokens=start + expected[:at],
         candidates=[expected[at], actual[at]],
     )["gap"]
-    if gap > TIE:
+    if gap > max(running[x].tie for x in (reference, name)):
         raise SystemExit(
             f"No result: {reference} and {name} differ in row {row}, "
             f"token {at}, where logits are {gap:.2g} apart."

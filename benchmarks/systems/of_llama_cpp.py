@@ -25,12 +25,15 @@ class LlamaCpp(System):
     """
 
     quantizations = ("none", *gguf_file.QUANTIZED)
+    # It looks GELU up in a table of half precision, whatever the weights are.
+    tie = 1e-2
 
     def __init__(self, preset, dtype, quantize):
         import gguf
         import llama_cpp
 
         self.lib = llama_cpp
+        self.dtype = dtype
         stored = gguf_file.FLOATS[dtype]
         self.cache_type = int(gguf.GGMLQuantizationType[stored])
         params = llama_cpp.llama_model_default_params()
@@ -115,6 +118,9 @@ class LlamaCpp(System):
         params.n_ctx = rows * length
         params.n_batch = max(tokens, rows)
         params.n_threads = params.n_threads_batch = os.cpu_count()
+        if self.dtype == "float32":
+            # Its flash attention computes with half precision.
+            params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.type_k = params.type_v = self.cache_type
         self.context = self.lib.llama_init_from_model(self.model, params)
         if not self.context:
