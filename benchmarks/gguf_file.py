@@ -118,6 +118,8 @@ def _add_metadata(writer, config):
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(_head_dim(config))
     writer.add_rope_freq_base(_rope_theta(config))
+    if cap := config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(cap)
     if config["model_type"] == "gemma3_text":
         writer.add_sliding_window(config["sliding_window"])
 

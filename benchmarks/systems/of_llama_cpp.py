@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 import tempfile
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from benchmarks import gguf_file
 from benchmarks.systems.base import System
 
+# What ggml calls `GGML_LOG_LEVEL_ERROR`.
+_ERROR = 4
 MODULE = "llama_cpp"
 MISSING = (
     "llama_cpp needs the package llama-cpp-python, which takes a C++ compiler "
@@ -33,6 +36,9 @@ class LlamaCpp(System):
         import llama_cpp
 
         self.lib = llama_cpp
+        # Kept here, since C calls it as long as the process lives.
+        self.log = llama_cpp.llama_log_callback(_say_errors)
+        llama_cpp.llama_log_set(self.log, None)
         self.dtype = dtype
         stored = gguf_file.FLOATS[dtype]
         self.cache_type = int(gguf.GGMLQuantizationType[stored])
@@ -144,3 +150,9 @@ class LlamaCpp(System):
         logits = self.lib.llama_get_logits(self.context)
         shape = sum(wanted for *_, wanted in tokens), self.vocabulary_size
         return np.ctypeslib.as_array(logits, shape)
+
+
+def _say_errors(level, text, _):
+    """Leaves out what llama.cpp says of hundreds of tensors."""
+    if level == _ERROR:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)

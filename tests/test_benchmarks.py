@@ -1,0 +1,144 @@
+"""The benchmark: what llama.cpp is given, and what must agree before times."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gguf_file
+from benchmarks import perplexities
+from benchmarks import running
+from benchmarks.running import EXACT
+from benchmarks.running import Precision
+from benchmarks.systems.base import System
+from keras_nlp_cache.files import gguf_reader
+from keras_nlp_cache.files.gguf_preset import architectures
+from tests import gguf_files
+from tests.families import on_one_backend
+
+pytestmark = on_one_backend("what has no backend is tried")
+
+UNSCALED = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+CHANGES = {
+    "gemma3": {"rope_parameters": UNSCALED},
+    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+}
+# What is said in other words, or not at all.
+UNCOMPARED = {"architectures", "dtype", "model_type", "rope_scaling"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "gemma3", "llama"])
+def test_a_file_for_llama_cpp_is_the_model(name, tmp_path):
+    model = gguf_files.random_model(name, **CHANGES.get(name, {}))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.gguf"
+    gguf_file.write(path, tmp_path, "float32", "none")
+    found = architectures.Model(path, gguf_reader.read(path))
+    tensors = {x.name: torch.tensor(x.read().copy()) for x in found.tensors}
+    expected = model.state_dict()
+    assert {*expected} - {*tensors} <= {"lm_head.weight"}
+    for key, x in tensors.items():
+        torch.testing.assert_close(x, expected[key], rtol=0, atol=1e-6)
+    expected = model.config.to_dict()
+    if name == "llama":
+        expected["rope_theta"] = 5e5
+    for key in (found.config.keys() & expected.keys()) - UNCOMPARED:
+        if not isinstance(expected[key], dict):
+            expected[key] = pytest.approx(expected[key])
+        assert found.config[key] == expected[key], key
+
+
+@pytest.mark.parametrize(
+    "precision, stored",
+    [
+        (("float16", "none"), "F16"),
+        (("bfloat16", "none"), "BF16"),
+        (("float32", "int8"), "Q8_0"),
+        (("bfloat16", "int4"), "Q4_0"),
+    ],
+)
+def test_all_matrices_are_as_precise(precision, stored, tmp_path):
+    gguf_files.random_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.gguf"
+    gguf_file.write(path, tmp_path, *precision)
+    types = {
+        len(x.shape): x.tensor_type.name for x in gguf.GGUFReader(path).tensors
+    }
+    assert types == {1: "F32", 2: stored}
+
+
+def test_what_llama_cpp_is_not_given(tmp_path):
+    gguf_files.random_model("llama3").save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="not scaled.*'llama3'"):
+        gguf_file.write(tmp_path / "x.gguf", tmp_path, "float32", "none")
+    gguf_files.random_model("gemma2").save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="Received: 'gemma2'"):
+        gguf_file.write(tmp_path / "x.gguf", tmp_path, "float32", "none")
+
+
+class FakeWorker:
+    tie = 1e-3
+
+    def __init__(self, precision, gap=0.0):
+        self.precision = precision
+        self.gap = gap
+        self.asked = []
+
+    def ask(self, method, **request):
+        self.asked.append(request)
+        return {"gap": self.gap}
+
+
+def test_tokens_must_agree_in_float32():
+    workers = {"ours-jax": FakeWorker(EXACT), "other": FakeWorker(EXACT)}
+    answers = {
+        "ours-jax": {"tokens": [[5, 6, 7], [1, 2, 3]]},
+        "other": {"tokens": [[5, 8, 9], [1, 2, 3]]},
+    }
+    found = running.check_tokens(answers, workers, [[3], [4]])
+    assert found == {"ties": 1, "differing_rows": {}}
+    (question,) = workers["ours-jax"].asked
+    assert question == {"tokens": [3, 5], "candidates": [6, 8]}
+    workers["ours-jax"].gap = 0.1
+    with pytest.raises(SystemExit, match=r"ours-jax and other .* row 0.*0\.1"):
+        running.check_tokens(answers, workers, [[3], [4]])
+
+
+def test_tokens_may_differ_where_numbers_are_rounded():
+    int8 = Precision("float32", "int8")
+    workers = {
+        "ours-jax": FakeWorker(EXACT),
+        "ours-jax int8": FakeWorker(int8, gap=9.0),
+        "other int8": FakeWorker(int8, gap=9.0),
+    }
+    answers = {
+        "ours-jax": {"tokens": [[5, 6]]},
+        "ours-jax int8": {"tokens": [[5, 7]]},
+        "other int8": {"tokens": [[5, 8]]},
+    }
+    found = running.check_tokens(answers, workers, [[3]])
+    assert found == {"ties": 0, "differing_rows": {"int8": 1}}
+
+
+def test_perplexity():
+    class Fake(System):
+        def logits(self, tokens):
+            logits = np.zeros((len(tokens), 10), "float32")
+            logits[0, 4] = np.log(11)  # Half of the probability.
+            return logits + 100
+
+    found = Fake().perplexity([3, 4, 0])
+    assert found["perplexity"] == pytest.approx(
+        np.sqrt(1 / (11 / 20) * 10), rel=1e-6
+    )
+    answers = {
+        "ours-jax": {"nats_per_token": 2.0},
+        "ours-jax int8": {"nats_per_token": 2.0 + np.log(1.01)},
+        "other int8": {"nats_per_token": 9.0},
+    }
+    compared = perplexities.compared(answers)
+    assert compared["ours-jax int8"]["worse"] == pytest.approx(0.01)
+    assert compared["other int8"]["worse"] == 0
