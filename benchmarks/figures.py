@@ -4,6 +4,7 @@ python -m benchmarks.figures
 """
 
 import json
+import math
 import pathlib
 
 from matplotlib import pyplot
@@ -20,6 +21,7 @@ COLORS = {
     "llama_cpp": "#2a6f97",
 }
 STYLES = {"jax": "-", "tensorflow": "--", "torch": ":", "": "-."}
+COLUMNS = 4
 MARKERS = {"jax": "o", "tensorflow": "s", "torch": "^", "": "D"}
 HATCHES = {"jax": "", "tensorflow": "//", "torch": "..", "": ""}
 
@@ -101,6 +103,8 @@ def draw_roofline(folder, axes, case, result):
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    # Room for the names of precisions.
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 3)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -175,14 +179,20 @@ def draw(folder):
             results = [(x, y) for x, y in results if _says_bytes(y)]
         if not results:
             continue
+        columns = min(len(results), COLUMNS)
+        rows = math.ceil(len(results) / columns)
+        # Speed has a bar for each.
+        systems = max(len(x["systems"]) for _, x in results)
         figure, axes = pyplot.subplots(
-            1,
-            len(results),
-            figsize=(5.5 * len(results), 3.4),
+            rows,
+            columns,
+            figsize=(5.5 * columns, max(3.4, 0.3 * systems) * rows),
             squeeze=False,
             layout="constrained",
         )
-        for ax, (case, result) in zip(axes[0], results):
+        for ax in axes.flat[len(results) :]:
+            ax.set_axis_off()
+        for ax, (case, result) in zip(axes.flat, results):
             function(folder, ax, case, result, **options)
             ax.set_title(_title(case, result))
         # Without a date, so that the same results give the same file.
