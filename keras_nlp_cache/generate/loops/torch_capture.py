@@ -184,16 +184,14 @@ def _share_repeated(graph):
     modified = {
         _storage(x) for node in graph.nodes for x in _modified_arguments(node)
     }
-    first, changing = {}, set()
+    modified.discard(None)
+    first = {}
     for node in graph.nodes:
-        # Neither what is modified in place nor what is computed from it.
-        if _storage(node) in modified or any(
-            x in changing for x in node.all_input_nodes
-        ):
-            changing.add(node)
         if node.op != "call_function" or not _is_repeatable(node):
             continue
-        if node in changing:
+        # Of memory that is modified in place, a later call may see more. What
+        # the first one made of it is then as good as any other number.
+        if any(_storage(x) in modified for x in (node, *node.all_input_nodes)):
             continue
         key = node.target, repr(node.args), repr(node.kwargs)
         node.replace_all_uses_with(first.setdefault(key, node))
