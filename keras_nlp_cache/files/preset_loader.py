@@ -24,11 +24,12 @@ from keras_nlp_cache.files.empty_weights import without_random_numbers
 _SENTENCE_PIECE = "tokenizer.model"
 
 
-def preset_loader(preset):
+def preset_loader(preset, keep_quantized=False):
     """Returns what loads a preset.
 
     Args:
         preset: As for `CausalLM.from_preset()`.
+        keep_quantized: bool. As there.
 
     Returns:
         A `PresetLoader` of keras_hub.
@@ -36,9 +37,10 @@ def preset_loader(preset):
     Raises:
         ValueError: If it is not a preset.
     """
-    loader = get_preset_loader(gguf_preset.directory(preset))
+    directory = gguf_preset.directory(preset, keep_quantized)
+    loader = get_preset_loader(directory)
     if type(loader) is TransformersPresetLoader:
-        return _HuggingFaceLoader(loader.preset, loader.config)
+        return HuggingFaceLoader(loader.preset, loader.config)
     return loader
 
 
@@ -54,7 +56,14 @@ def template_of(loader):
     )
 
 
-class _HuggingFaceLoader(TransformersPresetLoader):
+class HuggingFaceLoader(TransformersPresetLoader):
+    """Upstream's loader, of what it reads right, and told what it passes over.
+
+    Args:
+        preset: Path or hub handle.
+        config: Dictionary, what `config.json` says.
+    """
+
     def __init__(self, preset, config):
         super().__init__(preset, config)
         if config["model_type"] == "llama":

@@ -18,7 +18,6 @@ from keras_nlp_cache.cache import policies
 from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.files.chat_template import ChatTemplate
-from keras_nlp_cache.files.preset_loader import preset_loader
 from keras_nlp_cache.files.preset_loader import template_of
 from keras_nlp_cache.generate import conversation
 from keras_nlp_cache.generate import loops
@@ -34,6 +33,7 @@ from keras_nlp_cache.generate.session import Session
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.backbone import without_taps
 from keras_nlp_cache.graph.calling import floating_dtype
+from keras_nlp_cache.graph.kept_weights import loader_of
 from keras_nlp_cache.quantization.quantizing import layer_structure
 from keras_nlp_cache.quantization.quantizing import leaving_out
 from keras_nlp_cache.quantization.quantizing import quantizing
@@ -768,7 +768,9 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         return drop_in.presets(cls)
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
+    def from_preset(
+        cls, preset, load_weights=True, *, keep_quantized=False, **kwargs
+    ):
         """Loads a task from a preset that either package saved.
 
         Called on `CausalLM`, picks the class that fits the preset. Called on a
@@ -782,6 +784,11 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 Hugging Face directory. Or the path of a GGUF file, which is
                 converted once.
             load_weights: bool. Whether to load the weights.
+            keep_quantized: bool. Of a GGUF file, whether matrices in `Q8_0`,
+                `Q4_0` and `Q4_1` stay small as they are stored, in memory and
+                in what the model saves, rather than become floats. They are
+                frozen. What a product cannot be made with becomes floats, as
+                all other formats do; what was kept is printed.
             **kwargs: Passed on to the task and, as `dtype`, to its backbone.
 
         Raises:
@@ -790,7 +797,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         """
         own = drop_in.family(cls)
         with drop_in.scope(*((cls, cls.backbone_cls) if own else ())):
-            loader = preset_loader(preset)
+            loader = loader_of(preset, keep_quantized)
             backbone_cls = drop_in.replacement(loader.check_backbone_class())
             task = drop_in.task_for(cls, backbone_cls)
             if task is None:

@@ -26,7 +26,6 @@ from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.cache.shared_inputs import Positions
 from keras_nlp_cache.cache.shared_inputs import Weightless
-from keras_nlp_cache.files.preset_loader import preset_loader
 from keras_nlp_cache.graph import lora_file
 from keras_nlp_cache.graph import saving
 from keras_nlp_cache.graph.calling import CachedGraph
@@ -37,6 +36,7 @@ from keras_nlp_cache.graph.constructed import check_graph
 from keras_nlp_cache.graph.constructed import learned_positions
 from keras_nlp_cache.graph.constructed import positioned_layers
 from keras_nlp_cache.graph.constructed import return_hidden_states_alone
+from keras_nlp_cache.graph.kept_weights import loader_of
 from keras_nlp_cache.graph.sites import Site
 from keras_nlp_cache.graph.sites import sites_of
 from keras_nlp_cache.graph.wiring import Wiring
@@ -45,6 +45,7 @@ from keras_nlp_cache.layers.block_call import collecting_carried
 from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.sharing import attributes
 from keras_nlp_cache.layers.specializing import specialize_within
+from keras_nlp_cache.products.in_groups import have_groups
 from keras_nlp_cache.quantization.logits import derive_logits
 from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.quantization.quantizing import policies
@@ -156,6 +157,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         positioned = positioned_layers(layers)
         self.mend()
         derive_logits(self.output_embedding)
+        have_groups(layers)
         # The numbers by which a saved edit refers to layers. Weak, for an edit
         # that removes a layer not to keep it.
         self._constructed = weakref.WeakKeyDictionary()
@@ -589,15 +591,18 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         return drop_in.presets(cls)
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
+    def from_preset(
+        cls, preset, load_weights=True, *, keep_quantized=False, **kwargs
+    ):
         """Loads a backbone from a preset that either package saved.
 
         Takes what `keras_hub.models.Backbone.from_preset()` takes: a built-in
         name, a hub handle, a local preset or Hugging Face directory; or the
         path of a GGUF file. Called on a subclass of your own, returns one.
+        For `keep_quantized`, see `CausalLM.from_preset()`.
         """
         with drop_in.scope(*((cls,) if drop_in.family(cls) else ())):
-            loader = preset_loader(preset)
+            loader = loader_of(preset, keep_quantized)
             backbone_cls = drop_in.replacement(loader.check_backbone_class())
             if issubclass(cls, backbone_cls):
                 backbone_cls = cls

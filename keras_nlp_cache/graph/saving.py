@@ -23,6 +23,7 @@ from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.layers.sharing import shared_from
 from keras_nlp_cache.layers.sharing import sublayers
+from keras_nlp_cache.products.in_groups import have_groups
 from keras_nlp_cache.quantization.quantizing import policies
 
 _layers = contextvars.ContextVar("keras_nlp_cache_saved_layers", default=None)
@@ -313,9 +314,12 @@ class _Builder:
     def _build(self, description):
         if "layer" in description:
             with weight_paths.scope(description.get("scope")):
-                return keras.saving.deserialize_keras_object(
+                layer = keras.saving.deserialize_keras_object(
                     description["layer"]
                 )
+            if isinstance(layer, keras.layers.Layer):
+                have_groups([layer])
+            return layer
         if "shared_from" in description:
             return share(
                 self[description["shared_from"]],

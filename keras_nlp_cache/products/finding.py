@@ -16,6 +16,8 @@ from keras_nlp_cache.products.logits import matrix_variables
 from keras_nlp_cache.products.packing import Form
 from keras_nlp_cache.products.packing import Weight
 from keras_nlp_cache.products.packing import Weights
+from keras_nlp_cache.quantization.groups import GROUP
+from keras_nlp_cache.quantization.groups import in_groups
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -71,6 +73,9 @@ def _of_dense(layer):
             getattr(layer, "kernel_zero", None),
             Form("int4", outputs, depth),
         )
+    if in_groups(layer):
+        form = Form("int8_in_groups", outputs, depth, block=GROUP)
+        return _of_int8_in_groups(layer._kernel, layer.kernel_scale, form)
     if layer.quantization_mode is None and layer.lora_enabled:
         return None  # The kernel is a sum.
     return _of_numbers(layer, layer._kernel, Form("", outputs, depth))
@@ -80,6 +85,9 @@ def _of_logits(layer):
     variable, scale, zero = matrix_variables(layer)
     tied = layer.tie_weights
     form = Form("int4", layer.input_dim, layer.output_dim, transposed=tied)
+    if layer.quantization_mode == "int8" and in_groups(layer):
+        form = dataclasses.replace(form, dtype="int8_in_groups", block=GROUP)
+        return _of_int8_in_groups(variable, scale, form)
     if layer.quantization_mode != "int4":
         return _of_numbers(layer, variable, form)
     form = dataclasses.replace(form, pairs=1 if tied else 0)
@@ -96,6 +104,15 @@ def _of_numbers(layer, variable, form):
         return None
     form = dataclasses.replace(form, dtype=dtype, is_stored=stored == dtype)
     return Weight(form, variable)
+
+
+def _of_int8_in_groups(variable, scale, form):
+    def scales():
+        by_group = ops.convert_to_numpy(scale.value)
+        # Of the embeddings that are tied, groups are in the last axis.
+        return (by_group.T if form.transposed else by_group,)
+
+    return Weight(form, variable, scales, [scale])
 
 
 def _of_int4(layer, variable, scale, zero, form):

@@ -192,6 +192,60 @@ def _of_nibbles(w, scale, zero, x, totals, y, first, last, groups, half):
             y[i, n] = a
 
 
+@numba.njit(fastmath=True)
+def _of_bytes_in_groups(w, scale, x, y, first, last, block):
+    """Sums group by group: `scale * sum(numbers * x)`."""
+    rows, groups = x.shape[0], scale.shape[1]
+    fours = rows // 4 * 4
+    for n in range(first, last):
+        for i in range(0, fours, 4):
+            a, b, c, d = (
+                np.float32(0),
+                np.float32(0),
+                np.float32(0),
+                np.float32(0),
+            )
+            for g in range(groups):
+                p, q, r, s = (
+                    np.float32(0),
+                    np.float32(0),
+                    np.float32(0),
+                    np.float32(0),
+                )
+                for k in range(g * block, (g + 1) * block):
+                    v = np.float32(w[n, k])
+                    p += v * x[i, k]
+                    q += v * x[i + 1, k]
+                    r += v * x[i + 2, k]
+                    s += v * x[i + 3, k]
+                a += scale[n, g] * p
+                b += scale[n, g] * q
+                c += scale[n, g] * r
+                d += scale[n, g] * s
+            y[i, n] = a
+            y[i + 1, n] = b
+            y[i + 2, n] = c
+            y[i + 3, n] = d
+        for i in range(fours, rows):
+            a = np.float32(0)
+            for g in range(groups):
+                p = np.float32(0)
+                for k in range(g * block, (g + 1) * block):
+                    p += np.float32(w[n, k]) * x[i, k]
+                a += scale[n, g] * p
+            y[i, n] = a
+
+
+def _int8_in_groups_piece(job, piece):
+    w, x, y, first, last = _operands(
+        job, piece, np.int8, np.float32, np.float32
+    )
+    q = words(job, jobs.WORDS)
+    groups = q[DEPTH] // q[BLOCK]
+    scale = carray(pointer(q[SCALE]), (q[OUTPUTS], groups), np.float32)
+    _of_bytes_in_groups(w, scale, x, y, first, last, q[BLOCK])
+
+
 def _int4_piece(job, piece):
     q = words(job, jobs.WORDS)
     n, depth, rows = q[OUTPUTS], q[DEPTH], q[ROWS]
@@ -229,4 +283,5 @@ KERNELS = {
     ("int8", "float32"): Kernel(3, "float32", _int8_piece),
     ("int8", "int8"): Kernel(4, "int32", _int8_with_int8_piece),
     ("int4", "float32"): Kernel(5, "float32", _int4_piece),
+    ("int8_in_groups", "float32"): Kernel(6, "float32", _int8_in_groups_piece),
 }

@@ -16,6 +16,9 @@ from keras_nlp_cache.layers.specializing import specialize
 from keras_nlp_cache.products.dense import as_matrix
 from keras_nlp_cache.products.multiplying import is_looked_up
 from keras_nlp_cache.products.multiplying import product
+from keras_nlp_cache.quantization.groups import in_groups
+from keras_nlp_cache.quantization.groups import refuse_lora
+from keras_nlp_cache.quantization.groups import widened
 
 
 def is_exactly(layer, cls):
@@ -63,6 +66,10 @@ class _AsksForProducts:
     def _product(self, x):
         raise NotImplementedError
 
+    def _multiplied(self, x, kernel):
+        """Keras' product, with a kernel of floats."""
+        raise NotImplementedError
+
     def _divided(self, y, inputs_scale):
         """Takes the scales of integers out of a product."""
         scale = self.kernel_scale
@@ -81,6 +88,11 @@ class _AsksForProducts:
         return self._finished(y)
 
     def _int8_call(self, inputs, training=None):
+        if in_groups(self):
+            y = self._product(inputs)
+            return self._finished(
+                self._widened_product(inputs) if y is None else y
+            )
         y = None
         if is_looked_up(self._kernel):
             x, scale = self._quantized(inputs)
@@ -99,6 +111,18 @@ class _AsksForProducts:
         if scale is not None:
             y = ops.divide(y, scale)
         return self._finished(self._with_lora(y, inputs))
+
+    def _widened_product(self, x):
+        """Keras' product with an int8 weight in groups."""
+        matrix = ops.reshape(self._kernel, matrix_of(self))
+        matrix = widened(matrix, self.kernel_scale)
+        matrix = ops.reshape(matrix, self._kernel.shape)
+        return self._multiplied(x, ops.cast(matrix, self.compute_dtype))
+
+    def enable_lora(self, *args, **kwargs):
+        if in_groups(self):
+            refuse_lora(self)
+        super().enable_lora(*args, **kwargs)
 
     def _with_lora(self, y, inputs):
         if not self.lora_enabled:
@@ -129,6 +153,9 @@ class Dense(_AsksForProducts, keras.layers.Dense):
     def _product(self, x):
         return product(x, self._kernel)
 
+    def _multiplied(self, x, kernel):
+        return ops.matmul(x, kernel)
+
     def _quantized(self, x):
         if not self.inputs_quantizer:
             return x, None
@@ -151,6 +178,9 @@ class EinsumDense(_AsksForProducts, keras.layers.EinsumDense):
         if y is None:
             return None
         return ops.reshape(y, (*y.shape[:-1], *free))
+
+    def _multiplied(self, x, kernel):
+        return ops.einsum(self.equation, x, kernel)
 
     def _quantized(self, x):
         if not self.inputs_quantizer:

@@ -6,6 +6,7 @@ from keras import ops
 from keras_nlp_cache import drop_in
 from keras_nlp_cache.products.multiplying import is_looked_up
 from keras_nlp_cache.products.multiplying import product
+from keras_nlp_cache.quantization.groups import in_groups
 
 
 def is_known(layer):
@@ -14,9 +15,11 @@ def is_known(layer):
     return (
         isinstance(layer, cls)
         and type(layer).call is cls.call
-        and type(layer)._int4_call is cls._int4_call
         and (
-            type(layer)._int8_call is cls._int8_call
+            (
+                type(layer)._int4_call is cls._int4_call
+                and type(layer)._int8_call is cls._int8_call
+            )
             # Which has another gradient.
             or type(layer) is drop_in.stand_in(cls)
         )
@@ -60,7 +63,8 @@ def logits(embedding, hidden_states):
         return None
     mode, dtype = embedding.quantization_mode, embedding.compute_dtype
     x, inputs_scale = ops.cast(hidden_states, dtype), None
-    if mode is None:
+    grouped = in_groups(embedding)
+    if mode is None or grouped:
         if embedding.reverse_dtype is not None:
             x = ops.cast(x, embedding.reverse_dtype)
     elif embedding.inputs_quantizer:
@@ -70,7 +74,7 @@ def logits(embedding, hidden_states):
     y = product(x, variable)
     if y is None:
         return None
-    if mode == "int8":
+    if mode == "int8" and not grouped:
         y = ops.divide(
             ops.cast(y, dtype),
             scale

@@ -83,7 +83,7 @@ def product(x, variable, axes=1):
     Returns:
         A tensor `(..., N)` of the dtype of `x`, or int32 of integers. `None`
         if the weight is not known, or another form is faster. An int8 weight is
-        not scaled yet, an int4 one is.
+        not scaled yet, what is in groups is.
     """
     if not is_looked_up(variable) or _is_autocasting():
         return None

@@ -16,14 +16,14 @@ class Form:
     """How the numbers of a weight lie in its variable.
 
     Attributes:
-        dtype: str. `"float32"`, `"bfloat16"`, `"float16"`, `"int8"` or
-            `"int4"`.
+        dtype: str. `"float32"`, `"bfloat16"`, `"float16"`, `"int8"`,
+            `"int8_in_groups"` or `"int4"`.
         outputs: int. `N`, how many numbers a product has.
         depth: int. `K`, over how many it sums.
         transposed: bool. Whether the variable is `(N, K)`, and else `(K, N)`.
         is_stored: bool. Whether the variable has this dtype.
         pairs: int. Of `"int4"`, the axis of which a byte holds two numbers.
-        block: int. Of `"int4"`, how many along `K` share a scale.
+        block: int. Of the last two, how many along `K` share a scale.
     """
 
     dtype: str
@@ -37,7 +37,7 @@ class Form:
     @property
     def needs_packing(self):
         """Whether kernels read something else than the variable's memory."""
-        as_is = self.transposed and self.is_stored and self.dtype != "int4"
+        as_is = self.transposed and self.is_stored and self.block == 0
         return not as_is
 
     @property
@@ -59,21 +59,24 @@ def packed(form, weight, scale=None, zero=None):
     Args:
         form: `Form`.
         weight: Array as `form` describes it.
-        scale: Of `"int4"`, float array `(groups, N)`, what to multiply with.
+        scale: Of what is in groups, float array `(groups, N)`, what to multiply
+            with.
         zero: Of `"int4"`, array `(groups, N)`, what to subtract first, or
             `None`.
 
     Returns:
         A tuple of arrays: the weight, `(N, K)` or of two numbers in a byte
-        `(N, packed_depth / 2)`, and of `"int4"`, float32 `(N, groups)` for
-        scales and for zeros.
+        `(N, packed_depth / 2)`, and of what is in groups, float32 `(N, groups)`
+        for scales and, of `"int4"`, for zeros.
     """
     if form.dtype != "int4":
         if not form.is_stored:
             weight = weight.astype(_array_dtype(form.dtype))
         if not form.transposed:
             weight = _transposed(weight.reshape(form.depth, form.outputs))
-        return (weight,)
+        if scale is None:
+            return (weight,)
+        return weight, np.ascontiguousarray(scale.T, np.float32)
     numbers = _nibbles(form, weight)
     groups = scale.shape[0]
     blocks = np.full((form.outputs, groups, form.packed_block), 8, np.uint8)
@@ -124,8 +127,8 @@ class Weight:
     Args:
         form: `Form`.
         variable: `keras.Variable` with the numbers.
-        scales: Function without arguments, that returns the arrays `scale` and
-            `zero` of `packed()`. `None` if there are none.
+        scales: Function without arguments, that returns the arrays `scale` and,
+            of `"int4"`, `zero` of `packed()`. `None` if there are none.
         further: The variables that `scales` reads.
     """
 

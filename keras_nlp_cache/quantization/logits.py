@@ -5,6 +5,9 @@ from keras import ops
 
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.layers.specializing import specialize
+from keras_nlp_cache.quantization.groups import in_groups
+from keras_nlp_cache.quantization.groups import refuse_lora
+from keras_nlp_cache.quantization.groups import widened
 
 
 def derive_logits(embedding):
@@ -27,9 +30,13 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
     Upstream rounds hidden states to integers here, through which nothing is
     derived, and adapters are then trained by what is left, the gradient of the
     scale. This derives through the weights, as its dense layers do.
+
+    Weights may be in groups, see `quantization/groups.py`.
     """
 
     def _int8_call(self, inputs, reverse=False):
+        if in_groups(self):
+            return self._call_in_groups(inputs, reverse)
         call = super()._int8_call
         if not reverse or self.inputs_quantizer is None:
             return call(inputs, reverse=reverse)
@@ -50,6 +57,49 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
             return outputs, gradient
 
         return logits(inputs)
+
+    def _int4_call(self, inputs, reverse=False):
+        if in_groups(self):
+            return self._call_in_groups(inputs, reverse)
+        return super()._int4_call(inputs, reverse=reverse)
+
+    def _call_in_groups(self, inputs, reverse):
+        if not reverse:
+            return self._rows_in_groups(ops.cast(inputs, "int32"))
+        dtype = self.reverse_dtype or self.compute_dtype
+        if self.tie_weights:
+            matrix = ops.transpose(self._in_groups("_embeddings", -1))
+        else:
+            matrix = self._in_groups("reverse_embeddings", 0)
+        logits = ops.matmul(ops.cast(inputs, dtype), ops.cast(matrix, dtype))
+        cap = self.logit_soft_cap
+        if cap is None:
+            return logits
+        return ops.multiply(ops.tanh(ops.divide(logits, cap)), cap)
+
+    def _rows_in_groups(self, tokens):
+        """The embeddings of tokens, of which alone groups are widened."""
+        rows = self._in_groups(
+            "_embeddings", -1, lambda x: ops.take(x, tokens, axis=0)
+        )
+        return ops.cast(rows, self.compute_dtype)
+
+    def _in_groups(self, name, axis, part=ops.convert_to_tensor):
+        """A part of a matrix, in float32, with groups along an axis."""
+        numbers = part(getattr(self, name))
+        scale = part(getattr(self, f"{name.lstrip('_')}_scale"))
+        zero = None
+        if self.quantization_mode == "int4":
+            numbers = keras.quantizers.unpack_int4(
+                numbers, self.output_dim, axis=axis
+            )
+            zero = part(getattr(self, f"{name.lstrip('_')}_zero"))
+        return widened(numbers, scale, zero, axis)
+
+    def enable_lora(self, *args, **kwargs):
+        if in_groups(self):
+            refuse_lora(self)
+        super().enable_lora(*args, **kwargs)
 
     def _int8_embeddings(self):
         """The quantized matrix of logits, `(vocabulary_size, hidden_dim)`."""

@@ -14,6 +14,7 @@ from keras.src.quantizers.utils import should_quantize_layer
 
 from keras_nlp_cache.layers import weight_paths
 from keras_nlp_cache.layers.block_call import first_argument
+from keras_nlp_cache.quantization.groups import policy_of
 from keras_nlp_cache.quantization.logits import derive_logits
 
 
@@ -47,17 +48,10 @@ def policies(layers):
         weight_paths.pattern(layer.path, named): policy
         for layer in layers
         if isinstance(
-            policy := _policy_of(layer),
+            policy := policy_of(layer),
             keras.dtype_policies.QuantizedDTypePolicy,
         )
     }
-
-
-def _policy_of(layer):
-    policy = layer.dtype_policy
-    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-        return policy[layer.path] if layer.path else policy.default_policy
-    return policy
 
 
 def use_own_policies(model):
@@ -78,7 +72,7 @@ def use_own_policies(model):
                 for x in policy.values()
             ):
                 # Set in the usual way, it would be quantized once more.
-                layer._dtype_policy = _policy_of(layer)
+                layer._dtype_policy = policy_of(layer)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from keras_nlp_cache.files.gguf_preset import stored
+
 _REQUIRED = object()
 # What changes nothing, whatever it says.
 _IRRELEVANT = ("vocab_size", "tensor_data_layout", "attention.causal")
@@ -102,11 +104,9 @@ class Model:
 
     def read(self, name):
         """One tensor as float32."""
-        import gguf
-
         tensor = self.stored[name]
         try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type)
+            return stored.widened(tensor.data, tensor.tensor_type.name)
         except NotImplementedError:
             self.refuse(
                 f"{name!r} in a type that the package `gguf` can read",
@@ -188,8 +188,27 @@ class Tensor:
         shape = self.model.shape(self.theirs)
         return shape[::-1] if self.transform is _transposed else shape
 
+    @property
+    def kind(self):
+        """What its format is called, if it can be kept as it is, or `None`."""
+        tensor = self.model.stored[self.theirs]
+        kind = tensor.tensor_type.name
+        is_known = kind in stored.FORMATS and tensor.data.ndim == 2
+        return kind if is_known else None
+
+    @property
+    def is_transposed(self):
+        """Whether Hugging Face has the columns of what is stored for rows."""
+        return self.transform is _transposed
+
     def read(self):
         return self.transform(self.model.read(self.theirs), self.model)
+
+    def read_stored(self):
+        """The bytes of each row, as the file has them, `(rows, bytes)`."""
+        rows = self.model.stored[self.theirs].data
+        # The others put rows into another order, and change none.
+        return rows if self.is_transposed else self.transform(rows, self.model)
 
 
 def _as_it_is(x, model):

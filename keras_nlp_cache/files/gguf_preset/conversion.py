@@ -1,7 +1,13 @@
-"""Converts a GGUF file to a Hugging Face directory, and keeps that."""
+"""Converts a GGUF file to a Hugging Face directory, and keeps that.
+
+Or to one whose matrices are as the file has them: its weights are then in
+`KEPT_WEIGHTS`, where nothing else looks for them, and its config says of which
+format they are under `KEPT`.
+"""
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -14,6 +20,7 @@ import numpy as np
 from keras_nlp_cache.files import gguf_reader
 from keras_nlp_cache.files.cache_folder import cache_folder
 from keras_nlp_cache.files.gguf_preset import architectures
+from keras_nlp_cache.files.gguf_preset import stored
 from keras_nlp_cache.files.gguf_preset import vocabulary
 
 # To be raised when the same file is to be converted to something else.
@@ -22,8 +29,11 @@ _VERSION = 2
 _SAMPLES = 16
 _SAMPLE_BYTES = 2**16
 
+KEPT = "kept_quantized"
+KEPT_WEIGHTS = "kept.safetensors"
 
-def converted(path, folder=None):
+
+def converted(path, folder=None, keep_quantized=False):
     """Returns the path of a converted GGUF file, converting it if need be.
 
     The directory appears under its name when it is complete, and not before:
@@ -33,6 +43,8 @@ def converted(path, folder=None):
     Args:
         path: Path of the file.
         folder: Optional path. Defaults to `cache_folder()`.
+        keep_quantized: bool. Whether matrices of the formats in
+            `stored.FORMATS` are to stay as they are, and not be widened.
 
     Returns:
         A path that `CausalLM.from_preset()` takes, as a string.
@@ -41,17 +53,20 @@ def converted(path, folder=None):
         ImportError: If the package `gguf` is missing.
         OSError: If the file cannot be read, or the folder not be written.
         ValueError: If the file is damaged, or of a model that this package
-            does not cover.
+            does not cover, or has nothing to keep.
     """
     path = pathlib.Path(path)
     name = f"{path.stem[:64]}-{_fingerprint(path)}"
+    if keep_quantized:
+        name += "-kept"
     target = pathlib.Path(folder or cache_folder()) / name
     if target.is_dir():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.parent / f".{name}.lock"):
         if not target.is_dir():
-            _convert_into(target, path)
+            convert = _convert_kept if keep_quantized else _convert
+            _convert_into(target, path, convert)
     return str(target)
 
 
@@ -72,7 +87,7 @@ def _fingerprint(path):
     return seen.hexdigest()[:16]
 
 
-def _convert_into(target, path):
+def _convert_into(target, path, convert):
     prefix = f".{target.name}.unfinished-"
     # We hold the lock, so whatever is there was left by a process that died.
     for leftover in target.parent.glob(f"{prefix}*"):
@@ -80,7 +95,7 @@ def _convert_into(target, path):
     unfinished = tempfile.mkdtemp(prefix=prefix, dir=target.parent)
     try:
         print(f"Converting {path.name} once, into {target}", file=sys.stderr)
-        _convert(path, unfinished)
+        convert(path, unfinished)
         os.replace(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -88,11 +103,44 @@ def _convert_into(target, path):
 
 def _convert(path, folder):
     """Writes a GGUF file as a Hugging Face directory."""
-    folder = pathlib.Path(folder)
     model = architectures.Model(path, _read(path))
+    _write(folder, model, model.config)
+    _write_safetensors(
+        pathlib.Path(folder, "model.safetensors"), map(_widened, model.tensors)
+    )
+
+
+def _convert_kept(path, folder):
+    """Writes one whose matrices are as the file has them."""
+    model = architectures.Model(path, _read(path))
+    kept = {
+        x.name: {"format": x.kind, "transposed": x.is_transposed}
+        for x in model.tensors
+        if x.kind is not None
+    }
+    if not kept:
+        found = sorted({x.tensor_type.name for x in model.stored.values()})
+        model.refuse(
+            f"matrices of the formats {list(stored.FORMATS)}, which can be "
+            "kept",
+            f"a file of {found}",
+            "Load it without `keep_quantized` (`--keep-quantized`)",
+        )
+    _write(folder, model, {**model.config, KEPT: kept})
+    _write_safetensors(
+        pathlib.Path(folder, KEPT_WEIGHTS),
+        (
+            _as_stored(x) if x.name in kept else _widened(x)
+            for x in model.tensors
+        ),
+    )
+
+
+def _write(folder, model, config):
+    """Writes all but the weights."""
+    folder = pathlib.Path(folder)
     vocabulary.write(folder, model)
-    (folder / "config.json").write_text(json.dumps(model.config, indent=2))
-    _write_safetensors(folder / "model.safetensors", model)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _read(path):
@@ -119,16 +167,44 @@ def _read(path):
     return reader
 
 
-def _write_safetensors(path, model):
-    """Writes all tensors as float32, with no more than one in memory."""
+def _widened(tensor):
+    """What is written of a tensor that becomes float32."""
+    return (
+        tensor.name,
+        "F32",
+        tensor.shape,
+        lambda: np.ascontiguousarray(tensor.read(), "<f4"),
+    )
+
+
+def _as_stored(tensor):
+    """What is written of a tensor that stays as it is."""
+    shape = tensor.model.stored[tensor.theirs].data.shape
+    return (
+        tensor.name,
+        "U8",
+        tuple(int(x) for x in shape),
+        lambda: np.ascontiguousarray(tensor.read_stored()),
+    )
+
+
+def _write_safetensors(path, tensors):
+    """Writes tensors, with no more than one in memory.
+
+    Args:
+        path: Path of the file.
+        tensors: Iterable of `(name, dtype, shape, read)`. `read()` returns the
+            array, with the dtype by the name that safetensors gives it.
+    """
     from tqdm import auto as tqdm
 
+    tensors = list(tensors)
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for tensor in model.tensors:
-        size = 4 * int(np.prod(tensor.shape))
-        header[tensor.name] = {
-            "dtype": "F32",
-            "shape": tensor.shape,
+    for name, dtype, shape, _ in tensors:
+        size = {"F32": 4, "U8": 1}[dtype] * math.prod(shape)
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
             "data_offsets": [end, end + size],
         }
         end += size
@@ -141,9 +217,9 @@ def _write_safetensors(path, model):
         ) as bar,
     ):
         file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in model.tensors:
-            x = np.ascontiguousarray(tensor.read(), "<f4")
+        for name, _, shape, read in tensors:
+            x = read()
             # The header has promised this.
-            assert x.shape == tensor.shape, (tensor.name, x.shape)
+            assert x.shape == shape, (name, x.shape)
             file.write(x)
             bar.update(x.nbytes)
