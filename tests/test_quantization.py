@@ -367,3 +367,19 @@ def test_garbage_is_collected_lightly(monkeypatch):
     assert gc.get_freeze_count() == 0
     if kept:
         gc.freeze()
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_preset_in_another_dtype(mode, tmp_path):
+    lm = text_lm(FAMILIES[3])
+    lm.quantize(mode)
+    lm.save_to_preset(tmp_path / "preset")
+    expected = generated(lm)
+    for dtype in ("float32", "bfloat16", keras.DTypePolicy("float32")):
+        loaded = type(lm).from_preset(str(tmp_path / "preset"), dtype=dtype)
+        name = keras.dtype_policies.get(dtype).name
+        assert loaded.backbone.compute_dtype == name
+        dense = loaded.backbone.transformer_layers[0]._feedforward_gate_dense
+        assert dense.quantization_mode == mode
+        if name == "float32":
+            assert generated(loaded) == expected

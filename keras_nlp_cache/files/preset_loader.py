@@ -4,13 +4,16 @@ Upstream's loader of Hugging Face directories passes over some of what their
 configs say, and would compute another model without a word.
 """
 
+import copy
 import functools
 import types
 
+import keras
 import keras_hub
 from keras_hub.src.utils.preset_utils import check_file_exists
 from keras_hub.src.utils.preset_utils import get_file
 from keras_hub.src.utils.preset_utils import get_preset_loader
+from keras_hub.src.utils.preset_utils import set_dtype_in_config
 from keras_hub.src.utils.transformers import convert_llama3
 from keras_hub.src.utils.transformers.preset_loader import (
     TransformersPresetLoader,
@@ -42,6 +45,30 @@ def preset_loader(preset, keep_quantized=False):
     if type(loader) is TransformersPresetLoader:
         return HuggingFaceLoader(loader.preset, loader.config)
     return loader
+
+
+def dtype_in(loader, dtype):
+    """The dtype to load a preset in, of which some layers may be quantized.
+
+    Upstream's loader would forget that they are, and find other weights in the
+    file than it looks for.
+
+    Args:
+        loader: What `preset_loader()` returned.
+        dtype: What was asked for, as Keras takes it.
+
+    Returns:
+        `dtype`, or a map of that for what is not quantized.
+    """
+    saved = loader.config.get("config", {}).get("dtype")
+    is_map = isinstance(saved, dict) and saved["class_name"] == "DTypePolicyMap"
+    if dtype is None or not is_map:
+        return dtype
+    policy = keras.dtype_policies.get(dtype)
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return dtype
+    config = {"config": {"dtype": copy.deepcopy(saved)}}
+    return set_dtype_in_config(config, policy.name)["config"]["dtype"]
 
 
 def template_of(loader):

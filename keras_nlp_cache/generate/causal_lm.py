@@ -18,6 +18,7 @@ from keras_nlp_cache.cache import policies
 from keras_nlp_cache.cache.access import access
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.files.chat_template import ChatTemplate
+from keras_nlp_cache.files.preset_loader import dtype_in
 from keras_nlp_cache.files.preset_loader import template_of
 from keras_nlp_cache.generate import conversation
 from keras_nlp_cache.generate import loops
@@ -808,6 +809,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                     f"preset={preset!r}, of a `{family.__name__}`. Call "
                     "`CausalLM.from_preset`, which picks the class."
                 )
+            if "dtype" in kwargs:
+                kwargs["dtype"] = dtype_in(loader, kwargs["dtype"])
             lm = loader.load_task(task, load_weights, True, **kwargs)
         lm.chat_template = template_of(loader)
         return lm

@@ -26,6 +26,7 @@ from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.cache.shared_inputs import Positions
 from keras_nlp_cache.cache.shared_inputs import Weightless
+from keras_nlp_cache.files.preset_loader import dtype_in
 from keras_nlp_cache.graph import lora_file
 from keras_nlp_cache.graph import saving
 from keras_nlp_cache.graph.calling import CachedGraph
@@ -612,6 +613,8 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                     f"preset={preset!r}, of a `{backbone_cls.__name__}`. Call "
                     "`from_preset` on that class instead."
                 )
+            if "dtype" in kwargs:
+                kwargs["dtype"] = dtype_in(loader, kwargs["dtype"])
             return loader.load_backbone(backbone_cls, load_weights, **kwargs)
 
     def save_to_preset(self, preset_dir, max_shard_size=10):

@@ -113,6 +113,8 @@ class _KeptLoader(HuggingFaceLoader):
             id(x.variable): self._kind(x.key, tensors) for x in tensors.ported
         }
         places = {}
+        waiting = global_state.get_global_attribute("uninitialized_variables")
+        count = len(waiting)
         for layer in backbone._flatten_layers(include_self=False):
             matrices = in_groups.matrices_of(layer)
             found = {
@@ -133,7 +135,13 @@ class _KeptLoader(HuggingFaceLoader):
                 f"stored. Received: {self.preset!r}, of a model that has none. "
                 "Load it without `keep_quantized` (`--keep-quantized`)."
             )
-        _forget(places)
+        # Or Keras would give values to those that layers lost, too.
+        in_use = {id(x) for x in backbone.variables}
+        waiting[:] = [
+            x
+            for i, x in enumerate(waiting)
+            if id(x) in in_use or (i < count and id(x) not in places)
+        ]
         return places
 
     def _kind(self, key, tensors):
@@ -179,9 +187,3 @@ class _KeptLoader(HuggingFaceLoader):
             "tensors.",
             file=sys.stderr,
         )
-
-
-def _forget(variables):
-    """Has variables never get the values that Keras waits to give them."""
-    waiting = global_state.get_global_attribute("uninitialized_variables")
-    waiting[:] = [x for x in waiting if id(x) not in variables]
