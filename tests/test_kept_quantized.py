@@ -16,6 +16,7 @@ from keras_nlp_cache.command_line.cli import main
 from keras_nlp_cache.files import gguf_preset
 from keras_nlp_cache.files.gguf_preset import stored
 from keras_nlp_cache.products import choice
+from keras_nlp_cache.products import grouped_layers
 from keras_nlp_cache.products import multiplying
 from keras_nlp_cache.quantization.groups import in_groups
 from tests import gguf_files
@@ -340,12 +341,10 @@ def test_numbers_are_those_of_the_file(kind):
     expected = gguf.dequantize(rows, quantized)
     np.testing.assert_array_equal(y, expected)
 
-    from keras_nlp_cache.products import in_groups as layers_in_groups
-
     layer = keras.layers.Dense(64, use_bias=False)
     layer.build((None, 96))
-    layers_in_groups.quantize_empty(layer, kind)
-    layers_in_groups.assign(
+    grouped_layers.quantize_empty(layer, kind)
+    grouped_layers.assign(
         layer, "kernel", stored.take_apart(rows, kind), np.transpose
     )
     ones = np.eye(96, dtype="float32")

@@ -46,7 +46,7 @@ from keras_nlp_cache.layers.block_call import collecting_carried
 from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.sharing import attributes
 from keras_nlp_cache.layers.specializing import specialize_within
-from keras_nlp_cache.products.in_groups import have_groups
+from keras_nlp_cache.products.grouped_layers import have_groups
 from keras_nlp_cache.quantization.logits import derive_logits
 from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.quantization.quantizing import policies

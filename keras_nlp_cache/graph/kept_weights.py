@@ -23,7 +23,7 @@ from keras_nlp_cache.files.gguf_preset.conversion import KEPT
 from keras_nlp_cache.files.gguf_preset.conversion import KEPT_WEIGHTS
 from keras_nlp_cache.files.preset_loader import HuggingFaceLoader
 from keras_nlp_cache.files.preset_loader import preset_loader
-from keras_nlp_cache.products import in_groups
+from keras_nlp_cache.products import grouped_layers
 
 
 def loader_of(preset, keep_quantized=False):
@@ -107,7 +107,7 @@ class _KeptLoader(HuggingFaceLoader):
 
         Returns:
             A dictionary from `id()` of variables that were to pairs of a layer
-            and the name that `in_groups` has for the matrix.
+            and the name that `grouped_layers` has for the matrix.
         """
         kinds = {
             id(x.variable): self._kind(x.key, tensors) for x in tensors.ported
@@ -116,7 +116,7 @@ class _KeptLoader(HuggingFaceLoader):
         waiting = global_state.get_global_attribute("uninitialized_variables")
         count = len(waiting)
         for layer in backbone._flatten_layers(include_self=False):
-            matrices = in_groups.matrices_of(layer)
+            matrices = grouped_layers.matrices_of(layer)
             found = {
                 kinds.get(id(variable), (None, 0))
                 for variable, _ in matrices.values()
@@ -128,7 +128,7 @@ class _KeptLoader(HuggingFaceLoader):
             for name, (variable, _) in matrices.items():
                 places[id(variable)] = layer, name
             ((kind, _),) = found
-            in_groups.quantize_empty(layer, kind)
+            grouped_layers.quantize_empty(layer, kind)
         if not places:
             raise ValueError(
                 "Expected matrices that a layer here can keep as they are "
@@ -164,7 +164,7 @@ class _KeptLoader(HuggingFaceLoader):
 
         if id(variable) in places:
             as_it_is = hook is None and not told["transposed"]
-            in_groups.assign(
+            grouped_layers.assign(
                 *places[id(variable)],
                 stored.take_apart(x, told["format"]),
                 None if as_it_is else arrange,

@@ -23,7 +23,7 @@ from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.layers.sharing import shared_from
 from keras_nlp_cache.layers.sharing import sublayers
-from keras_nlp_cache.products.in_groups import have_groups
+from keras_nlp_cache.products.grouped_layers import have_groups
 from keras_nlp_cache.quantization.quantizing import policies
 
 _layers = contextvars.ContextVar("keras_nlp_cache_saved_layers", default=None)
