@@ -23,6 +23,7 @@ from tests import gguf_files
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
+from tests.families import XLA
 
 FORMATS = ("Q8_0", "Q4_0", "Q4_1")
 every_format = pytest.mark.parametrize("kind", FORMATS)
@@ -74,8 +75,8 @@ def assert_close(lm, expected):
     np.testing.assert_allclose(logits(lm), expected, atol=1e-5 * most)
 
 
-def greedy(lm, prompts=PROMPTS):
-    lm.compile(sampler="greedy")
+def greedy(lm, prompts=PROMPTS, **kwargs):
+    lm.compile(sampler="greedy", **kwargs)
     return lm.generate(prompts, stop_token_ids=None)["token_ids"]
 
 
@@ -149,11 +150,11 @@ def test_generates_with_kernels(kind, tmp_path, monkeypatch):
     expected, lm = both(tmp_path / "x.gguf")
     tokens = greedy(expected)
     used.clear()
-    np.testing.assert_array_equal(greedy(lm), tokens)
+    np.testing.assert_array_equal(greedy(lm, **XLA), tokens)
     assert used == {"int8_in_groups" if kind == "Q8_0" else "int4"}
     # One row of `x`, rather than four at a time and one more.
     one = {name: x[:1] for name, x in PROMPTS.items()}
-    np.testing.assert_array_equal(greedy(lm, one), tokens[:1])
+    np.testing.assert_array_equal(greedy(lm, one, **XLA), tokens[:1])
 
 
 @every_format
