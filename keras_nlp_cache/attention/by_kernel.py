@@ -1,7 +1,5 @@
 """Attention of a decode step by a kernel of our own, where that is faster."""
 
-import struct
-
 import keras
 from keras import ops
 
@@ -60,6 +58,7 @@ def attend_by_kernel(
         )
     # Which takes numba to import.
     from keras_nlp_cache.attention.kernels import KERNELS
+    from keras_nlp_cache.kernels.kernel import bits
     from keras_nlp_cache.kernels.kernel import pieces_of
     from keras_nlp_cache.kernels.kernel import tensor_bytes
 
@@ -94,8 +93,8 @@ def attend_by_kernel(
             added.shape[0],
             added.shape[1],
             together,
-            _bits(scale),
-            _bits(soft_cap or 0),
+            bits(scale),
+            bits(soft_cap or 0),
         ),
         pieces=pieces_of(2 * tensor_bytes(key), most=rows * query_heads),
     )
@@ -111,8 +110,3 @@ def _is_served(query, key):
         return False
     queries = query.shape[1] * query.shape[2] // key.shape[1]
     return queries <= constants().most_queries
-
-
-def _bits(x):
-    """The bits of a float64, as an int."""
-    return struct.unpack("<q", struct.pack("<d", float(x)))[0]

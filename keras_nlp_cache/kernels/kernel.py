@@ -2,6 +2,7 @@
 
 import functools
 import math
+import struct
 import typing
 
 import keras
@@ -70,6 +71,11 @@ def pieces_of(bytes_read, most=None):
     known = constants()
     most = known.most_pieces if most is None else min(most, known.most_pieces)
     return max(1, min(most, bytes_read // known.piece_bytes))
+
+
+def bits(x):
+    """The bits of a float64 as an int, to pass it as a size."""
+    return struct.unpack("<q", struct.pack("<d", float(x)))[0]
 
 
 def tensor_bytes(x):

@@ -31,26 +31,47 @@ def call(kernel, arguments, shape, sizes, pieces):
 
 
 def kernel(arguments, number, shape, sizes, pieces):
-    """What the operator does, without PyTorch looking for it first."""
-    # Copies stay until the kernel has read them.
-    arguments = [x if x is None else x.contiguous() for x in arguments]
-    y = torch.empty(shape, dtype=_dtype(number))
-    addresses = [0 if x is None else x.data_ptr() for x in arguments]
-    addresses += [0] * (jobs.MOST_ARGUMENTS - len(addresses))
-    _run()(
-        _address(number),
-        pieces,
-        _kept(tuple(sizes)).ctypes.data,
-        len(sizes),
-        helpers_state(),
-        torch.get_num_threads() - 1,
-        y.data_ptr(),
-        *addresses,
-    )
-    return y
+    """What the operator does."""
+    return _bound(number, tuple(shape), tuple(sizes), pieces)(*arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound(number, shape, sizes, pieces):
+    """A kernel of which all is known but its arguments.
+
+    Returns:
+        A function from tensors and `None`s to a tensor.
+    """
+    run, address, dtype = _run(), KERNELS[number].code.address, _dtype(number)
+    kept, count = np.array(sizes, np.int64), len(sizes)
+    place = kept.ctypes.data
+
+    def kernel(*arguments):
+        # Copies stay until the kernel has read them.
+        arguments = [x if x is None else x.contiguous() for x in arguments]
+        addresses = [0 if x is None else x.data_ptr() for x in arguments]
+        addresses += [0] * (jobs.MOST_ARGUMENTS - len(addresses))
+        y = torch.empty(shape, dtype=dtype)
+        run(
+            address,
+            pieces,
+            place,
+            count,
+            helpers_state(),
+            torch.get_num_threads() - 1,
+            y.data_ptr(),
+            *addresses,
+        )
+        return y
+
+    # Which it reads from.
+    kernel.sizes = kept
+    return kernel
 
 
 _LIBRARY.impl("kernel", kernel, "CompositeExplicitAutograd")
+# What a captured function calls.
+OPERATOR = torch.ops.keras_nlp_cache.kernel.default
 
 
 @torch.library.register_fake("keras_nlp_cache::kernel", lib=_LIBRARY)
@@ -71,17 +92,17 @@ def call_directly(module):
     """
     graph = module.graph
     for node in graph.nodes:
-        if node.target is not torch.ops.keras_nlp_cache.kernel.default:
+        if node.target is not OPERATOR:
             continue
-        node.target = kernel
-        arguments, number, shape, *rest = node.args
+        arguments, number, shape, sizes, pieces = node.args
         arguments = [x if x is None else _unreshaped(x) for x in arguments]
         (user, *others) = node.users
         if not others and _is_reshape(user):
             shape = list(user.meta["val"].shape)
             user.replace_all_uses_with(node)
             node.meta["val"] = user.meta["val"]
-        node.args = (arguments, number, shape, *rest)
+        node.target = _bound(number, tuple(shape), tuple(sizes), pieces)
+        node.args = tuple(arguments)
     graph.eliminate_dead_code()
     module.recompile()
 
@@ -118,17 +139,6 @@ def _run_job(
 @functools.cache
 def _dtype(number):
     return getattr(torch, KERNELS[number].result)
-
-
-@functools.cache
-def _address(number):
-    return KERNELS[number].code.address
-
-
-@functools.cache
-def _kept(sizes):
-    """Memory with some sizes, that stays where it is."""
-    return np.array(sizes, np.int64)
 
 
 @functools.cache

@@ -235,9 +235,11 @@ class TorchLoop(EagerTorchLoop):
                 if self.lm.jit_compile:
                     step = torch.compile(step, dynamic=False)
                 elif self.own_products is not None:
-                    # Which takes numba to import.
+                    # Which take numba to import.
+                    from keras_nlp_cache.generate.loops import torch_fusing
                     from keras_nlp_cache.kernels import torch_call
 
+                    torch_fusing.fuse(step)
                     torch_call.call_directly(step)
                 self._captured[key] = prepare, step
             return self._captured[key]

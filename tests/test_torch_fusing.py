@@ -1,0 +1,95 @@
+"""Operators of a captured step that a kernel stands for."""
+
+import importlib.util
+
+import keras
+import pytest
+
+if keras.config.backend() != "torch":
+    pytest.skip("captures steps of PyTorch", allow_module_level=True)
+if importlib.util.find_spec("numba") is None:
+    pytest.skip("needs numba", allow_module_level=True)
+
+import torch
+
+from keras_nlp_cache.generate.loops.torch_capture import capture
+from keras_nlp_cache.generate.loops.torch_fusing import fuse
+from keras_nlp_cache.kernels.torch_call import OPERATOR
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def normalized(x, exponent=2.0, epsilon=1e-6):
+    exponent = torch.tensor(exponent)
+    mean = torch.mean(torch.pow(x, exponent), dim=-1, keepdim=True)
+    return x * torch.rsqrt(mean + epsilon)
+
+
+def turned(x):
+    first, second = torch.split(x, x.shape[-1] // 2, dim=-1)
+    return torch.stack([-second, first], dim=-2).reshape(x.shape)
+
+
+def rotated(x, angle):
+    return x * torch.cos(angle) + turned(x) * torch.sin(angle)
+
+
+def check(function, *args, kernels):
+    """What is computed stays the same, with some kernels in it."""
+    module = capture(function, *args)
+    fuse(module)
+    targets = [node.target for node in module.graph.nodes]
+    assert targets.count(OPERATOR) == kernels
+    torch.testing.assert_close(module(*args), function(*args))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 576), (3, 2, 33), (5, 64)])
+def test_a_norm_is_one_kernel(shape):
+    check(normalized, random(*shape), kernels=1)
+    check(
+        lambda x: torch.rsqrt(torch.mean(x.pow(2), -1, True) + 0.1) * x,
+        random(*shape),
+        kernels=1,
+    )
+
+
+@pytest.mark.parametrize(
+    "x, angle",
+    [
+        ((1, 1, 9, 64), (1, 1, 1, 64)),
+        ((3, 1, 4, 8), (3, 1, 1, 8)),
+        ((2, 3, 4, 8), (2, 3, 1, 8)),
+        ((2, 1, 4, 8), (1, 1, 1, 8)),
+    ],
+)
+def test_a_rotation_is_one_kernel(x, angle):
+    check(rotated, random(*x), random(*angle), kernels=1)
+
+
+def test_what_only_looks_alike_is_left_alone():
+    x, angle = random(2, 3, 4, 8), random(2, 3, 1, 8)
+    mean = random(2, 3, 4, 1).abs()
+    check(lambda x: normalized(x, exponent=4.0), x, kernels=0)
+    check(lambda x: normalized(x.double()), x, kernels=0)
+    # Of something else than itself, or of other numbers.
+    check(lambda x, mean: x * torch.rsqrt(mean + 1e-6), x, mean, kernels=0)
+    check(
+        lambda x: x * torch.rsqrt(x.pow(2).mean(1, True) + 1e-6), x, kernels=0
+    )
+    check(
+        lambda x, a: x * torch.cos(a) - turned(x) * torch.sin(a),
+        x,
+        angle,
+        kernels=0,
+    )
+    check(
+        lambda x, a: x * torch.cos(a) + turned(2 * x) * torch.sin(a),
+        x,
+        angle,
+        kernels=0,
+    )
+    # Angles for each head, and tokens that stand at the same place.
+    check(rotated, x, random(2, 3, 4, 8), kernels=0)
+    check(rotated, x, random(1, 3, 1, 8), kernels=0)
