@@ -57,6 +57,18 @@ def test_what_changes_between_is_computed_again():
     assert (float(before), float(after), float(x[0])) == (0.0, 1.0, 1.0)
 
 
+def test_what_is_filled_anew_each_time_is_no_constant():
+    def function(x):
+        outputs = torch.zeros(3, 2)
+        for i in range(3):
+            outputs[i : i + 1] = x[i : i + 1] + i
+        return outputs
+
+    module = capture(function, torch.zeros(3, 2))
+    for x in (torch.ones(3, 2), torch.arange(6.0).reshape(3, 2)):
+        torch.testing.assert_close(module(x), function(x))
+
+
 def test_random_numbers_stay_random():
     module = capture(
         lambda x: x + torch.rand(3) - torch.rand(3), torch.zeros(3)

@@ -111,6 +111,13 @@ def _modified_arguments(node):
     ]
 
 
+def _written_to(graph):
+    """The storages that some call in a graph writes into."""
+    return {
+        _storage(x) for node in graph.nodes for x in _modified_arguments(node)
+    } - {None}
+
+
 def _storage(node):
     """What a tensor shares with its views, `None` for anything else."""
     value = node.meta.get("val")
@@ -122,6 +129,8 @@ def _storage(node):
 def _fold_constants(module):
     """Computes now what depends on no argument, and keeps one of each."""
     graph, values, constants = module.graph, {}, {}
+    # What is written into, such as zeros to fill, is not the same every time.
+    written = _written_to(graph)
 
     def value_of(x):
         return values[x] if isinstance(x, torch.fx.Node) else x
@@ -130,7 +139,9 @@ def _fold_constants(module):
         if node.op == "get_attr":
             values[node] = operator.attrgetter(node.target)(module)
         elif node.op == "call_function" and _is_repeatable(node):
-            if all(x in values for x in node.all_input_nodes):
+            if _storage(node) not in written and all(
+                x in values for x in node.all_input_nodes
+            ):
                 args, kwargs = torch.fx.node.map_arg(
                     (node.args, node.kwargs), value_of
                 )
@@ -181,11 +192,7 @@ def _merge_reshapes(graph):
 
 def _share_repeated(graph):
     """Replaces a call by an earlier one of the same operator and arguments."""
-    modified = {
-        _storage(x) for node in graph.nodes for x in _modified_arguments(node)
-    }
-    modified.discard(None)
-    first = {}
+    modified, first = _written_to(graph), {}
     for node in graph.nodes:
         if node.op != "call_function" or not _is_repeatable(node):
             continue
