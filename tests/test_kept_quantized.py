@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import keras_nlp_cache
+from keras_nlp_cache import device
 from keras_nlp_cache import models
 from keras_nlp_cache import surgery
 from keras_nlp_cache.command_line.cli import main
@@ -132,11 +133,18 @@ def test_bytes(kind, tmp_path, monkeypatch):
     assert weight_bytes(lm) <= BYTES[kind] * floats + rest
 
 
+@pytest.fixture
+def least_product():
+    """A function that says of how large a weight a kernel is worth it."""
+    yield lambda count: device.set_constants(least_product=count)
+    device.set_constants()
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="needs numba"
 )
 @every_format
-def test_generates_with_kernels(kind, tmp_path, monkeypatch):
+def test_generates_with_kernels(kind, tmp_path, monkeypatch, least_product):
     used = set()
     multiply = multiplying._multiply
 
@@ -145,7 +153,7 @@ def test_generates_with_kernels(kind, tmp_path, monkeypatch):
         return multiply(form, *args)
 
     monkeypatch.setattr(multiplying, "_multiply", noted)
-    monkeypatch.setattr(choice, "LEAST_NUMBERS", 1)
+    least_product(1)
     write(tmp_path / "x.gguf", "llama", kind)
     expected, lm = both(tmp_path / "x.gguf")
     tokens = greedy(expected)
