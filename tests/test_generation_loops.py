@@ -414,19 +414,15 @@ def test_a_cache_that_is_done_with_is_used_again():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="records PyTorch operators")
-@pytest.mark.parametrize("name", ["llama", "qwen3_5", "rwkv7"])
-def test_a_recorded_step_reads_the_same_memory_each_time(name, monkeypatch):
+def test_a_recorded_step_reads_the_same_memory_each_time(monkeypatch):
     from keras_nlp_cache.generate.loops import torch_loop
 
     recordings = []
 
-    def record(function, states):
+    def record(function):
         # As on a GPU: once to warm up, and always the same output.
-        before = [x.clone() for x in states]
         output = function().clone()
         recordings.append(output)
-        for x, y in zip(states, before):
-            x.copy_(y)
 
         def replay():
             output.copy_(function())
@@ -434,7 +430,7 @@ def test_a_recorded_step_reads_the_same_memory_each_time(name, monkeypatch):
 
         return replay
 
-    lm = greedy_lm(next(x for x in FAMILIES if x.name == name))
+    lm = greedy_lm(LLAMA)
     expected = generate(lm, [5, 3, 8], 20)
     monkeypatch.setattr(torch_loop, "record", record)
     monkeypatch.setattr(

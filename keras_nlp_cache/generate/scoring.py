@@ -61,7 +61,7 @@ def score(
     hidden_states = lm.backbone.intercepted(
         {"token_ids": token_ids, "padding_mask": padding_mask}, call
     )
-    logits = lm._logits(hidden_states)
+    logits = lm.backbone.token_embedding(hidden_states, reverse=True)
     if scoring_mode == "logits":
         return logits
     loss = keras.losses.SparseCategoricalCrossentropy(

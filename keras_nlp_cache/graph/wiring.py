@@ -19,7 +19,6 @@ from keras_nlp_cache.cache.layer_cache import LayerCache
 from keras_nlp_cache.cache.shared_inputs import AttentionMask
 from keras_nlp_cache.cache.shared_inputs import Distance
 from keras_nlp_cache.cache.shared_inputs import Positions
-from keras_nlp_cache.cache.state_inputs import RealTokens
 from keras_nlp_cache.graph.roles import TEXT
 from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.layers.block_call import sequence_first
@@ -62,7 +61,7 @@ class Wiring:
         self._updated = []
         self.windows = []
         self._masks = {}
-        self._distance = self._real = None
+        self._distance = None
         self.blocks = []
         self.inputs = {
             **{
@@ -188,18 +187,15 @@ class Wiring:
 
     def _new_entry(self, layer):
         """The symbolic key and value of one more entry of the cache."""
-        shapes, dtype = layer.state_shapes, "float32"
-        if shapes is None:
-            heads, head_dim = layer.key_value_shape
-            shapes, dtype = [(heads, None, head_dim)] * 2, layer.compute_dtype
+        heads, head_dim = layer.key_value_shape
         key, value = (
             keras.Input(
-                shape,
-                dtype=dtype,
+                (heads, None, head_dim),
+                dtype=layer.compute_dtype,
                 name=f"cache_{len(self._caches)}_{name}",
                 optional=True,
             )
-            for name, shape in zip(("key", "value"), shapes)
+            for name in ("key", "value")
         )
         self._caches.append((key, value))
         self.windows.append(layer.window)
@@ -207,14 +203,6 @@ class Wiring:
 
     def _entry(self, layer):
         key, value = self._new_entry(layer)
-        if layer.state_shapes is not None:
-            return LayerCache(
-                key=key,
-                value=value,
-                index=self.inputs["cache_update_index"],
-                positions=self.positions,
-                mask=self._real_tokens(),
-            )
         return LayerCache(
             key=key,
             value=value,
@@ -223,16 +211,6 @@ class Wiring:
             mask=self._mask(layer.window, key),
             distance=self._slot_distance(key) if layer.wants_distance else None,
         )
-
-    def _real_tokens(self):
-        """Which tokens are no padding, for all layers with a state."""
-        if self._real is None:
-            self._real = RealTokens(dtype=self._dtype, name="real_tokens")(
-                self.positions,
-                padding_mask=self.inputs[self._roles.padding_mask],
-                index=self.inputs["cache_update_index"],
-            )
-        return self._real
 
     def _slot_distance(self, key):
         """The distances in all layers that want them."""

@@ -18,10 +18,7 @@ def derive_logits(embedding):
 
     Args:
         embedding: A `keras.layers.ReversibleEmbedding`, changed in place.
-            Others turn nothing into logits.
     """
-    if not isinstance(embedding, keras.layers.ReversibleEmbedding):
-        return
     if embedding.quantization_mode == "int8":
         specialize(embedding, ReversibleEmbedding)
 

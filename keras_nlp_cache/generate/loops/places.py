@@ -137,12 +137,7 @@ class Places:
     @property
     def reads_together(self):
         """Whether several prompts are better read at once."""
-        # What is read past the end of a prompt would change its state.
-        return (
-            self._loop.reads_together
-            and len(self._requests) > 1
-            and not self._loop.lm.backbone.has_states
-        )
+        return self._loop.reads_together and len(self._requests) > 1
 
     @property
     def most_padding(self):

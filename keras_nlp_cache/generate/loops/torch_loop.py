@@ -9,7 +9,6 @@ import torch
 from keras import tree
 from torch.utils import _pytree as pytree
 
-from keras_nlp_cache.cache.policies.state import is_state
 from keras_nlp_cache.generate.loops.generation import Loop
 from keras_nlp_cache.generate.loops.generation import tokens_from
 from keras_nlp_cache.generate.loops.torch_capture import capture
@@ -22,14 +21,12 @@ from keras_nlp_cache.products.multiplying import multiplying_with
 from keras_nlp_cache.products.packing import packed_now
 
 
-def record(function, states=()):
+def record(function):
     """Records what a function does on a GPU, to launch it all at once.
 
     Args:
         function: Takes no arguments. Reads and writes the same memory whenever
-            it is called. But for `states`, it may be called twice in place of
-            once.
-        states: List of tensors that are afterwards as they were.
+            it is called, and may be called twice in place of once.
 
     Returns:
         A function that does the same again, and returns the same tensor.
@@ -38,14 +35,11 @@ def record(function, states=()):
         https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
     # Libraries set themselves up in the first call, which can't be recorded.
-    before = [x.clone() for x in states]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()
     torch.cuda.current_stream().wait_stream(stream)
-    for x, y in zip(states, before):
-        x.copy_(y)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = function()
@@ -211,7 +205,6 @@ class TorchLoop(EagerTorchLoop):
             *pytree.tree_leaves(arguments),
         )
         on_gpu = self.is_gpu(token.device)
-        states = [x.stored for pair in cache for x in pair if is_state(x)]
 
         def bound_step(new_token, index, further):
             nonlocal step, on_gpu
@@ -223,7 +216,7 @@ class TorchLoop(EagerTorchLoop):
             with torch.autocast(token.device.type, enabled=False):
                 if on_gpu:
                     # Not before: it runs the step, which writes into the cache.
-                    step, on_gpu = record(step, states), False
+                    step, on_gpu = record(step), False
                 return step()
 
         return bound_step
