@@ -1,6 +1,6 @@
-"""Threads of our own that help with products, where no runtime lends any.
+"""Threads of our own that help with jobs, where no runtime lends any.
 
-PyTorch's threads wait by spinning, and each product waits for all of them: a
+PyTorch's threads wait by spinning, and each operator waits for all of them: a
 thread that another process keeps from its core holds up every one. These sleep
 until there is something to do, and nobody waits for one that does not come.
 """
@@ -110,7 +110,7 @@ def helpers_state():
         # What is called from C has no lock of Python's, and never returns.
         threading.Thread(
             target=_Serving(serve, memory),
-            name="keras_nlp_cache_products",
+            name="keras_nlp_cache_kernels",
             daemon=True,
         ).start()
     return state

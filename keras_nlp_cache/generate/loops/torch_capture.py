@@ -196,8 +196,8 @@ def _share_repeated(graph):
     for node in graph.nodes:
         if node.op != "call_function" or not _is_repeatable(node):
             continue
-        # Of memory that is modified in place, a later call may see more. What
-        # the first one made of it is then as good as any other number.
+        # Two calls that read memory which is modified in between differ. What
+        # such a call returned stays as it is, and may be shared.
         if any(_storage(x) in modified for x in (node, *node.all_input_nodes)):
             continue
         key = node.target, repr(node.args), repr(node.kwargs)
