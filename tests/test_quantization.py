@@ -9,6 +9,7 @@ from keras import ops
 
 import keras_nlp_cache
 from keras_nlp_cache import surgery
+from keras_nlp_cache.quantization.logits import mend_quantized
 from tests.families import decode
 from tests.families import deep_families
 from tests.families import deep_suites
@@ -383,3 +384,26 @@ def test_a_quantized_preset_in_another_dtype(mode, tmp_path):
         assert dense.quantization_mode == mode
         if name == "float32":
             assert generated(loaded) == expected
+
+
+@pytest.mark.parametrize("block_size", [None, 16, 7])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_embeddings_of_tokens_alone_are_unpacked(block_size, rank, monkeypatch):
+    config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
+    layer = keras.layers.ReversibleEmbedding(50, 33)
+    layer.build()
+    layer.quantize(config=config)
+    if rank:
+        layer.enable_lora(rank, b_initializer="normal")
+    expected = to_numpy(layer(TOKENS % 50))
+    mend_quantized(layer)
+    unpacked = []
+    unpack = keras.quantizers.unpack_int4
+
+    def noted(x, *args, **kwargs):
+        unpacked.append(tuple(x.shape))
+        return unpack(x, *args, **kwargs)
+
+    monkeypatch.setattr(keras.quantizers, "unpack_int4", noted)
+    np.testing.assert_array_equal(to_numpy(layer(TOKENS % 50)), expected)
+    assert unpacked == [(*TOKENS.shape, 17)]

@@ -47,7 +47,7 @@ from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.sharing import attributes
 from keras_nlp_cache.layers.specializing import specialize_within
 from keras_nlp_cache.products.grouped_layers import have_groups
-from keras_nlp_cache.quantization.logits import derive_logits
+from keras_nlp_cache.quantization.logits import mend_quantized
 from keras_nlp_cache.quantization.quantizing import floating_policy
 from keras_nlp_cache.quantization.quantizing import policies
 from keras_nlp_cache.quantization.quantizing import quantizing
@@ -157,7 +157,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         return_hidden_states_alone(self.blocks)
         positioned = positioned_layers(layers)
         self.mend()
-        derive_logits(self.output_embedding)
+        mend_quantized(self.output_embedding)
         have_groups(layers)
         # The numbers by which a saved edit refers to layers. Weak, for an edit
         # that removes a layer not to keep it.

@@ -15,7 +15,7 @@ from keras.src.quantizers.utils import should_quantize_layer
 from keras_nlp_cache.layers import weight_paths
 from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.quantization.groups import policy_of
-from keras_nlp_cache.quantization.logits import derive_logits
+from keras_nlp_cache.quantization.logits import mend_quantized
 
 
 def floating_policy(layer):
@@ -84,7 +84,7 @@ def quantizing(backbone):
     """
     with _light_garbage_collection():
         yield
-    derive_logits(backbone.token_embedding)
+    mend_quantized(backbone.token_embedding)
 
 
 @contextlib.contextmanager
