@@ -39,7 +39,7 @@ IN_GROUPS = keras.quantizers.Int4QuantizationConfig(block_size=32)
 IN_ODD_GROUPS = keras.quantizers.Int4QuantizationConfig(block_size=7)
 # What a product and Keras' own may differ by, in parts of the largest number.
 MOST = 32
-EXACT, ROUNDING = 2e-6, {"bfloat16": 2**-7, "float16": 2**-10}
+EXACT, ROUNDING = 2e-6, {"bfloat16": 2**-6, "float16": 2**-10}
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
     signature = numba.types.void(numba.types.int64, numba.types.int64)
     for hits in (0, 1):
-        kernel = compiling.compiled(signature, KERNELS["int8", "float32"].piece)
+        kernel = compiling.compiled(signature, KERNELS["int8"].piece)
         assert kernel.cache_hits == hits
     assert list(tmp_path.rglob("*.nbi"))
     assert description() == "compiled by numba"

@@ -17,8 +17,9 @@ from keras_nlp_cache.generate.loops.torch_fusing import fuse
 from keras_nlp_cache.kernels.torch_call import OPERATOR
 
 
-def random(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+def random(*shape, dtype=torch.float32):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return x.to(dtype)
 
 
 def normalized(x, exponent=2.0, epsilon=1e-6):
@@ -55,6 +56,43 @@ def test_a_norm_is_one_kernel(shape):
     )
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_with_a_weight_is_one_kernel(dtype, weight_dtype):
+    x = random(3, 1, 65, dtype=dtype)
+    weight = random(65, dtype=weight_dtype)
+
+    def call(x, weight):
+        y = normalized(x.to(torch.float32)) * weight.to(torch.float32)
+        return y.to(dtype)
+
+    check(call, x, weight, kernels=1)
+    check(lambda x, w: (normalized(x.float()) * w).sum(), x, weight, kernels=1)
+    # Another weight for each row, or what is needed as it was.
+    check(lambda x: normalized(x.float()) * torch.ones(3, 1, 65), x, kernels=1)
+    check(
+        lambda x, w: (lambda y: y * w + y)(normalized(x.float())),
+        x,
+        weight,
+        kernels=1,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gate_is_one_kernel(dtype):
+    x, y = random(2, 1, 33, dtype=dtype) * 20, random(2, 1, 33, dtype=dtype)
+
+    def call(x, y):
+        return y * torch.nn.functional.silu(x.to(torch.float32)).to(dtype)
+
+    check(call, x, y, kernels=1)
+    silu = torch.nn.functional.silu
+    check(lambda x, y: silu(x) * y[:1], x, y, kernels=0)
+
+
 @pytest.mark.parametrize(
     "x, angle",
     [
@@ -64,8 +102,10 @@ def test_a_norm_is_one_kernel(shape):
         ((2, 1, 4, 8), (1, 1, 1, 8)),
     ],
 )
-def test_a_rotation_is_one_kernel(x, angle):
-    check(rotated, random(*x), random(*angle), kernels=1)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rotation_is_one_kernel(x, angle, dtype):
+    x, angle = random(*x, dtype=dtype), random(*angle, dtype=dtype)
+    check(rotated, x, angle, kernels=1)
 
 
 def test_what_only_looks_alike_is_left_alone():

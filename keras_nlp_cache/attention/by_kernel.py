@@ -58,6 +58,7 @@ def attend_by_kernel(
         )
     # Which takes numba to import.
     from keras_nlp_cache.attention.kernels import KERNELS
+    from keras_nlp_cache.kernels.floats import number_of
     from keras_nlp_cache.kernels.kernel import bits
     from keras_nlp_cache.kernels.kernel import pieces_of
     from keras_nlp_cache.kernels.kernel import tensor_bytes
@@ -72,9 +73,10 @@ def attend_by_kernel(
     groups = query_heads // heads
     together = groups if rows * heads >= constants().few_heads else 1
     kernel = KERNELS[keras.backend.standardize_dtype(key.dtype)]
-    output = kernel(
+    dtype = keras.backend.standardize_dtype(query.dtype)
+    return kernel(
         [
-            ops.cast(query, "float32"),
+            query,
             key,
             value,
             added,
@@ -83,6 +85,7 @@ def attend_by_kernel(
             *scales,
         ],
         shape=tuple(query.shape),
+        dtype=dtype,
         sizes=(
             rows,
             heads,
@@ -95,10 +98,10 @@ def attend_by_kernel(
             together,
             bits(scale),
             bits(soft_cap or 0),
+            number_of(dtype),
         ),
         pieces=pieces_of(2 * tensor_bytes(key), most=rows * query_heads),
     )
-    return ops.cast(output, query.dtype)
 
 
 def _is_served(query, key):

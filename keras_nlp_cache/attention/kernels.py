@@ -13,22 +13,23 @@ import numpy as np
 from numba import carray
 
 from keras_nlp_cache.cache.masks import MASKED
+from keras_nlp_cache.kernels import floats
 from keras_nlp_cache.kernels import jobs
+from keras_nlp_cache.kernels.exponential import exp
 from keras_nlp_cache.kernels.kernel import Kernel
 from keras_nlp_cache.kernels.machine_words import from_bfloat16
 from keras_nlp_cache.kernels.machine_words import from_float16
 from keras_nlp_cache.kernels.machine_words import pointer
-from keras_nlp_cache.kernels.machine_words import power_of_two
 from keras_nlp_cache.kernels.machine_words import words
 
 # Arguments. Keys and values are `(B, heads, S, head_dim)`, queries and what is
-# computed float32 `(B, T, heads * groups, head_dim)`, the mask float32
+# computed `(B, T, heads * groups, head_dim)`, the mask float32
 # `(B or 1, 1 or heads * groups, T, S)`, how many slots are filled an int32.
 QUERY, KEY, VALUE, MASK, FILLED, SINK, KEY_SCALE, VALUE_SCALE = range(
     jobs.ARGUMENTS, jobs.ARGUMENTS + 8
 )
 # Sizes. `TOGETHER` query heads read what they attend to at once. A cap of 0 is
-# none.
+# none. `DTYPE` is that of queries and of what is computed.
 (
     ROWS,
     HEADS,
@@ -41,14 +42,10 @@ QUERY, KEY, VALUE, MASK, FILLED, SINK, KEY_SCALE, VALUE_SCALE = range(
     TOGETHER,
     SCALE_BITS,
     CAP_BITS,
-) = range(jobs.SIZES, jobs.SIZES + 11)
+    DTYPE,
+) = range(jobs.SIZES, jobs.SIZES + 12)
 
 _HIDDEN = np.float32(MASKED / 2)
-_LOG_2_OF_E = np.float32(1.4426950408889634)
-# The logarithm of 2 in two parts, so that nothing is lost with the first.
-_LOG_2 = np.float32(0.693359375)
-_LOG_2_REST = np.float32(-2.12194440e-4)
-_LEAST = np.float32(-87)
 _LOWEST = np.finfo(np.float32).min
 
 
@@ -58,29 +55,9 @@ def _float32(x):
 
 
 @numba.njit
-def _exp(x):
-    """`exp()` of a float32 that is not above 0, in code without branches.
-
-    That of the C library takes one number at a time. Zero below 1e-38.
-    """
-    y = max(x, _LEAST)
-    n = np.floor(y * _LOG_2_OF_E + np.float32(0.5))
-    y = y - n * _LOG_2 - n * _LOG_2_REST
-    p = np.float32(1 / 720)
-    p = p * y + np.float32(1 / 120)
-    p = p * y + np.float32(1 / 24)
-    p = p * y + np.float32(1 / 6)
-    p = p * y + np.float32(1 / 2)
-    p = p * y + np.float32(1)
-    p = p * y + np.float32(1)
-    p = p * power_of_two(np.int32(n))
-    return p if x > _LEAST else np.float32(0)
-
-
-@numba.njit
 def _capped(x, cap):
     """`cap * tanh(x / cap)` of a float32."""
-    e = _exp(np.float32(-2) * abs(x) / cap)
+    e = exp(np.float32(-2) * abs(x) / cap)
     y = cap * (np.float32(1) - e) / (np.float32(1) + e)
     return y if x > 0 else -y
 
@@ -100,11 +77,11 @@ def _softmax(logits, first, count, sink, has_sink):
         largest = max(largest, sink)
     total = np.float32(0)
     for s in range(first, count):
-        weight = _exp(logits[s] - largest)
+        weight = exp(logits[s] - largest)
         logits[s] = weight
         total += weight
     if has_sink:
-        total += _exp(sink - largest)
+        total += exp(sink - largest)
     scale = np.float32(1) / total
     for s in range(first, count):
         logits[s] *= scale
@@ -247,9 +224,7 @@ def _attention(name, wide, dtype, size):
         bits = carray(pointer(job + 8 * SCALE_BITS), 2, np.float64)
         scale, cap = np.float32(bits[0]), np.float32(bits[1])
         filled = min(slots, carray(pointer(q[FILLED]), 1, np.int32)[0])
-        shape = rows, length, all_heads, head_dim
-        queries = carray(pointer(q[QUERY]), shape, np.float32)
-        results = carray(pointer(q[jobs.RESULT]), shape, np.float32)
+        dtype_of_x = q[DTYPE]
         mask_rows, mask_heads = q[MASK_ROWS], q[MASK_HEADS]
         shape = mask_rows * mask_heads * length, slots
         mask = carray(pointer(q[MASK]), shape, np.float32)
@@ -272,7 +247,11 @@ def _attention(name, wide, dtype, size):
             for t in range(length):
                 for g in range(together):
                     r, query_head = t * together + g, first_head + g
-                    x[r] = queries[row, t, query_head]
+                    head = (row * length + t) * all_heads + query_head
+                    place = floats.address_of(
+                        q[QUERY], dtype_of_x, head * head_dim
+                    )
+                    floats.read(place, dtype_of_x, x[r])
                     mask_row = row if mask_rows > 1 else 0
                     mask_head = query_head if mask_heads > 1 else 0
                     at[r] = (mask_row * mask_heads + mask_head) * length + t
@@ -298,7 +277,11 @@ def _attention(name, wide, dtype, size):
             )
             for t in range(length):
                 for g in range(together):
-                    results[row, t, first_head + g] = y[t * together + g]
+                    head = (row * length + t) * all_heads + first_head + g
+                    place = floats.address_of(
+                        q[jobs.RESULT], dtype_of_x, head * head_dim
+                    )
+                    floats.write(place, dtype_of_x, y[t * together + g])
 
     return compile(attend_units, "units")
 
@@ -331,8 +314,8 @@ def _int8_attention(job, piece):
 
 # By the dtype of keys and values.
 KERNELS = {
-    "float32": Kernel(8, "float32", _float32_attention),
-    "bfloat16": Kernel(9, "float32", _bfloat16_attention),
-    "float16": Kernel(10, "float32", _float16_attention),
-    "int8": Kernel(11, "float32", _int8_attention),
+    "float32": Kernel(8, _float32_attention),
+    "bfloat16": Kernel(9, _bfloat16_attention),
+    "float16": Kernel(10, _float16_attention),
+    "int8": Kernel(11, _int8_attention),
 }

@@ -12,12 +12,10 @@ from keras_nlp_cache.kernels.xla_handler import prepare
 _TARGET = "keras_nlp_cache_kernel"
 
 
-def call(kernel, arguments, shape, sizes, pieces):
+def call(kernel, arguments, shape, dtype, sizes, pieces):
     """What `Kernel` does on JAX, by a custom call."""
     _prepare(kernel)
-    function = jax.ffi.ffi_call(
-        _TARGET, jax.ShapeDtypeStruct(shape, kernel.result)
-    )
+    function = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, dtype))
     values = attributes(kernel, arguments, sizes, pieces)
     return function(
         *[x for x in arguments if x is not None],

@@ -23,19 +23,18 @@ class Kernel:
     Args:
         number: int. Its own. Compiled programs call it by its number, also
             those that are kept on disk.
-        result: str. The dtype of what it computes.
         piece: Function `(job, piece)` of two int64 that computes a piece of a
             job, see `jobs.py`. It needs a name of its own: code that is loaded
             from disk finds what it calls by name.
     """
 
-    def __init__(self, number, result, piece):
+    def __init__(self, number, piece):
         if number in KERNELS:
             raise ValueError(
                 f"Expected a number that no kernel has. Received: {number}, "
                 f"that of {KERNELS[number].piece.__name__!r}."
             )
-        self.number, self.result, self.piece = number, result, piece
+        self.number, self.piece = number, piece
         KERNELS[number] = self
 
     @functools.cached_property
@@ -43,7 +42,7 @@ class Kernel:
         """What was compiled, with an `address`."""
         return compiled(_PIECE, self.piece)
 
-    def __call__(self, arguments, shape, sizes, pieces):
+    def __call__(self, arguments, shape, dtype, sizes, pieces):
         """Has the kernel compute a tensor.
 
         To be called in what is compiled, or captured: there are no gradients.
@@ -52,13 +51,14 @@ class Kernel:
             arguments: List of tensors, `None` for those that the kernel is to
                 do without. It reads them in the order of their axes.
             shape: Tuple of ints, of the result.
+            dtype: str. That of the result.
             sizes: Tuple of ints, what else the kernel is to know.
             pieces: int. Into how many pieces to divide the job.
 
         Returns:
-            A tensor of the dtype `result`.
+            A tensor.
         """
-        return _backend_call()(self, arguments, shape, sizes, pieces)
+        return _backend_call()(self, arguments, shape, dtype, sizes, pieces)
 
 
 def pieces_of(bytes_read, most=None):

@@ -120,6 +120,36 @@ def from_float16(typing_context, bits):
 
 
 @intrinsic
+def to_bfloat16(typing_context, x):
+    """The bits of the bfloat16 that is nearest to a float32, an uint16."""
+
+    def generate(context, builder, signature, args):
+        word, short = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(args[0], word)
+        upper = builder.lshr(bits, ir.Constant(word, 16))
+        # Half of what is cut off, and of two that are as near the even one.
+        odd = builder.and_(upper, ir.Constant(word, 1))
+        half = builder.add(odd, ir.Constant(word, 0x7FFF))
+        nearest = builder.lshr(builder.add(bits, half), ir.Constant(word, 16))
+        quiet = builder.or_(upper, ir.Constant(word, 0x40))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(is_nan, quiet, nearest), short)
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def to_float16(typing_context, x):
+    """The bits of the float16 that is nearest to a float32, an uint16."""
+
+    def generate(context, builder, signature, args):
+        half = builder.fptrunc(args[0], ir.HalfType())
+        return builder.bitcast(half, ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
 def power_of_two(typing_context, exponent):
     """The float32 of an exponent from -126 to 127, an int32."""
 

@@ -39,7 +39,7 @@ module @kernel {{
 _CALL_VERSION = 5
 
 
-def call(kernel, arguments, shape, sizes, pieces):
+def call(kernel, arguments, shape, dtype, sizes, pieces):
     """What `Kernel` does in what XLA compiles for TensorFlow."""
     _prepare(kernel)
     values = attributes(kernel, arguments, sizes, pieces)
@@ -52,14 +52,14 @@ def call(kernel, arguments, shape, sizes, pieces):
         names=", ".join(names),
         types=", ".join(types),
         parameters=", ".join(f"{x}: {y}" for x, y in zip(names, types)),
-        result=_type(shape, kernel.result),
+        result=_type(shape, dtype),
         **values,
     )
     (y,) = xla.call_module(
         arguments,
         version=_CALL_VERSION,
         module=module,
-        Tout=[kernel.result],
+        Tout=[dtype],
         Sout=[tf.TensorShape(shape)],
         platforms=["CPU"],
     )

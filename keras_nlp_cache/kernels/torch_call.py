@@ -18,31 +18,33 @@ from keras_nlp_cache.kernels.own_threads import helpers_state
 
 _LIBRARY = torch.library.Library("keras_nlp_cache", "FRAGMENT")
 _LIBRARY.define(
-    "kernel(Tensor?[] arguments, int number, int[] shape, int[] sizes, "
-    "int pieces) -> Tensor"
+    "kernel(Tensor?[] arguments, int number, int[] shape, str dtype, "
+    "int[] sizes, int pieces) -> Tensor"
 )
 
 
-def call(kernel, arguments, shape, sizes, pieces):
+def call(kernel, arguments, shape, dtype, sizes, pieces):
     """What `Kernel` does on PyTorch, by one operator."""
     return torch.ops.keras_nlp_cache.kernel(
-        arguments, kernel.number, shape, sizes, pieces
+        arguments, kernel.number, shape, dtype, sizes, pieces
     )
 
 
-def kernel(arguments, number, shape, sizes, pieces):
+def kernel(arguments, number, shape, dtype, sizes, pieces):
     """What the operator does."""
-    return _bound(number, tuple(shape), tuple(sizes), pieces)(*arguments)
+    bound = _bound(number, tuple(shape), dtype, tuple(sizes), pieces)
+    return bound(*arguments)
 
 
 @functools.lru_cache(maxsize=1024)
-def _bound(number, shape, sizes, pieces):
+def _bound(number, shape, dtype, sizes, pieces):
     """A kernel of which all is known but its arguments.
 
     Returns:
         A function from tensors and `None`s to a tensor.
     """
-    run, address, dtype = _run(), KERNELS[number].code.address, _dtype(number)
+    run, address = _run(), KERNELS[number].code.address
+    dtype = getattr(torch, dtype)
     kept, count = np.array(sizes, np.int64), len(sizes)
     place = kept.ctypes.data
 
@@ -75,9 +77,9 @@ OPERATOR = torch.ops.keras_nlp_cache.kernel.default
 
 
 @torch.library.register_fake("keras_nlp_cache::kernel", lib=_LIBRARY)
-def _(arguments, number, shape, sizes, pieces):
+def _(arguments, number, shape, dtype, sizes, pieces):
     (first, *_) = arguments
-    return first.new_empty(shape, dtype=_dtype(number))
+    return first.new_empty(shape, dtype=getattr(torch, dtype))
 
 
 def call_directly(module):
@@ -94,14 +96,14 @@ def call_directly(module):
     for node in graph.nodes:
         if node.target is not OPERATOR:
             continue
-        arguments, number, shape, sizes, pieces = node.args
+        arguments, number, shape, dtype, sizes, pieces = node.args
         arguments = [x if x is None else _unreshaped(x) for x in arguments]
         (user, *others) = node.users
         if not others and _is_reshape(user):
             shape = list(user.meta["val"].shape)
             user.replace_all_uses_with(node)
             node.meta["val"] = user.meta["val"]
-        node.target = _bound(number, tuple(shape), tuple(sizes), pieces)
+        node.target = _bound(number, tuple(shape), dtype, tuple(sizes), pieces)
         node.args = tuple(arguments)
     graph.eliminate_dead_code()
     module.recompile()
@@ -134,11 +136,6 @@ def _run_job(
     if state != 0 and helpers > 0:
         ask_for_help(state, job, helpers)
     jobs.finish(job)
-
-
-@functools.cache
-def _dtype(number):
-    return getattr(torch, KERNELS[number].result)
 
 
 @functools.cache

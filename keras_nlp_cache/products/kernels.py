@@ -20,11 +20,8 @@ from keras_nlp_cache.kernels.machine_words import from_bfloat16
 from keras_nlp_cache.kernels.machine_words import from_float16
 from keras_nlp_cache.kernels.machine_words import pointer
 from keras_nlp_cache.kernels.machine_words import words
-
-# What a job consists of: arguments, and sizes `N`, `K`, how many rows there
-# are, and how many numbers along `K` share a scale.
-WEIGHT, INPUTS, SCALE, ZERO = range(jobs.ARGUMENTS, jobs.ARGUMENTS + 4)
-OUTPUTS, DEPTH, ROWS, BLOCK = range(jobs.SIZES, jobs.SIZES + 4)
+from keras_nlp_cache.products import operands
+from keras_nlp_cache.products.vector_sums import sums_in_groups
 
 
 @numba.njit
@@ -44,12 +41,11 @@ def _sums(name, wide, wide_x, zero):
     calls by name, and would take that of another kind for its own.
     """
 
-    def product(w, x, y, first, last):
-        depth, rows = w.shape[1], x.shape[0]
-        fours = rows // 4 * 4
-        pairs = first + (last - first) // 2 * 2
+    def product(w, x, y):
+        (count, depth), rows = w.shape, x.shape[0]
+        fours, pairs = rows // 4 * 4, count // 2 * 2
         # Eight sums at a time are enough to keep a core busy.
-        for n in range(first, pairs, 2) if fours else range(0):
+        for n in range(0, pairs, 2) if fours else range(0):
             v, w2 = w[n], w[n + 1]
             for i in range(0, fours, 4):
                 p, q, r, s = x[i], x[i + 1], x[i + 2], x[i + 3]
@@ -71,7 +67,7 @@ def _sums(name, wide, wide_x, zero):
                 y[i + 1, n], y[i + 1, n + 1] = b, f
                 y[i + 2, n], y[i + 2, n + 1] = c, g
                 y[i + 3, n], y[i + 3, n + 1] = d, h
-        for n in range(first, last):
+        for n in range(count):
             v = w[n]
             for i in range(0 if n >= pairs else fours, rows):
                 p = x[i]
@@ -95,193 +91,144 @@ _of_integers = _sums("products_of_integers", _int32, _int32, np.int32(0))
 
 
 @numba.njit
-def _operands(job, piece, dtype, x_dtype, y_dtype):
-    """`w`, `x` and `y` of a job, and of which outputs a piece is."""
-    q = words(job, jobs.WORDS)
-    n, k, rows = q[OUTPUTS], q[DEPTH], q[ROWS]
-    return (
-        carray(pointer(q[WEIGHT]), (n, k), dtype),
-        carray(pointer(q[INPUTS]), (rows, k), x_dtype),
-        carray(pointer(q[jobs.RESULT]), (rows, n), y_dtype),
-        piece * n // q[jobs.PIECES],
-        (piece + 1) * n // q[jobs.PIECES],
-    )
+def _weight(q, first, last, dtype, size):
+    """The rows of a weight that a piece multiplies with."""
+    place = q[operands.WEIGHT] + first * q[operands.DEPTH] * size
+    shape = last - first, q[operands.DEPTH]
+    return carray(pointer(place), shape, dtype)
 
 
 def _float32_piece(job, piece):
-    w, x, y, first, last = _operands(
-        job, piece, np.float32, np.float32, np.float32
-    )
-    _of_floats(w, x, y, first, last)
+    q = words(job, jobs.WORDS)
+    first, last = operands.outputs_of(q, piece)
+    y = np.empty((q[operands.ROWS], last - first), np.float32)
+    w = _weight(q, first, last, np.float32, 4)
+    _of_floats(w, operands.inputs(q), y)
+    operands.write(q, y, first)
 
 
 def _bfloat16_piece(job, piece):
-    w, x, y, first, last = _operands(
-        job, piece, np.uint16, np.float32, np.float32
-    )
-    _of_bfloat16s(w, x, y, first, last)
+    q = words(job, jobs.WORDS)
+    first, last = operands.outputs_of(q, piece)
+    y = np.empty((q[operands.ROWS], last - first), np.float32)
+    w = _weight(q, first, last, np.uint16, 2)
+    _of_bfloat16s(w, operands.inputs(q), y)
+    operands.write(q, y, first)
 
 
 def _float16_piece(job, piece):
-    w, x, y, first, last = _operands(
-        job, piece, np.uint16, np.float32, np.float32
-    )
-    _of_float16s(w, x, y, first, last)
+    q = words(job, jobs.WORDS)
+    first, last = operands.outputs_of(q, piece)
+    y = np.empty((q[operands.ROWS], last - first), np.float32)
+    w = _weight(q, first, last, np.uint16, 2)
+    _of_float16s(w, operands.inputs(q), y)
+    operands.write(q, y, first)
 
 
 def _int8_piece(job, piece):
-    w, x, y, first, last = _operands(
-        job, piece, np.int8, np.float32, np.float32
-    )
-    _of_floats(w, x, y, first, last)
+    q = words(job, jobs.WORDS)
+    first, last = operands.outputs_of(q, piece)
+    y = np.empty((q[operands.ROWS], last - first), np.float32)
+    w = _weight(q, first, last, np.int8, 1)
+    _of_floats(w, operands.inputs(q), y)
+    operands.divide(q, y, first, np.ones(y.shape[0], np.float32))
+    operands.write(q, y, first)
 
 
-def _int8_with_int8_piece(job, piece):
-    w, x, y, first, last = _operands(job, piece, np.int8, np.int8, np.int32)
-    _of_integers(w, x, y, first, last)
+def _int8_with_rounded_piece(job, piece):
+    q = words(job, jobs.WORDS)
+    first, last = operands.outputs_of(q, piece)
+    x, scales = operands.rounded_inputs(job, q)
+    totals = np.empty((x.shape[0], last - first), np.int32)
+    _of_integers(_weight(q, first, last, np.int8, 1), x, totals)
+    y = totals.astype(np.float32)
+    operands.divide(q, y, first, scales)
+    operands.write(q, y, first)
 
 
-@numba.njit(fastmath=True)
-def _of_nibbles(w, scale, zero, x, totals, y, first, last, groups, half):
-    """Sums group by group: `scale * (sum(nibbles * x) - zero * sum(x))`.
-
-    A byte holds a number of the first half of its group, and in its upper bits
-    one of the second. So each half meets numbers of `x` that lie side by side.
-    """
-    rows = x.shape[0]
-    fours = rows // 4 * 4
-    for n in range(first, last):
-        for i in range(0, fours, 4):
-            a, b, c, d = (
-                np.float32(0),
-                np.float32(0),
-                np.float32(0),
-                np.float32(0),
-            )
-            for g in range(groups):
-                at, low, high = g * half, 2 * g * half, (2 * g + 1) * half
-                p = -zero[n, g] * totals[i, g]
-                q = -zero[n, g] * totals[i + 1, g]
-                r = -zero[n, g] * totals[i + 2, g]
-                s = -zero[n, g] * totals[i + 3, g]
-                for k in range(half):
-                    v = w[n, at + k]
-                    u, v = np.float32(v & 15), np.float32(v >> 4)
-                    p += u * x[i, low + k] + v * x[i, high + k]
-                    q += u * x[i + 1, low + k] + v * x[i + 1, high + k]
-                    r += u * x[i + 2, low + k] + v * x[i + 2, high + k]
-                    s += u * x[i + 3, low + k] + v * x[i + 3, high + k]
-                a += scale[n, g] * p
-                b += scale[n, g] * q
-                c += scale[n, g] * r
-                d += scale[n, g] * s
-            y[i, n] = a
-            y[i + 1, n] = b
-            y[i + 2, n] = c
-            y[i + 3, n] = d
-        for i in range(fours, rows):
-            a = np.float32(0)
-            for g in range(groups):
-                at, low, high = g * half, 2 * g * half, (2 * g + 1) * half
-                p = -zero[n, g] * totals[i, g]
-                for k in range(half):
-                    v = w[n, at + k]
-                    p += np.float32(v & 15) * x[i, low + k]
-                    p += np.float32(v >> 4) * x[i, high + k]
-                a += scale[n, g] * p
-            y[i, n] = a
+_four_of_nibbles = sums_in_groups(4, has_nibbles=True)
+_one_of_nibbles = sums_in_groups(1, has_nibbles=True)
+_four_of_bytes = sums_in_groups(4, has_nibbles=False)
+_one_of_bytes = sums_in_groups(1, has_nibbles=False)
 
 
-@numba.njit(fastmath=True)
-def _of_bytes_in_groups(w, scale, x, y, first, last, block):
-    """Sums group by group: `scale * sum(numbers * x)`."""
-    rows, groups = x.shape[0], scale.shape[1]
-    fours = rows // 4 * 4
-    for n in range(first, last):
-        for i in range(0, fours, 4):
-            a, b, c, d = (
-                np.float32(0),
-                np.float32(0),
-                np.float32(0),
-                np.float32(0),
-            )
-            for g in range(groups):
-                p, q, r, s = (
-                    np.float32(0),
-                    np.float32(0),
-                    np.float32(0),
-                    np.float32(0),
-                )
-                for k in range(g * block, (g + 1) * block):
-                    v = np.float32(w[n, k])
-                    p += v * x[i, k]
-                    q += v * x[i + 1, k]
-                    r += v * x[i + 2, k]
-                    s += v * x[i + 3, k]
-                a += scale[n, g] * p
-                b += scale[n, g] * q
-                c += scale[n, g] * r
-                d += scale[n, g] * s
-            y[i, n] = a
-            y[i + 1, n] = b
-            y[i + 2, n] = c
-            y[i + 3, n] = d
-        for i in range(fours, rows):
-            a = np.float32(0)
-            for g in range(groups):
-                p = np.float32(0)
-                for k in range(g * block, (g + 1) * block):
-                    p += np.float32(w[n, k]) * x[i, k]
-                a += scale[n, g] * p
-            y[i, n] = a
+def _sums_by_group(name, four, one, halves):
+    """Code for products with weights in groups, named as those above."""
+
+    def product(q, x, y, first):
+        rows, depth = x.shape
+        block = q[operands.PACKED_BLOCK]
+        groups, length = depth // block, block // halves
+        inputs, size = x.ctypes.data, x.itemsize
+        for n in range(y.shape[1]):
+            w = q[operands.WEIGHT] + (first + n) * groups * length
+            scale = q[operands.SCALE] + (first + n) * groups * size
+            for i in range(0, rows // 4 * 4, 4):
+                place = inputs + i * depth * size
+                a, b, c, d = four(w, scale, place, depth, groups, length)
+                y[i, n], y[i + 1, n], y[i + 2, n], y[i + 3, n] = a, b, c, d
+            for i in range(rows // 4 * 4, rows):
+                place = inputs + i * depth * size
+                (y[i, n],) = one(w, scale, place, depth, groups, length)
+
+    product.__name__ = product.__qualname__ = name
+    return numba.njit(product)
+
+
+_of_nibbles = _sums_by_group(
+    "products_of_nibbles", _four_of_nibbles, _one_of_nibbles, 2
+)
+_of_bytes = _sums_by_group(
+    "products_of_bytes", _four_of_bytes, _one_of_bytes, 1
+)
 
 
 def _int8_in_groups_piece(job, piece):
-    w, x, y, first, last = _operands(
-        job, piece, np.int8, np.float32, np.float32
-    )
     q = words(job, jobs.WORDS)
-    groups = q[DEPTH] // q[BLOCK]
-    scale = carray(pointer(q[SCALE]), (q[OUTPUTS], groups), np.float32)
-    _of_bytes_in_groups(w, scale, x, y, first, last, q[BLOCK])
+    first, last = operands.outputs_of(q, piece)
+    x = operands.inputs(q)
+    y = np.empty((x.shape[0], last - first), np.float32)
+    _of_bytes(q, x, y, first)
+    operands.write(q, y, first)
+
+
+@numba.njit(fastmath=True)
+def _subtract_zeros(q, x, y, first):
+    """What zeros make up in a product: `sum(scale * zero * sum(x))`."""
+    block = q[operands.PACKED_BLOCK]
+    groups = x.shape[1] // block
+    totals = np.zeros(groups, np.float32)
+    offset, shape = 4 * first * groups, (y.shape[1], groups)
+    scale = carray(pointer(q[operands.SCALE] + offset), shape, np.float32)
+    zero = carray(pointer(q[operands.ZERO] + offset), shape, np.float32)
+    for i in range(x.shape[0]):
+        for g in range(groups):
+            totals[g] = x[i, g * block : (g + 1) * block].sum()
+        for n in range(y.shape[1]):
+            total = np.float32(0)
+            for g in range(groups):
+                total += scale[n, g] * zero[n, g] * totals[g]
+            y[i, n] -= total
 
 
 def _int4_piece(job, piece):
     q = words(job, jobs.WORDS)
-    n, depth, rows = q[OUTPUTS], q[DEPTH], q[ROWS]
-    block = q[BLOCK]
-    groups = depth // block
-    w = carray(pointer(q[WEIGHT]), (n, depth // 2), np.uint8)
-    scale = carray(pointer(q[SCALE]), (n, groups), np.float32)
-    zero = carray(pointer(q[ZERO]), (n, groups), np.float32)
-    x = carray(pointer(q[INPUTS]), (rows, depth), np.float32)
-    y = carray(pointer(q[jobs.RESULT]), (rows, n), np.float32)
-    totals = np.zeros((rows, groups), np.float32)
-    for i in range(rows):
-        for g in range(groups):
-            for k in range(g * block, (g + 1) * block):
-                totals[i, g] += x[i, k]
-    _of_nibbles(
-        w,
-        scale,
-        zero,
-        x,
-        totals,
-        y,
-        piece * n // q[jobs.PIECES],
-        (piece + 1) * n // q[jobs.PIECES],
-        groups,
-        block // 2,
-    )
+    first, last = operands.outputs_of(q, piece)
+    x = operands.inputs(q)
+    y = np.empty((x.shape[0], last - first), np.float32)
+    _of_nibbles(q, x, y, first)
+    _subtract_zeros(q, x, y, first)
+    operands.write(q, y, first)
 
 
-# By the dtypes of the weight and of `x`.
+# By the dtype of the weight. What they return is of the dtype of `x`.
 KERNELS = {
-    ("float32", "float32"): Kernel(0, "float32", _float32_piece),
-    ("bfloat16", "float32"): Kernel(1, "float32", _bfloat16_piece),
-    ("float16", "float32"): Kernel(2, "float32", _float16_piece),
-    ("int8", "float32"): Kernel(3, "float32", _int8_piece),
-    ("int8", "int8"): Kernel(4, "int32", _int8_with_int8_piece),
-    ("int4", "float32"): Kernel(5, "float32", _int4_piece),
-    ("int8_in_groups", "float32"): Kernel(6, "float32", _int8_in_groups_piece),
+    "float32": Kernel(0, _float32_piece),
+    "bfloat16": Kernel(1, _bfloat16_piece),
+    "float16": Kernel(2, _float16_piece),
+    "int8": Kernel(3, _int8_piece),
+    "int4": Kernel(5, _int4_piece),
+    "int8_in_groups": Kernel(6, _int8_in_groups_piece),
 }
+# Rounds `x` to integers, as Keras does, and multiplies those.
+INT8_WITH_ROUNDED = Kernel(4, _int8_with_rounded_piece)

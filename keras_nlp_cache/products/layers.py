@@ -16,6 +16,7 @@ from keras_nlp_cache.layers.specializing import specialize
 from keras_nlp_cache.products.dense import as_matrix
 from keras_nlp_cache.products.multiplying import is_looked_up
 from keras_nlp_cache.products.multiplying import product
+from keras_nlp_cache.products.rounding import is_rounding
 from keras_nlp_cache.quantization.groups import in_groups
 from keras_nlp_cache.quantization.groups import refuse_lora
 from keras_nlp_cache.quantization.groups import widened
@@ -63,19 +64,12 @@ class _AsksForProducts:
     The product with `_kernel` is `_product()`, `None` if Keras' own serves.
     """
 
-    def _product(self, x):
+    def _product(self, x, scale=None, epsilon=None):
         raise NotImplementedError
 
     def _multiplied(self, x, kernel):
         """Keras' product, with a kernel of floats."""
         raise NotImplementedError
-
-    def _divided(self, y, inputs_scale):
-        """Takes the scales of integers out of a product."""
-        scale = self.kernel_scale
-        if inputs_scale is not None:
-            scale = ops.multiply(inputs_scale, scale)
-        return ops.divide(ops.cast(y, self.compute_dtype), scale)
 
     def _times_lora(self, inputs):
         raise NotImplementedError
@@ -95,11 +89,19 @@ class _AsksForProducts:
             )
         y = None
         if is_looked_up(self._kernel):
-            x, scale = self._quantized(inputs)
-            y = self._product(x)
+            y = self._int8_product(inputs)
         if y is None:
             return super()._int8_call(inputs, training=training)
-        return self._finished(self._with_lora(self._divided(y, scale), inputs))
+        return self._finished(self._with_lora(y, inputs))
+
+    def _int8_product(self, x):
+        quantizer = self.inputs_quantizer
+        if quantizer is None or is_rounding(quantizer):
+            epsilon = getattr(quantizer, "epsilon", None)
+            return self._product(x, self.kernel_scale, epsilon)
+        x, scale = self._quantized(x)
+        y = self._product(ops.cast(x, self.compute_dtype), self.kernel_scale)
+        return y if y is None else ops.divide(y, scale)
 
     def _int4_call(self, inputs, training=None):
         y = None
@@ -150,8 +152,8 @@ class _AsksForProducts:
 class Dense(_AsksForProducts, keras.layers.Dense):
     """`keras.layers.Dense`, with products of our own in a decode step."""
 
-    def _product(self, x):
-        return product(x, self._kernel)
+    def _product(self, x, scale=None, epsilon=None):
+        return product(x, self._kernel, 1, scale, epsilon)
 
     def _multiplied(self, x, kernel):
         return ops.matmul(x, kernel)
@@ -169,12 +171,12 @@ class Dense(_AsksForProducts, keras.layers.Dense):
 class EinsumDense(_AsksForProducts, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense`, with products of our own in a decode step."""
 
-    def _product(self, x):
+    def _product(self, x, scale=None, epsilon=None):
         reshapes = as_matrix(self.equation, _matrix_shape(self))
         if reshapes is None:
             return None
         count, free = reshapes
-        y = product(x, self._kernel, count)
+        y = product(x, self._kernel, count, scale, epsilon)
         if y is None:
             return None
         return ops.reshape(y, (*y.shape[:-1], *free))

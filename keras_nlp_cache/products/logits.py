@@ -6,6 +6,7 @@ from keras import ops
 from keras_nlp_cache import drop_in
 from keras_nlp_cache.products.multiplying import is_looked_up
 from keras_nlp_cache.products.multiplying import product
+from keras_nlp_cache.products.rounding import is_rounding
 from keras_nlp_cache.quantization.groups import in_groups
 
 
@@ -62,26 +63,20 @@ def logits(embedding, hidden_states):
     if not is_looked_up(variable):
         return None
     mode, dtype = embedding.quantization_mode, embedding.compute_dtype
-    x, inputs_scale = ops.cast(hidden_states, dtype), None
-    grouped = in_groups(embedding)
-    if mode is None or grouped:
+    x, inputs_scale, epsilon = ops.cast(hidden_states, dtype), None, None
+    quantizer = embedding.inputs_quantizer if mode else None
+    if mode is None or in_groups(embedding):
         if embedding.reverse_dtype is not None:
             x = ops.cast(x, embedding.reverse_dtype)
-    elif embedding.inputs_quantizer:
-        x, inputs_scale = embedding.inputs_quantizer(x)
-        if mode == "int4":
-            x = ops.cast(x, dtype)
-    y = product(x, variable)
+    elif mode == "int8" and is_rounding(quantizer):
+        epsilon = quantizer.epsilon
+    elif quantizer is not None:
+        x, inputs_scale = quantizer(x)
+        x = ops.cast(x, dtype)
+    y = product(x, variable, 1, scale, epsilon)
     if y is None:
         return None
-    if mode == "int8" and not grouped:
-        y = ops.divide(
-            ops.cast(y, dtype),
-            scale
-            if inputs_scale is None
-            else ops.multiply(inputs_scale, scale),
-        )
-    elif inputs_scale is not None:
+    if inputs_scale is not None:
         y = ops.divide(y, inputs_scale)
     cap = embedding.logit_soft_cap
     return y if cap is None else ops.multiply(ops.tanh(ops.divide(y, cap)), cap)

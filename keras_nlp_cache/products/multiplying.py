@@ -71,19 +71,22 @@ def is_looked_up(variable):
     return bool(weights) and id(variable) in weights
 
 
-def product(x, variable, axes=1):
+def product(x, variable, axes=1, scale=None, epsilon=None):
     """Multiplies with a weight, by a kernel of our own.
 
     Args:
-        x: Tensor of a float dtype `(..., K)`, or of int8 for the integer
-            product with an int8 weight.
+        x: Tensor of a float dtype `(..., K)`.
         variable: `keras.Variable` that the weight is in.
         axes: int. How many of the last axes of `x` make up `K`.
+        scale: Of an int8 weight that is not in groups, a tensor of `N` numbers,
+            to divide by.
+        epsilon: Of the same, what is added to the largest number of a row of
+            `x` in order to round all to int8, as `AbsMaxQuantizer` does. `None`
+            for no rounding.
 
     Returns:
-        A tensor `(..., N)` of the dtype of `x`, or int32 of integers. `None`
-        if the weight is not known, or another form is faster. An int8 weight is
-        not scaled yet, what is in groups is.
+        A tensor `(..., N)` of the dtype of `x`. `None` if the weight is not
+        known, or another form is faster.
     """
     if not is_looked_up(variable) or _is_autocasting():
         return None
@@ -95,19 +98,11 @@ def product(x, variable, axes=1):
     # Nothing is packed for more rows than were expected.
     if rows > choice.most_rows(form.dtype) or arrays == ():
         return None
-    dtype = keras.backend.standardize_dtype(x.dtype)
-    if (dtype == "int8") and form.dtype != "int8":
-        return None
     if arrays is None:
         arrays = (ops.convert_to_tensor(variable.value),)
-    x = ops.reshape(x, (rows, form.depth))
-    if dtype != "int8":
-        x = ops.cast(x, "float32")
-    if form.packed_depth != form.depth:
-        x = _in_groups(x, form)
-    y = _multiply(form, x, arrays)
-    if dtype != "int8":
-        y = ops.cast(y, dtype)
+    if form.dtype == "int8":
+        arrays = (*arrays, ops.cast(ops.reshape(scale, (-1,)), x.dtype))
+    y = _multiply(form, ops.reshape(x, (rows, form.depth)), arrays, epsilon)
     return ops.reshape(y, (*kept, form.outputs))
 
 
@@ -120,30 +115,34 @@ def _is_autocasting():
     return torch.is_autocast_enabled("cpu")
 
 
-def _in_groups(x, form):
-    """`x` `(rows, K)` with zeros where a packed weight has more numbers."""
-    groups = form.packed_depth // form.packed_block
-    short = groups * form.block - form.depth
-    x = ops.pad(x, ((0, 0), (0, short)))
-    x = ops.reshape(x, (x.shape[0], groups, form.block))
-    x = ops.pad(x, ((0, 0), (0, 0), (0, form.packed_block - form.block)))
-    return ops.reshape(x, (x.shape[0], form.packed_depth))
-
-
-def _multiply(form, x, arrays):
+def _multiply(form, x, arrays, epsilon):
     """`x` `(rows, K)` with a packed weight, `(rows, N)`."""
     # Which takes numba to import.
+    from keras_nlp_cache.kernels.floats import number_of
+    from keras_nlp_cache.kernels.kernel import bits
     from keras_nlp_cache.kernels.kernel import pieces_of
     from keras_nlp_cache.kernels.kernel import tensor_bytes
+    from keras_nlp_cache.products.kernels import INT8_WITH_ROUNDED
     from keras_nlp_cache.products.kernels import KERNELS
 
     weight, *further = arrays
     rows = x.shape[0]
-    kernel = KERNELS[form.dtype, keras.backend.standardize_dtype(x.dtype)]
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    rounds = epsilon is not None
+    kernel = INT8_WITH_ROUNDED if rounds else KERNELS[form.dtype]
     return kernel(
         [weight, x, *further],
         shape=(rows, form.outputs),
-        sizes=(form.outputs, form.packed_depth, rows, form.packed_block),
+        dtype=dtype,
+        sizes=(
+            form.outputs,
+            form.depth,
+            rows,
+            form.block,
+            form.packed_block,
+            number_of(dtype),
+            bits(epsilon or 0),
+        ),
         # More rows take longer.
         pieces=pieces_of(tensor_bytes(weight) * (1 + rows // 4)),
     )

@@ -10,6 +10,9 @@ from keras_nlp_cache.products import choice
 from keras_nlp_cache.products.sources import reader
 from keras_nlp_cache.products.sources import source
 
+# Of how many bytes a group, or half of one that has nibbles, is a multiple.
+SPAN = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -42,15 +45,9 @@ class Form:
 
     @property
     def packed_block(self):
-        """The length of a group when packed, so that it has two halves."""
-        return self.block + self.block % 2
-
-    @property
-    def packed_depth(self):
-        """How many numbers of `x` kernels read."""
-        if self.dtype != "int4":
-            return self.depth
-        return -(-self.depth // self.block) * self.packed_block
+        """The length of a group when packed: kernels read it in spans."""
+        span = 2 * SPAN if self.dtype == "int4" else SPAN
+        return -(-self.block // span) * span
 
 
 def packed(form, weight, scale=None, zero=None):
@@ -66,8 +63,8 @@ def packed(form, weight, scale=None, zero=None):
 
     Returns:
         A tuple of arrays: the weight, `(N, K)` or of two numbers in a byte
-        `(N, packed_depth / 2)`, and of what is in groups, float32 `(N, groups)`
-        for scales and, of `"int4"`, for zeros.
+        `(N, groups * packed_block / 2)`, and of what is in groups, float32
+        `(N, groups)` for scales and, of `"int4"`, for zeros.
     """
     if form.dtype != "int4":
         if not form.is_stored:

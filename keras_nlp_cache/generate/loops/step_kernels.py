@@ -8,22 +8,37 @@ import numba
 import numpy as np
 from numba import carray
 
+from keras_nlp_cache.kernels import floats
 from keras_nlp_cache.kernels import jobs
+from keras_nlp_cache.kernels.exponential import exp
 from keras_nlp_cache.kernels.kernel import Kernel
 from keras_nlp_cache.kernels.machine_words import pointer
 from keras_nlp_cache.kernels.machine_words import words
 
-X, COS, SIN = range(jobs.ARGUMENTS, jobs.ARGUMENTS + 3)
-ROWS, WIDTH = jobs.SIZES, jobs.SIZES + 1
-# Of `NORMALIZE`.
-EPSILON_BITS = jobs.SIZES + 2
+X = jobs.ARGUMENTS
+# Of `NORMALIZE`, or 0.
+WEIGHT = jobs.ARGUMENTS + 1
 # Of `ROTATE`.
-HEADS, ANGLES = jobs.SIZES + 2, jobs.SIZES + 3
+COS, SIN = jobs.ARGUMENTS + 1, jobs.ARGUMENTS + 2
+# Of `GATE`.
+GATED = jobs.ARGUMENTS + 1
+
+# How many rows of how many numbers, and their dtype.
+ROWS, WIDTH, DTYPE = jobs.SIZES, jobs.SIZES + 1, jobs.SIZES + 2
+# Of `NORMALIZE`: what is added, and of which dtype the weight and results are.
+EPSILON_BITS, WEIGHT_DTYPE, RESULT_DTYPE = range(jobs.SIZES + 3, jobs.SIZES + 6)
+# Of `ROTATE`.
+HEADS, ANGLES = jobs.SIZES + 3, jobs.SIZES + 4
 
 
 @numba.njit
-def _matrix(address, rows, width):
-    return carray(pointer(address), (rows, width), np.float32)
+def _matrix(address, dtype, rows, width):
+    """A float32 matrix, the memory itself if it is one."""
+    if dtype == 0:
+        return carray(pointer(address), (rows, width), np.float32)
+    x = np.empty((rows, width), np.float32)
+    floats.read(address, dtype, x.reshape(rows * width))
+    return x
 
 
 @numba.njit(fastmath=True)
@@ -39,41 +54,78 @@ def _normalize(x, y, epsilon):
             out[i] = v[i] * scale
 
 
-@numba.njit(fastmath=True)
-def _rotate(x, cos, sin, y, heads):
+@numba.njit
+def _multiply(y, weight):
+    for row in range(y.shape[0]):
+        for i in range(y.shape[1]):
+            y[row, i] *= weight[i]
+
+
+@numba.njit
+def _rotate(x, cos, sin, y, heads, dtype):
+    # Each result is rounded, as those of separate operators are.
     half = x.shape[1] // 2
     for row in range(x.shape[0]):
         at = row // heads if cos.shape[0] > 1 else 0
         v, out, c, s = x[row], y[row], cos[at], sin[at]
         for i in range(half):
-            out[i] = v[i] * c[i] - v[half + i] * s[i]
+            first = floats.rounded(v[i] * c[i], dtype)
+            out[i] = first - floats.rounded(v[half + i] * s[i], dtype)
         for i in range(half, 2 * half):
-            out[i] = v[i] * c[i] + v[i - half] * s[i]
+            first = floats.rounded(v[i] * c[i], dtype)
+            out[i] = first + floats.rounded(v[i - half] * s[i], dtype)
+
+
+@numba.njit
+def _gate(x, gated, y, dtype):
+    for i in range(x.size):
+        # The exponential is that of a number not above 0.
+        e = exp(-abs(x[i]))
+        sigmoid = (np.float32(1) if x[i] > 0 else e) / (np.float32(1) + e)
+        y[i] = floats.rounded(x[i] * sigmoid, dtype) * gated[i]
 
 
 def _normalize_piece(job, piece):
     q = words(job, jobs.WORDS)
+    rows, width = q[ROWS], q[WIDTH]
     epsilon = carray(pointer(job + 8 * EPSILON_BITS), 1, np.float64)[0]
-    _normalize(
-        _matrix(q[X], q[ROWS], q[WIDTH]),
-        _matrix(q[jobs.RESULT], q[ROWS], q[WIDTH]),
-        np.float32(epsilon),
-    )
+    x = _matrix(q[X], q[DTYPE], rows, width)
+    y = np.empty((rows, width), np.float32)
+    _normalize(x, y, np.float32(epsilon))
+    if q[WEIGHT] != 0:
+        _multiply(y, _matrix(q[WEIGHT], q[WEIGHT_DTYPE], 1, width)[0])
+    floats.write(q[jobs.RESULT], q[RESULT_DTYPE], y.reshape(rows * width))
 
 
 def _rotate_piece(job, piece):
     q = words(job, jobs.WORDS)
+    rows, width, dtype = q[ROWS], q[WIDTH], q[DTYPE]
+    y = np.empty((rows, width), np.float32)
     _rotate(
-        _matrix(q[X], q[ROWS], q[WIDTH]),
-        _matrix(q[COS], q[ANGLES], q[WIDTH]),
-        _matrix(q[SIN], q[ANGLES], q[WIDTH]),
-        _matrix(q[jobs.RESULT], q[ROWS], q[WIDTH]),
+        _matrix(q[X], dtype, rows, width),
+        _matrix(q[COS], dtype, q[ANGLES], width),
+        _matrix(q[SIN], dtype, q[ANGLES], width),
+        y,
         q[HEADS],
+        dtype,
     )
+    floats.write(q[jobs.RESULT], dtype, y.reshape(rows * width))
+
+
+def _gate_piece(job, piece):
+    q = words(job, jobs.WORDS)
+    rows, width, dtype = q[ROWS], q[WIDTH], q[DTYPE]
+    y = np.empty(rows * width, np.float32)
+    x = _matrix(q[X], dtype, rows, width).reshape(rows * width)
+    gated = _matrix(q[GATED], dtype, rows, width).reshape(rows * width)
+    _gate(x, gated, y, dtype)
+    floats.write(q[jobs.RESULT], dtype, y)
 
 
 # Divides `(rows, width)` by the root of the mean of their squares.
-NORMALIZE = Kernel(16, "float32", _normalize_piece)
+NORMALIZE = Kernel(16, _normalize_piece)
 # Rotates `(rows, width)`, heads of a token one after the other, by the cosines
 # and sines of each token, or the same of all.
-ROTATE = Kernel(17, "float32", _rotate_piece)
+ROTATE = Kernel(17, _rotate_piece)
+# `silu(x) * gated`.
+GATE = Kernel(18, _gate_piece)
