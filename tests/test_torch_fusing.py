@@ -74,11 +74,23 @@ def test_a_norm_with_a_weight_is_one_kernel(dtype, weight_dtype):
     # Another weight for each row, or what is needed as it was.
     check(lambda x: normalized(x.float()) * torch.ones(3, 1, 65), x, kernels=1)
     check(
-        lambda x, w: (lambda y: y * w + y)(normalized(x.float())),
+        lambda x, w: (lambda y: y * w - y)(normalized(x.float())),
         x,
         weight,
         kernels=1,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_is_one_kernel(dtype):
+    x = random(2, 3, 33, dtype=dtype)
+    for other in (x * 2, x[0, 0], x[:1, :1], x[1, :1]):
+        check(torch.add, x, other, kernels=1)
+        check(torch.add, other, x, kernels=1)
+    for other in (x[:, :1], x[0], x.double(), x[..., :1]):
+        check(torch.add, x, other, kernels=0)
+    check(lambda x, y: torch.add(x, y, alpha=2), x, x, kernels=0)
+    check(lambda x: x + 1, x, kernels=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,12 +136,13 @@ def test_what_only_looks_alike_is_left_alone():
         angle,
         kernels=0,
     )
+    # But for their sums.
     check(
         lambda x, a: x * torch.cos(a) + turned(2 * x) * torch.sin(a),
         x,
         angle,
-        kernels=0,
+        kernels=1,
     )
     # Angles for each head, and tokens that stand at the same place.
-    check(rotated, x, random(2, 3, 4, 8), kernels=0)
-    check(rotated, x, random(1, 3, 1, 8), kernels=0)
+    check(rotated, x, random(2, 3, 4, 8), kernels=1)
+    check(rotated, x, random(1, 3, 1, 8), kernels=1)

@@ -41,6 +41,17 @@ def fetch_add(typing_context, address, amount):
 
 
 @intrinsic
+def read_now(typing_context, address):
+    """The int64 at an address as other threads have left it."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], _WORD.as_pointer())
+        return builder.load_atomic(place, "seq_cst", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
 def swap(typing_context, address, value):
     """Replaces the int64 at an address at once, and returns what it was."""
 

@@ -1,8 +1,9 @@
 """Threads of our own that help with jobs, where no runtime lends any.
 
 PyTorch's threads wait by spinning, and each operator waits for all of them: a
-thread that another process keeps from its core holds up every one. These sleep
-until there is something to do, and nobody waits for one that does not come.
+thread that another process keeps from its core holds up every one. These let
+others run while they look for something to do, sleep if there is nothing for
+longer than it takes to be woken, and nobody waits for one that does not come.
 """
 
 import functools
@@ -15,13 +16,18 @@ from numba import types
 
 from keras_nlp_cache.kernels import jobs
 from keras_nlp_cache.kernels.compiling import compiled
+from keras_nlp_cache.kernels.machine_words import fetch_add
+from keras_nlp_cache.kernels.machine_words import read_now
 from keras_nlp_cache.kernels.machine_words import swap
 from keras_nlp_cache.kernels.machine_words import words
 
-# What threads share: a semaphore of the C library, which needs 32 bytes, a lock
-# and a ring of jobs, from the oldest one to the newest.
-_SEMAPHORE, _LOCK, _OLDEST, _NEWEST, _RING = 0, 8, 9, 10, 11
+# What threads share: a semaphore of the C library, which needs 32 bytes, a
+# lock, how many sleep, and a ring of jobs from the oldest one to the newest.
+_SEMAPHORE, _LOCK, _SLEEPERS, _OLDEST, _NEWEST, _RING = 0, 8, 9, 10, 11, 12
 _PLACES = 64
+# How often a thread looks for a job before it sleeps: about 100 microseconds.
+# To wake it takes 20, and a step has jobs of 10.
+_LOOKS = 250
 
 _initialize = types.ExternalFunction(
     "sem_init", types.int32(types.int64, types.int32, types.uint32)
@@ -59,13 +65,16 @@ def ask_for_help(state, job, helpers):
         shared[_RING + shared[_NEWEST] % _PLACES] = job
         shared[_NEWEST] += 1
     _unlock(state)
-    for _ in range(helpers):
+    sleepers = read_now(state + 8 * _SLEEPERS)
+    for _ in range(min(helpers, sleepers)):
         _post(state + 8 * _SEMAPHORE)
 
 
 @numba.njit
 def _next_job(state):
     """Takes a job, 0 if there is none."""
+    if read_now(state + 8 * _OLDEST) == read_now(state + 8 * _NEWEST):
+        return 0
     shared = words(state, _RING + _PLACES)
     job = 0
     _lock(state)
@@ -81,12 +90,24 @@ def _begin(state):
 
 
 def _serve(state):
+    looks = 0
     while True:
-        _wait(state + 8 * _SEMAPHORE)
         job = _next_job(state)
         if job != 0:
             jobs.work(job)
             jobs.leave(job)
+            looks = 0
+        elif looks < _LOOKS:
+            looks += 1
+            jobs.let_others_run()
+        else:
+            # Who asks for help after this wakes somebody, and what was asked
+            # for before is seen now.
+            fetch_add(state + 8 * _SLEEPERS, 1)
+            if read_now(state + 8 * _OLDEST) == read_now(state + 8 * _NEWEST):
+                _wait(state + 8 * _SEMAPHORE)
+            fetch_add(state + 8 * _SLEEPERS, -1)
+            looks = 0
 
 
 @functools.cache

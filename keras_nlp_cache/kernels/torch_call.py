@@ -15,6 +15,7 @@ from keras_nlp_cache.kernels.kernel import KERNELS
 from keras_nlp_cache.kernels.machine_words import words
 from keras_nlp_cache.kernels.own_threads import ask_for_help
 from keras_nlp_cache.kernels.own_threads import helpers_state
+from keras_nlp_cache.kernels.torch_threads import thread_count
 
 _LIBRARY = torch.library.Library("keras_nlp_cache", "FRAGMENT")
 _LIBRARY.define(
@@ -32,43 +33,11 @@ def call(kernel, arguments, shape, dtype, sizes, pieces):
 
 def kernel(arguments, number, shape, dtype, sizes, pieces):
     """What the operator does."""
-    bound = _bound(number, tuple(shape), dtype, tuple(sizes), pieces)
-    return bound(*arguments)
-
-
-@functools.lru_cache(maxsize=1024)
-def _bound(number, shape, dtype, sizes, pieces):
-    """A kernel of which all is known but its arguments.
-
-    Returns:
-        A function from tensors and `None`s to a tensor.
-    """
-    run, address = _run(), KERNELS[number].code.address
-    dtype = getattr(torch, dtype)
-    kept, count = np.array(sizes, np.int64), len(sizes)
-    place = kept.ctypes.data
-
-    def kernel(*arguments):
-        # Copies stay until the kernel has read them.
-        arguments = [x if x is None else x.contiguous() for x in arguments]
-        addresses = [0 if x is None else x.data_ptr() for x in arguments]
-        addresses += [0] * (jobs.MOST_ARGUMENTS - len(addresses))
-        y = torch.empty(shape, dtype=dtype)
-        run(
-            address,
-            pieces,
-            place,
-            count,
-            helpers_state(),
-            torch.get_num_threads() - 1,
-            y.data_ptr(),
-            *addresses,
-        )
-        return y
-
-    # Which it reads from.
-    kernel.sizes = kept
-    return kernel
+    # Copies stay until the kernel has read them.
+    arguments = [x if x is None else x.contiguous() for x in arguments]
+    y = torch.empty(shape, dtype=getattr(torch, dtype))
+    run(np.array([job(arguments, number, y, sizes, pieces)]))
+    return y
 
 
 _LIBRARY.impl("kernel", kernel, "CompositeExplicitAutograd")
@@ -82,69 +51,58 @@ def _(arguments, number, shape, dtype, sizes, pieces):
     return first.new_empty(shape, dtype=getattr(torch, dtype))
 
 
-def call_directly(module):
-    """Has a captured function call kernels without PyTorch in between.
-
-    PyTorch takes 3 of the 8 microseconds of a call to find the operator. And
-    since a kernel reads memory, whatever its shape, and writes it in any, what
-    only reshapes its arguments or what it returns is left out.
+def job(arguments, number, result, sizes, pieces):
+    """A call of a kernel, to be run any number of times.
 
     Args:
-        module: `torch.fx.GraphModule`, changed in place.
+        arguments: List of contiguous tensors, and `None`s.
+        number: int, the kernel's.
+        result: Contiguous tensor. It is written to.
+        sizes: Sequence of ints.
+        pieces: int.
+
+    Returns:
+        int64 array. It has the addresses of tensors, and does not keep them.
     """
-    graph = module.graph
-    for node in graph.nodes:
-        if node.target is not OPERATOR:
-            continue
-        arguments, number, shape, dtype, sizes, pieces = node.args
-        arguments = [x if x is None else _unreshaped(x) for x in arguments]
-        (user, *others) = node.users
-        if not others and _is_reshape(user):
-            shape = list(user.meta["val"].shape)
-            user.replace_all_uses_with(node)
-            node.meta["val"] = user.meta["val"]
-        node.target = _bound(number, tuple(shape), dtype, tuple(sizes), pieces)
-        node.args = tuple(arguments)
-    graph.eliminate_dead_code()
-    module.recompile()
+    q = np.zeros(jobs.WORDS, np.int64)
+    q[jobs.PIECES] = pieces
+    q[jobs.KERNEL] = KERNELS[number].code.address
+    q[jobs.RESULT] = result.data_ptr()
+    for i, x in enumerate(arguments):
+        q[jobs.ARGUMENTS + i] = 0 if x is None else x.data_ptr()
+    q[jobs.SIZES : jobs.SIZES + len(sizes)] = sizes
+    return q
 
 
-def _unreshaped(node):
-    """What a node of a captured function reshapes, or itself."""
-    while _is_reshape(node) and node.args[0].meta["val"].is_contiguous():
-        node = node.args[0]
-    return node
+def run(calls):
+    """Runs kernels one after the other, each on all threads.
+
+    Args:
+        calls: int64 array, rows from `job()`.
+    """
+    _compiled_run().ctypes(
+        calls.ctypes.data,
+        len(calls),
+        helpers_state(),
+        thread_count() - 1,
+    )
 
 
-def _is_reshape(node):
-    return node.target is torch.ops.aten.view.default
-
-
-def _run_job(
-    kernel, pieces, sizes, count, state, helpers, result, a, b, c, d, e, f, g, h
-):
-    job = jobs.new_job(pieces)
-    q = words(job, jobs.WORDS)
-    q[jobs.KERNEL] = kernel
-    q[jobs.RESULT] = result
-    for i, address in enumerate((a, b, c, d, e, f, g, h)):
-        q[jobs.ARGUMENTS + i] = address
-    given = words(sizes, count)
+def _run_jobs(calls, count, state, most_helpers):
     for i in range(count):
-        q[jobs.SIZES + i] = given[i]
-    helpers = min(helpers, pieces - 1)
-    if state != 0 and helpers > 0:
-        ask_for_help(state, job, helpers)
-    jobs.finish(job)
-
-
-@functools.cache
-def _run():
-    """`_run_job()`, to be called with integers, without Python's lock."""
-    return _compiled_run().ctypes
+        call = words(calls + 8 * jobs.WORDS * i, jobs.WORDS)
+        pieces = call[jobs.PIECES]
+        job = jobs.new_job(pieces)
+        q = words(job, jobs.WORDS)
+        for j in range(jobs.KERNEL, jobs.WORDS):
+            q[j] = call[j]
+        helpers = min(most_helpers, pieces - 1)
+        if state != 0 and helpers > 0:
+            ask_for_help(state, job, helpers)
+        jobs.finish(job)
 
 
 @functools.cache
 def _compiled_run():
-    count = 7 + jobs.MOST_ARGUMENTS
-    return compiled(types.void(*[types.int64] * count), _run_job)
+    """`_run_jobs()`, to be called with integers, without Python's lock."""
+    return compiled(types.void(*[types.int64] * 4), _run_jobs)

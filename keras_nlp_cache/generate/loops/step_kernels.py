@@ -20,8 +20,10 @@ X = jobs.ARGUMENTS
 WEIGHT = jobs.ARGUMENTS + 1
 # Of `ROTATE`.
 COS, SIN = jobs.ARGUMENTS + 1, jobs.ARGUMENTS + 2
-# Of `GATE`.
-GATED = jobs.ARGUMENTS + 1
+# Of `GATE` and of `ADD`.
+OTHER = jobs.ARGUMENTS + 1
+# Of `PUT`, an int64.
+PLACE = jobs.ARGUMENTS + 1
 
 # How many rows of how many numbers, and their dtype.
 ROWS, WIDTH, DTYPE = jobs.SIZES, jobs.SIZES + 1, jobs.SIZES + 2
@@ -29,6 +31,10 @@ ROWS, WIDTH, DTYPE = jobs.SIZES, jobs.SIZES + 1, jobs.SIZES + 2
 EPSILON_BITS, WEIGHT_DTYPE, RESULT_DTYPE = range(jobs.SIZES + 3, jobs.SIZES + 6)
 # Of `ROTATE`.
 HEADS, ANGLES = jobs.SIZES + 3, jobs.SIZES + 4
+# Of `ADD`: how many rows the other has, as many or one.
+OTHER_ROWS = jobs.SIZES + 3
+# Of `PUT`: how many rows there are places for.
+PLACES = jobs.SIZES + 3
 
 
 @numba.njit
@@ -76,7 +82,7 @@ def _rotate(x, cos, sin, y, heads, dtype):
             out[i] = first + floats.rounded(v[i - half] * s[i], dtype)
 
 
-@numba.njit
+@numba.njit(fastmath=True)
 def _gate(x, gated, y, dtype):
     for i in range(x.size):
         # The exponential is that of a number not above 0.
@@ -117,9 +123,35 @@ def _gate_piece(job, piece):
     rows, width, dtype = q[ROWS], q[WIDTH], q[DTYPE]
     y = np.empty(rows * width, np.float32)
     x = _matrix(q[X], dtype, rows, width).reshape(rows * width)
-    gated = _matrix(q[GATED], dtype, rows, width).reshape(rows * width)
+    gated = _matrix(q[OTHER], dtype, rows, width).reshape(rows * width)
     _gate(x, gated, y, dtype)
     floats.write(q[jobs.RESULT], dtype, y)
+
+
+def _add_piece(job, piece):
+    q = words(job, jobs.WORDS)
+    rows, width, dtype = q[ROWS], q[WIDTH], q[DTYPE]
+    x = _matrix(q[X], dtype, rows, width)
+    other = _matrix(q[OTHER], dtype, q[OTHER_ROWS], width)
+    y = np.empty((rows, width), np.float32)
+    for row in range(rows):
+        at = row if q[OTHER_ROWS] > 1 else 0
+        for i in range(width):
+            y[row, i] = x[row, i] + other[at, i]
+    floats.write(q[jobs.RESULT], dtype, y.reshape(rows * width))
+
+
+def _put_piece(job, piece):
+    q = words(job, jobs.WORDS)
+    rows, width = q[ROWS], q[WIDTH]
+    place = words(q[PLACE], 1)[0]
+    if place < 0 or place >= q[PLACES]:
+        return  # Nobody's memory.
+    shape = rows, q[PLACES], width
+    x = carray(pointer(q[X]), (rows, width), np.uint8)
+    y = carray(pointer(q[jobs.RESULT]), shape, np.uint8)
+    for row in range(rows):
+        y[row, place] = x[row]
 
 
 # Divides `(rows, width)` by the root of the mean of their squares.
@@ -129,3 +161,7 @@ NORMALIZE = Kernel(16, _normalize_piece)
 ROTATE = Kernel(17, _rotate_piece)
 # `silu(x) * gated`.
 GATE = Kernel(18, _gate_piece)
+# The sum of two `(rows, width)`, or of one and the same row for each.
+ADD = Kernel(19, _add_piece)
+# Writes bytes, `(rows, width)`, to one place of `(rows, places, width)`.
+PUT = Kernel(20, _put_piece)

@@ -89,6 +89,21 @@ def separate_views(module, count):
     return torch.fx.GraphModule({}, outside), module
 
 
+def multiplies(module):
+    """Whether a captured function has matrix products of PyTorch's.
+
+    Args:
+        module: `torch.fx.GraphModule`.
+    """
+    names = ("mm", "bmm", "addmm", "baddbmm", "mv", "dense_product")
+    names += ("_linear_pointwise", "convolution", "_scaled_mm")
+    return any(
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target.overloadpacket.__name__ in names
+        for node in module.graph.nodes
+    )
+
+
 def _is_repeatable(node):
     """Whether a call has no effect and always the same result."""
     if node.target is operator.getitem:

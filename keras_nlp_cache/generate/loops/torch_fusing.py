@@ -11,6 +11,7 @@ import operator
 
 import torch
 
+from keras_nlp_cache.generate.loops.step_kernels import ADD
 from keras_nlp_cache.generate.loops.step_kernels import GATE
 from keras_nlp_cache.generate.loops.step_kernels import NORMALIZE
 from keras_nlp_cache.generate.loops.step_kernels import ROTATE
@@ -30,7 +31,7 @@ def fuse(module):
     """
     graph = module.graph
     for node in graph.nodes:
-        for find in (_normalized, _rotated, _gated):
+        for find in (_normalized, _rotated, _gated, _sum):
             found = find(module, node)
             if found is None:
                 continue
@@ -178,6 +179,23 @@ def _gated(module, node):
             *rows, width = node.meta["val"].shape
             sizes = math.prod(rows), width, number_of(_dtype(x))
             return node, GATE, [x, y], sizes
+    return None
+
+
+def _sum(module, node):
+    """A kernel for `x + y`, where `y` may be one row for all of `x`."""
+    for x, y in _either_way(node, _aten.add.Tensor):
+        if not _are_alike(x, node) or _dtype(y) != _dtype(x):
+            continue
+        *rows, width = node.meta["val"].shape or (1,)
+        rows, other = math.prod(rows), tuple(y.meta["val"].shape)
+        if other != tuple(node.meta["val"].shape):
+            if other[-1:] != (width,) or math.prod(other) != width:
+                continue
+            sizes = rows, width, number_of(_dtype(x)), 1
+        else:
+            sizes = rows, width, number_of(_dtype(x)), rows
+        return node, ADD, [x, y], sizes
     return None
 
 

@@ -1,8 +1,12 @@
 """Generation on PyTorch: an eager prefill, a captured decode step."""
 
 import contextlib
+import dataclasses
 import functools
+import itertools
+import operator
 import threading
+import typing
 
 import keras
 import torch
@@ -12,13 +16,17 @@ from torch.utils import _pytree as pytree
 from keras_nlp_cache.generate.loops.generation import Loop
 from keras_nlp_cache.generate.loops.generation import tokens_from
 from keras_nlp_cache.generate.loops.torch_capture import capture
+from keras_nlp_cache.generate.loops.torch_capture import multiplies
 from keras_nlp_cache.generate.loops.torch_capture import separate_views
 from keras_nlp_cache.generate.loops.torch_products import dense_product
 from keras_nlp_cache.generate.loops.torch_products import DenseProducts
 from keras_nlp_cache.generate.loops.torch_products import opaque_dense_product
+from keras_nlp_cache.kernels.torch_threads import all_threads
+from keras_nlp_cache.kernels.torch_threads import one_thread
 from keras_nlp_cache.products.finding import find_weights
 from keras_nlp_cache.products.multiplying import multiplying_with
 from keras_nlp_cache.products.packing import packed_now
+from keras_nlp_cache.products.sources import reader
 
 
 def record(function):
@@ -85,6 +93,17 @@ def operator_choices(device):
     )
 
 
+@dataclasses.dataclass
+class _Bound:
+    """A step on a cache and on weights, and the tensors that it is for."""
+
+    step: typing.Any = None
+    cache: typing.Any = None
+    of_cache: list = ()
+    bound_to: list = ()
+    choices: tuple = None
+
+
 class EagerTorchLoop(Loop):
     """Generation that calls the layers of the model once per token."""
 
@@ -140,6 +159,7 @@ class TorchLoop(EagerTorchLoop):
     def __init__(self, lm):
         super().__init__(lm)
         self.own_products = find_weights(lm)
+        self._read = reader(self.variables)
         self._captured, self._bound = {}, {}
         self._capturing = threading.Lock()
 
@@ -153,11 +173,27 @@ class TorchLoop(EagerTorchLoop):
         with DenseProducts(), multiplying_with(self.own_products, packed):
             return super()._prefill_more(token_ids, length, cache, start)
 
+    def _decode(self, *args):
+        with self._threads():
+            return super()._decode(*args)
+
+    def _verify(self, *args):
+        with self._threads():
+            return super()._verify(*args)
+
+    def _threads(self):
+        """A scope in which kernels of our own have the cores to themselves."""
+        return (
+            contextlib.nullcontext()
+            if self.own_products is None
+            else (one_thread())
+        )
+
     def keep(self, cache):
         # What is bound to it is of no use without it.
         first = pytree.tree_leaves(cache)[0]
-        for key, (_, bound_to, _) in list(self._bound.items()):
-            if bound_to[0] is first:
+        for key, bound in list(self._bound.items()):
+            if bound.bound_to[0] is first:
                 self._bound.pop(key, None)
 
     def _make_call(self, length=1):
@@ -174,23 +210,29 @@ class TorchLoop(EagerTorchLoop):
     def _bound_step(self, length, tokens, index, cache, further):
         """A step on this cache and these weights, the last one if it is."""
         weights = self._weights(tokens.numel())
-        bound_to = [*pytree.tree_leaves(cache), *pytree.tree_leaves(weights)]
-        choices = operator_choices(tokens.device)
+        values, packed = weights
         key = length, index.ndim, threading.get_ident()
-        step, before, made_with = self._bound.get(key, (None, (), None))
+        before = self._bound.get(key, _Bound())
+        # To flatten it takes longer than some of a step.
+        of_cache = before.of_cache
+        if cache is not before.cache:
+            of_cache = tree.flatten(cache)
+        bound_to = [*of_cache, *values, *itertools.chain(*packed)]
+        choices = operator_choices(tokens.device)
         if (
-            choices != made_with
-            or len(before) != len(bound_to)
-            or any(x is not y for x, y in zip(before, bound_to))
+            choices == before.choices
+            and len(bound_to) == len(before.bound_to)
+            and all(map(operator.is_, bound_to, before.bound_to))
         ):
-            step = self._bind(weights, tokens, index, cache, further)
-            self._bound[key] = step, bound_to, choices
+            before.cache = cache
+            return before.step
+        step = self._bind(weights, tokens, index, cache, further)
+        self._bound[key] = _Bound(step, cache, of_cache, bound_to, choices)
         return step
 
     def _weights(self, rows):
         """The values of all variables, and what is packed for some rows."""
-        values = [x.value for x in self.variables]
-        return values, packed_now(self.own_products, rows)
+        return self._read(), packed_now(self.own_products, rows)
 
     def _bind(self, weights, tokens, index, cache, further):
         """A step from tokens to logits, on some weights and a cache."""
@@ -198,28 +240,40 @@ class TorchLoop(EagerTorchLoop):
         slot = torch.zeros_like(index)
         inputs = pytree.tree_map(torch.clone, further)
         arguments = token, cache, slot, inputs
-        prepare, step = self._captured_step(weights, *arguments)
-        step = functools.partial(
-            step,
+        prepare, module = self._captured_step(weights, *arguments)
+        leaves = [
             *prepare(*pytree.tree_leaves(weights)),
             *pytree.tree_leaves(arguments),
-        )
-        on_gpu = self.is_gpu(token.device)
+        ]
+        step, threads = None, contextlib.nullcontext
+        if multiplies(module):
+            threads = all_threads
 
         def bound_step(new_token, index, further):
-            nonlocal step, on_gpu
+            nonlocal step
             token.copy_(new_token)
             slot.copy_(index)
             for name, x in further.items():
                 inputs[name].copy_(x)
             # What autocasting does was captured.
-            with torch.autocast(token.device.type, enabled=False):
-                if on_gpu:
+            with torch.autocast(token.device.type, enabled=False), threads():
+                if step is None:
                     # Not before: it runs the step, which writes into the cache.
-                    step, on_gpu = record(step), False
+                    step = self._recorded(module, leaves)
                 return step()
 
         return bound_step
+
+    def _recorded(self, module, arguments):
+        """A step that reads and writes the same memory each time."""
+        if self.is_gpu(arguments[-1].device):
+            return record(functools.partial(module, *arguments))
+        if self.own_products is not None and not self.lm.jit_compile:
+            # Which takes numba to import.
+            from keras_nlp_cache.generate.loops import torch_replay
+
+            return torch_replay.record(module, arguments)
+        return functools.partial(module, *arguments)
 
     def _captured_step(self, weights, token_ids, cache, index, further):
         choices = operator_choices(token_ids.device)
@@ -235,12 +289,10 @@ class TorchLoop(EagerTorchLoop):
                 if self.lm.jit_compile:
                     step = torch.compile(step, dynamic=False)
                 elif self.own_products is not None:
-                    # Which take numba to import.
+                    # Which takes numba to import.
                     from keras_nlp_cache.generate.loops import torch_fusing
-                    from keras_nlp_cache.kernels import torch_call
 
                     torch_fusing.fuse(step)
-                    torch_call.call_directly(step)
                 self._captured[key] = prepare, step
             return self._captured[key]
 
