@@ -8,7 +8,6 @@ import inspect
 
 import keras_hub
 
-_STATE = "some layers remember a state, not a key and a value for each token"
 _SHARED = "some blocks use the keys and values of others"
 _IMAGES = "its graph reads images, too"
 
@@ -24,9 +23,6 @@ _REASONS = {
     "Moonshine": "its encoder reads sound",
     "PARSeq": "it reads images, in a decoder of two streams",
     "PaliGemma": _IMAGES,
-    "Qwen3_5": _STATE,
-    "Qwen3_5Moe": _STATE,
-    "RWKV7": _STATE,
     "T5Gemma2": "one softmax is over the text and what an encoder returned",
 }
 

@@ -264,9 +264,11 @@ def _rename(config):
 
 
 def _model_names():
-    """Under which names backbones and tasks of this package are saved."""
+    """Under which names models and preprocessors of ours are saved."""
     return {
         f"{_PACKAGE}>{upstream.__name__}"
         for upstream in _replacements
-        if issubclass(upstream, keras.Model)
+        if issubclass(
+            upstream, (keras.Model, keras_hub.models.CausalLMPreprocessor)
+        )
     }

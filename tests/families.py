@@ -67,14 +67,19 @@ class Family:
     prefix: str
     config: tuple
     kind: typing.ClassVar[str] = "CausalLM"
+    # Whether some layers keep a state in place of keys and values.
+    keeps_states: typing.ClassVar[bool] = False
+    # How far apart it is what its cache and all of a text at once come to.
+    tolerance: typing.ClassVar[float] = 1e-5
 
     @property
     def decodes_wrong(self):
         """Whether upstream's steps are not what its own forward pass says.
 
-        It rotates the query of each step as that of the first position.
+        It rotates the query of each step as that of the first position. Or it
+        has a state run on over padding, and reads the last token twice.
         """
-        return self.prefix == "GPTNeoX"
+        return self.prefix == "GPTNeoX" or self.keeps_states
 
     @property
     def measures_distance(self):
@@ -195,6 +200,25 @@ class EncoderDecoder(Family):
         )
 
 
+class Stateful(Family):
+    """A family with layers that keep a state in place of keys and values."""
+
+    keeps_states = True
+    # Upstream computes a step otherwise than several tokens.
+    tolerance = 5e-5
+
+    def backbone(self, **kwargs):
+        backbone = super().backbone(**kwargs)
+        # For a state to last longer than a token, and for what is read of it
+        # not to be what rounding leaves.
+        for weight in backbone.weights:
+            if weight.name == "A_log":
+                weight.assign(weight - 4)
+            elif weight.name == "conv1d_kernel":
+                weight.assign(weight * 3)
+        return backbone
+
+
 def _without_none(x):
     return {name: value for name, value in x.items() if value is not None}
 
@@ -297,6 +321,45 @@ FAMILIES += (
     ),
 )
 
+_QWEN3_5 = dict(
+    _LLAMA,
+    head_dim=8,
+    layer_types=["full_attention", "linear_attention"] * 3,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=6,
+)
+FAMILIES += (
+    _family("qwen3_5", "Qwen3_5", _QWEN3_5, cls=Stateful),
+    _family(
+        "qwen3_5_moe",
+        "Qwen3_5Moe",
+        {k: v for k, v in _QWEN3_5.items() if k != "intermediate_dim"},
+        cls=Stateful,
+        moe_intermediate_dim=16,
+        shared_expert_intermediate_size=24,
+        num_experts=4,
+        top_k=2,
+    ),
+    _family(
+        "rwkv7",
+        "RWKV7",
+        dict(
+            vocabulary_size=VOCABULARY_SIZE,
+            num_layers=2,
+            hidden_size=32,
+            head_size=8,
+            intermediate_dim=48,
+            gate_lora=8,
+            mv_lora=8,
+            aaa_lora=8,
+            decay_lora=8,
+        ),
+        cls=Stateful,
+    ),
+)
+
 _GEMMA_SIDE = dict(
     hidden_dim=32,
     intermediate_dim=48,
@@ -387,6 +450,8 @@ any_family = pytest.mark.parametrize(
 )
 # For what only they have.
 every_encoder_decoder = _taking_turns(ENCODER_DECODERS, jax=1, tensorflow=1)
+STATEFUL = tuple(x for x in FAMILIES if x.keeps_states)
+every_stateful = _taking_turns(STATEFUL, jax=1, tensorflow=1)
 # For what comes of upstream's code and of the lines that a family has, and not
 # of a backend: all on PyTorch, which compiles nothing, and elsewhere one of
 # each kind in turn. The deep ones, and:
@@ -394,7 +459,11 @@ every_encoder_decoder = _taking_turns(ENCODER_DECODERS, jax=1, tensorflow=1)
 # gpt_oss: experts of another kind, learned sinks.
 # gpt_neo_x: one projection for all, branches side by side.
 # bloom: biases of the logits.
-_KINDS = {x.name for x in DEEP} | {"mixtral", "gpt_oss", "gpt_neo_x", "bloom"}
+# qwen3_5: states, in some layers.
+# rwkv7: states, in all layers, and logits in the place of hidden states.
+_KINDS = {x.name for x in DEEP}
+_KINDS |= {"mixtral", "gpt_oss", "gpt_neo_x", "bloom"}
+_KINDS |= {"qwen3_5", "rwkv7"}
 _EACH_KIND = [
     x for x in FAMILIES if x.name in _KINDS or keras.config.backend() == "torch"
 ]

@@ -213,6 +213,8 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(name):
     for family in FAMILIES:
+        if family.keeps_states:
+            continue  # Which `test_states.py` has mistakes for.
         assert_refused(family.pair[0], *CALLS[name])
 
 
@@ -236,6 +238,8 @@ def test_not_a_dictionary(family):
 
 @each_kind
 def test_a_block_called_by_hand_without_an_index(family):
+    if family.name == "rwkv7":
+        pytest.skip("its blocks have two entries each, none of keys")
     block = family.pair[0].blocks[0]
     pair = family.pair[0].make_cache(1, 4)[0]
     with pytest.raises(ValueError, match="cache_update_index"):

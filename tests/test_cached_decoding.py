@@ -58,8 +58,8 @@ def test_equals_upstream_forward(family):
     np.testing.assert_allclose(
         decode(family.pair[0], token_ids, sizes),
         upstream_full(family, token_ids),
-        atol=ATOL,
-        rtol=ATOL,
+        atol=family.tolerance,
+        rtol=family.tolerance,
     )
 
 
@@ -80,9 +80,14 @@ def test_left_padding_by_positions(family):
     # Causal, so that what follows the text does not matter.
     moved = np.roll(token_ids[1:], -3, axis=1)
     alone = upstream_full(family, np.concatenate([token_ids[:1], moved]))
-    np.testing.assert_allclose(output[0], full[0], atol=ATOL, rtol=ATOL)
     np.testing.assert_allclose(
-        output[1, 3:], alone[1, :-3], atol=ATOL, rtol=ATOL
+        output[0], full[0], atol=family.tolerance, rtol=family.tolerance
+    )
+    np.testing.assert_allclose(
+        output[1, 3:],
+        alone[1, :-3],
+        atol=family.tolerance,
+        rtol=family.tolerance,
     )
 
 
@@ -163,14 +168,17 @@ def test_padding_by_positions(family, sizes, place, start, seed):
             }
         )
         np.testing.assert_allclose(
-            output[row : row + 1, real], to_numpy(alone), atol=ATOL, rtol=ATOL
+            output[row : row + 1, real],
+            to_numpy(alone),
+            atol=family.tolerance,
+            rtol=family.tolerance,
         )
         if start == 0:
             np.testing.assert_allclose(
                 to_numpy(alone),
                 upstream_full(family, token_ids[row : row + 1, real]),
-                atol=ATOL,
-                rtol=ATOL,
+                atol=family.tolerance,
+                rtol=family.tolerance,
             )
 
 
@@ -179,6 +187,8 @@ def test_padding_by_positions(family, sizes, place, start, seed):
 @given(sizes=splits(), seed=st.integers(0, 99))
 def test_positions_and_attention_mask(family, sizes, seed):
     """With all optional inputs, a cache changes nothing."""
+    if family.keeps_states:
+        pytest.skip("a state cannot be seen in part, which test_states.py asks")
     assert_equal_with_all_inputs(family, sizes, seed, "bool")
 
 

@@ -52,6 +52,8 @@ def after_building(monkeypatch):
 
 @every_family
 def test_a_projection_that_was_renamed(family, after_building, monkeypatch):
+    if family.name == "rwkv7":
+        pytest.skip("no projection is looked for: upstream's code finds all")
     cls, attention = upstream_attention(family)
     name = attention.projections["output"]
 
@@ -203,6 +205,7 @@ def test_every_attention_layer_is_found_by_its_class():
         for cls in drop_in.replacements()
         if issubclass(cls, CachedAttention)
     ]
-    # Llama 3 has that of Llama, OPT and BART that of GPT-2.
+    # Llama 3 has that of Llama, OPT and BART that of GPT-2, and Qwen 3.5
+    # MoE that of Qwen 3.5. RWKV-7 has none.
     covered = [x for x in models.__all__ if x.endswith("Backbone")]
-    assert len(ours) == len(covered) - 3
+    assert len(ours) == len(covered) - 5

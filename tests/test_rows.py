@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.families import compiled
 from tests.families import each_kind
 from tests.families import examples
+from tests.families import padding_mask
 from tests.families import PATCHED
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -65,6 +66,9 @@ def read(backbone, token_ids, prompt, firsts, calls, policy):
     call = compiled(backbone)
     index, states = np.array(firsts), {}
     inputs = {"cache": cache, "cache_update_index": 0}
+    if not PATCHED and backbone.has_states:
+        # A state has to be told where rows end.
+        inputs["padding_mask"] = padding_mask(firsts, SLOTS)
     x, cache = call({"token_ids": token_ids[:, :prompt], **inputs})
     for row, length in enumerate(firsts):
         for i in range(length):

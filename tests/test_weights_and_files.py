@@ -65,7 +65,7 @@ def paths(model):
     Upstream leaves some in its blocks unnamed, so they have another number in
     each model.
     """
-    counted = r"(_moe_block|t5_layer_norm|rms_normalization)_\d+/"
+    counted = r"(_moe_block|t5_layer_norm|\w+_normalization)_\d+/"
     return [re.sub(counted, r"\1/", w.path) for w in model.weights]
 
 

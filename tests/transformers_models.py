@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import typing
 
 import numpy as np
@@ -155,6 +156,24 @@ def _is_packed(name, config):
     return config.model_type == "gpt_oss" and name.endswith(
         ("gate_up_proj", "down_proj")
     )
+
+
+class OfSeveralMedia(Family):
+    """A small model of text, in a file as of one that sees images, too."""
+
+    def save(self, folder):
+        super().save(folder)
+        path = pathlib.Path(folder) / "config.json"
+        config = json.loads(path.read_text())
+        config["model_type"] = config["model_type"].removesuffix("_text")
+        path.write_text(json.dumps(config))
+        path = pathlib.Path(folder) / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        tensors = {
+            re.sub(r"^model\.", "model.language_model.", name): x
+            for name, x in tensors.items()
+        }
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
 class EncoderDecoder(Family):
@@ -577,6 +596,27 @@ def _gemma2(query_pre_attn_scalar):
     )
 
 
+_QWEN3_5 = dict(
+    vocab_size=100,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    rms_norm_eps=1e-3,
+    tie_word_embeddings=False,
+    rope_parameters=dict(
+        rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.5
+    ),
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 FAMILIES = {
     "gpt2": Family(
         "GPT2",
@@ -704,6 +744,20 @@ FAMILIES = {
             **_WINDOW,
             norm_topk_prob=True,
             rope_parameters=_LINEAR,
+        ),
+    ),
+    "qwen3_5": OfSeveralMedia(
+        "Qwen3_5",
+        transformers.Qwen3_5TextConfig(**_QWEN3_5, intermediate_size=48),
+    ),
+    "qwen3_5_moe": OfSeveralMedia(
+        "Qwen3_5Moe",
+        transformers.Qwen3_5MoeTextConfig(
+            **_QWEN3_5,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            num_experts=4,
+            num_experts_per_tok=2,
         ),
     ),
     "phi3": _phi3(MAX_LENGTH),

@@ -55,7 +55,8 @@ class CachedAttention(Specialized, Remembers):
         project: Method `(x, positions) -> (query, key, value)`, from
             `(B, T, hidden_dim)` and int32 `(B or 1, T)`. Rotates query and key
             if the family does. The query is `(B, T, query_heads, head_dim)`,
-            key and value are `(B, T, key_value_heads, head_dim)`.
+            key and value are `(B, T, key_value_heads, head_dim)`. What it
+            returns beyond these, `merge_heads()` takes, too.
         scale: float. Multiplies the attention logits.
         soft_cap: Optional float. See `attend()`.
         window: Optional int. How many positions a query sees, its own
@@ -234,7 +235,7 @@ class CachedAttention(Specialized, Remembers):
             `(output, (key, value))`, with a pair of `None` if the cache has
             no memory.
         """
-        query, key, value = self.project(x, cache.positions)
+        query, key, value, *rest = self.project(x, cache.positions)
         entry, key, value = cache.update(
             ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         )
@@ -269,7 +270,7 @@ class CachedAttention(Specialized, Remembers):
         )
         if isinstance(value, Int8):
             x = turn_back(x)
-        return self.merge_heads(x), entry
+        return self.merge_heads(x, *rest), entry
 
     def _nearer_sinks(self, x, query, key, cache):
         """The bias that makes the first tokens seem nearer, if they are to."""
@@ -277,7 +278,7 @@ class CachedAttention(Specialized, Remembers):
         if nearer is None:
             return None
         slot = slots(cache.index, x.shape[1])
-        moved, _, _ = self.project(x, cache.positions - nearer)
+        moved, *_ = self.project(x, cache.positions - nearer)
         if isinstance(key, Int8):
             moved = turn(moved)
         return nearer_sinks(

@@ -17,6 +17,7 @@ import keras
 from keras import tree
 
 from keras_nlp_cache.attention.layer import CachedAttention
+from keras_nlp_cache.attention.recurrent import Recurrent
 from keras_nlp_cache.blocks.block_parts import find_parts
 from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.blocks.replaying import active_wiring
@@ -124,6 +125,11 @@ class DecoderBlock(Specialized):
             if isinstance(layer, Remembers) and layer.remembers
         ]
 
+    @property
+    def has_state(self):
+        """Whether what remembers keeps a state, and attends to no tokens."""
+        return any(x.state_shapes is not None for x in self.remembering())
+
     # No property, either.
     def attention_across(self):
         """The layer that attends to what an encoder returned, or `None`."""
@@ -134,11 +140,18 @@ class DecoderBlock(Specialized):
 
     @property
     def attention_name(self):
-        """Name of the attribute that holds the attention layer."""
+        """Name of the attribute that holds the attention layer.
+
+        Or what stands in its place, with a state. `None` if there is neither.
+        """
         return next(
-            name
-            for name, layer in attributes(self).items()
-            if isinstance(layer, CachedAttention)
+            (
+                name
+                for name, layer in attributes(self).items()
+                if isinstance(layer, CachedAttention)
+                or (isinstance(layer, Recurrent) and layer.projections)
+            ),
+            None,
         )
 
     @property
@@ -161,6 +174,8 @@ class DecoderBlock(Specialized):
         "query_dense")`.
         """
         name = self.attention_name
+        if name is None:
+            return {}
         projections = getattr(self, name).projections
         paths = {
             f"attention.{part}": (name, attribute)
@@ -304,7 +319,7 @@ class DecoderBlock(Specialized):
             outputs, slots = (outputs,), hidden_states.shape[1]
         else:
             pairs = tuple((entry.key, entry.value) for entry in entries)
-            if pairs[0][0] is not None:
+            if pairs[0][0] is not None and not self.has_state:
                 slots = pairs[0][0].shape[2]
             outputs = (
                 self._in_graph(outputs),

@@ -75,6 +75,18 @@ class Access:
         source = ops.argmax(ops.cast(is_at, "int32"), axis=2)
         return _where(ops.any(is_at, axis=2), update, source, kept)
 
+    def replace(self, state, new):
+        """Writes all of a state.
+
+        Args:
+            state: Tensor `(B, ...)`.
+            new: Tensor of its shape.
+
+        Returns:
+            `new`, in the dtype of `state`.
+        """
+        return ops.cast(new, state.dtype)
+
     def attention(self, cache, length):
         """What attends to a cache in place of `attend()`.
 

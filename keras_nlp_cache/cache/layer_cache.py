@@ -36,7 +36,8 @@ class LayerCache(typing.NamedTuple):
         positions: int32 tensor `(B or 1, T)`. Where each token stands in the
             text, for rotary and learned position embeddings.
         mask: float32 tensor `(B or 1, 1, T, S)`, added to the logits. If the
-            layer has a window, the mask hides what is beyond it.
+            layer has a window, the mask hides what is beyond it. For a layer
+            with a state, bool `(B, T)`: which tokens are no padding.
         distance: int32 tensor `(B or 1, T, S)`. How many positions each slot
             stands behind each token, for layers that ask for it.
         source: Tensor `(B, S, source_dim)`. What the keys and values are of,
@@ -53,7 +54,7 @@ class LayerCache(typing.NamedTuple):
 
     @property
     def in_use(self):
-        return self.mask is not None
+        return self.mask is not None or self.positions is not None
 
     @classmethod
     def of_pair(cls, pair, index, length, window=None):

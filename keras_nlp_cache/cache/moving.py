@@ -13,14 +13,17 @@ from keras import tree
 from keras_nlp_cache.cache.kept import has_policy
 from keras_nlp_cache.cache.kept import places
 from keras_nlp_cache.cache.kept import read_slots
+from keras_nlp_cache.cache.policies.state import is_state
 
 
 class Tokens(typing.NamedTuple):
-    """Keys or values of some tokens of one row.
+    """Keys or values of some tokens of one row, or a state that they made.
 
     Attributes:
-        slots: int32 array `(N,)`, in ascending order.
-        stored: Array `(1, heads, N, head_dim)`, or an `Int8` of arrays.
+        slots: int32 array `(N,)`, in ascending order. Of a state, the last slot
+            that it knows of.
+        stored: Array `(1, heads, N, head_dim)`, or an `Int8` of arrays. Of a
+            state, that.
     """
 
     slots: typing.Any
@@ -41,6 +44,9 @@ def take_out(cache, filled, mark):
     """
 
     def taken(kept):
+        if is_state(kept):
+            last = np.arange(filled, dtype="int32")[-1:]
+            return Tokens(last, ops.convert_to_numpy(kept.stored))
         slots = _slots(kept, filled)
         if has_policy(kept):
             lost = (slots >= kept.first_in_turns) & (
@@ -79,6 +85,9 @@ def put_in(backbone, tokens, filled, slots, dtype, policy):
     marks = [filled]
 
     def put(kept, some):
+        if is_state(kept):
+            kept.stored[:] = some.stored
+            return
         wanted = _slots(kept, filled)
         here = np.isin(wanted, some.slots)
         needed = np.arange(filled)

@@ -216,6 +216,13 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 f"{type(self.sampler).__name__}, on a loop that does not say "
                 "which tokens these are. Apply the control vector to all."
             )
+        if self.backbone.has_states:
+            raise ValueError(
+                "Expected a sampler that picks one token at a time, such as "
+                '"greedy", for a model in which layers keep a state. Received: '
+                f"{type(self.sampler).__name__}, on a loop that reads padding, "
+                "and tokens twice, by which a state would change."
+            )
         if self.overridden("_build_cache", "call_with_cache"):
             # They may keep the cache.
             return super().generate_step(inputs, stop_token_ids)

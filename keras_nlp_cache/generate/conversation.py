@@ -256,7 +256,7 @@ def stream_turn(
             "turns, or lower `max_new_tokens`."
         )
     # The last token is read by the step after it.
-    kept = min(kept, len(token_ids) - 1)
+    kept = session.reachable(min(kept, len(token_ids) - 1))
     session.rewind(len(held) - kept)
     conversation.spans = spans
     steps = session.stream_tokens(

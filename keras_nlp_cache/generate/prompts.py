@@ -10,6 +10,19 @@ from keras_nlp_cache.generate.reading import check_empty
 from keras_nlp_cache.graph.backbone import CachedBackbone
 
 
+def check_guesses(*models):
+    """Refuses models that could not forget a guess that was wrong."""
+    for lm in models:
+        if lm.backbone.has_states:
+            raise ValueError(
+                "Expected a model that keeps keys and values of each token, "
+                "for guesses that were wrong to be forgotten. Received: a "
+                f"{type(lm).__name__}, in which layers keep a state, which "
+                "cannot go back. Call `generate()` without `assistant_model` "
+                "and `prompt_lookup_num_tokens`."
+            )
+
+
 def check_assistant(lm, assistant):
     """Checks that a model, or `None`, can guess what another generates."""
     if assistant is None:
@@ -30,6 +43,7 @@ def check_assistant(lm, assistant):
         )
     for model in (lm, assistant):
         check_loop(model)
+    check_guesses(lm, assistant)
     sizes = [
         model.backbone.token_embedding.input_dim for model in (lm, assistant)
     ]

@@ -61,7 +61,7 @@ def score(
     hidden_states = lm.backbone.intercepted(
         {"token_ids": token_ids, "padding_mask": padding_mask}, call
     )
-    logits = lm.backbone.token_embedding(hidden_states, reverse=True)
+    logits = lm._logits(hidden_states)
     if scoring_mode == "logits":
         return logits
     loss = keras.losses.SparseCategoricalCrossentropy(

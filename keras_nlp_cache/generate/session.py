@@ -460,12 +460,25 @@ class Session:
                     f"Expected a cache that remembers what the first "
                     f"{total - count} tokens have seen. Received one of the "
                     f"policy {self.lm.cache_policy}, in which later tokens "
-                    f"took their places. Rewind less than {count} tokens, or "
-                    "start another session."
+                    "took their places, or of layers with a state, which "
+                    f"cannot go back. Rewind less than {count} tokens, or all, "
+                    "or start another session."
                 )
         self._turn += 1
         self.token_ids = self.token_ids[: total - count]
         self._filled = min(self._filled, len(self.token_ids))
+
+    def reachable(self, count):
+        """How many of the first `count` tokens there is no need to read again.
+
+        Less than all where the text cannot go back so far, but can begin anew.
+        """
+        filled = max(count - 1, 0)
+        if self._cache is None or filled >= self._filled:
+            return count
+        if can_go_back(self._cache, self._mark, filled):
+            return count
+        return 0 if can_go_back(self._cache, self._mark, 0) else count
 
     def save(self, path):
         """Writes the session to a file, or leaves an older file as it was.
@@ -547,7 +560,7 @@ class Session:
 def _check_postprocess(preprocessor):
     """Refuses what makes text of all tokens in a way that nobody knows."""
     method = type(preprocessor).generate_postprocess
-    if not method.__module__.startswith("keras_hub."):
+    if not method.__module__.startswith(("keras_hub.", "keras_nlp_cache.")):
         raise ValueError(
             "Expected a preprocessor whose text can be shown piece by piece. "
             f"Received: a {type(preprocessor).__name__} with a "

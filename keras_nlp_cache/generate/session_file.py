@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.moving import Tokens
+from keras_nlp_cache.cache.policies.state import StateShapes
 from keras_nlp_cache.files import atomic_file
 
 _FORMAT = "keras_nlp_cache.session"
@@ -68,7 +69,8 @@ def write(path, backbone, token_ids, tokens, conversation=None):
                 tensors[f"{name}.{i}.scale"] = _as_bits(some.stored.scale)
                 tensors[f"{name}.{i}"] = _as_bits(some.stored.values)
             else:
-                dtype = str(some.stored.dtype)
+                if not isinstance(backbone.cache_spec[i], StateShapes):
+                    dtype = str(some.stored.dtype)
                 tensors[f"{name}.{i}"] = _as_bits(some.stored)
     metadata = {
         "format": _FORMAT,
@@ -140,10 +142,10 @@ def read(path, backbone, parse_conversation):
         return token_ids, None, conversation
     tokens = tuple(
         tuple(
-            _tokens(path, tensors, f"{name}.{i}", shape, metadata["dtype"])
+            _tokens(path, tensors, f"{name}.{i}", spec, metadata["dtype"])
             for name in ("key", "value")
         )
-        for i, shape in enumerate(backbone.cache_spec)
+        for i, spec in enumerate(backbone.cache_spec)
     )
     ends = {int(x.slots[-1]) if len(x.slots) else -1 for y in tokens for x in y}
     if tensors or max(ends) >= len(token_ids):
@@ -153,9 +155,15 @@ def read(path, backbone, parse_conversation):
     return token_ids, tokens, conversation
 
 
-def _tokens(path, tensors, name, shape, dtype):
+def _tokens(path, tensors, name, spec, dtype):
     """Takes the `Tokens` of some name out of the tensors of a file."""
-    heads, head_dim = shape
+    if isinstance(spec, StateShapes):
+        slots = tensors.pop(f"{name}.slots", np.arange(1))
+        x, shape = tensors.pop(name, None), getattr(spec, name.split(".")[0])
+        if x is None or x.shape != (1, *shape) or slots.shape != (1,):
+            raise _damaged(path, f"block {name.split('.')[1]} incomplete")
+        return Tokens(slots, x)
+    heads, head_dim = spec
     x, scale, slots = (
         tensors.pop(name + end, None) for end in ("", ".scale", ".slots")
     )

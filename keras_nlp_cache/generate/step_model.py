@@ -2,6 +2,9 @@
 
 import keras
 
+from keras_nlp_cache.cache.policies.state import is_state
+from keras_nlp_cache.cache.policies.state import State
+from keras_nlp_cache.cache.policies.state import StateShapes
 from keras_nlp_cache.generate.prompts import is_int
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.backbone import without_taps
@@ -40,7 +43,7 @@ class StepModel(keras.Model):
             `cache_update_index`, int32 `()`, or `(B,)` with `index_per_row`;
             and for each decoder block `i`
             `past_key_i` and `past_value_i`, `(B, key_value_heads, max_length,
-            head_dim)`.
+            head_dim)`, or what a layer with a state keeps in their place.
 
     Returns:
         Dictionary with `logits` `(B, length, vocabulary_size)`, or of a
@@ -97,12 +100,14 @@ class StepModel(keras.Model):
             ),
             "token_ids": ((batch_size, length), "int32"),
         }
-        for i, (heads, dim) in enumerate(backbone.cache_spec):
+        self._spec = backbone.cache_spec
+        for i, spec in enumerate(self._spec):
             self._names.append((f"key_{i}", f"value_{i}"))
-            for name in self._names[-1]:
+            for name, shape in zip(self._names[-1], _shapes(spec, max_length)):
+                is_state = isinstance(spec, StateShapes)
                 specs[f"past_{name}"] = (
-                    (batch_size, heads, max_length, dim),
-                    dtype,
+                    (batch_size, *shape),
+                    "float32" if is_state else dtype,
                 )
         self._input_specs = {
             name: keras.InputSpec(shape=shape, dtype=dtype, name=name)
@@ -129,15 +134,21 @@ class StepModel(keras.Model):
                     f"the step was made for. Received: shape {shape}."
                 )
         cache = tuple(
-            tuple(inputs[f"past_{name}"] for name in pair)
-            for pair in self._names
+            tuple(
+                State(inputs[f"past_{name}"])
+                if isinstance(spec, StateShapes)
+                else inputs[f"past_{name}"]
+                for name in pair
+            )
+            for pair, spec in zip(self._names, self._spec)
         )
         x, cache = self._run(
             inputs["token_ids"], cache, inputs["cache_update_index"]
         )
         outputs = {self._output_name: x}
         for names, pair in zip(self._names, cache):
-            for name, tensor in zip(names, pair):
+            for name, kept in zip(names, pair):
+                tensor = kept.stored if is_state(kept) else kept
                 outputs[f"present_{name}"] = tensor
         return {name: outputs[name] for name in self.output_names}
 
@@ -173,6 +184,14 @@ class StepModel(keras.Model):
         super().export(
             filepath, format=format, input_signature=input_signature, **kwargs
         )
+
+
+def _shapes(spec, max_length):
+    """Shapes of what an entry of the cache is, without the batch."""
+    if isinstance(spec, StateShapes):
+        return spec
+    heads, dim = spec
+    return [(heads, max_length, dim)] * 2
 
 
 def _check_length(length, max_length):

@@ -307,8 +307,9 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                     if not isinstance(site.layer, DecoderBlock):
                         return x
                     x = hidden_states_alone(x)
-                count = len(site.layer.carries)
-                further = (further + [None] * count)[:count]
+                # What a block does not return goes on as it came.
+                carried = [kwargs.get(name) for name in site.layer.carries]
+                further = [*further, *carried[len(further) :]]
                 entries = site.node.arguments.kwargs.get("entries", ())
                 tapped = [taps.get(part) for part in site.layer.tapped_parts]
                 return x, *further, *[None] * (2 * len(entries)), *tapped

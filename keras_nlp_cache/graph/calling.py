@@ -7,6 +7,8 @@ from keras import tree
 from keras_nlp_cache.cache import policies
 from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.kept import has_policy
+from keras_nlp_cache.cache.policies.state import State
+from keras_nlp_cache.cache.policies.state import StateShapes
 from keras_nlp_cache.graph.inputs import normalize
 from keras_nlp_cache.graph.roles import TEXT
 
@@ -134,7 +136,8 @@ class CachedGraph:
         Returns:
             A tuple with one `(key, value)` pair per layer that remembers. By
             default each is a tensor of zeros `(batch_size, key_value_heads,
-            max_length, head_dim)`, otherwise what the policy makes.
+            max_length, head_dim)`, otherwise what the policy makes. A layer
+            with a state has a `State` in place of each, whatever the policy.
 
         Raises:
             ValueError: If a size is not a positive integer, if `max_length`
@@ -145,17 +148,19 @@ class CachedGraph:
         dtype = floating_dtype("dtype", dtype or self.compute_dtype)
         policy = policies.get(policy)
         policy.check(self)
-        return tuple(
-            tuple(
-                policy.make(
-                    (batch_size, heads, max_length, dim), dtype, window, zeros
+
+        def make(spec, window):
+            if isinstance(spec, StateShapes):
+                return tuple(
+                    State.empty((batch_size, *shape), zeros) for shape in spec
                 )
-                for _ in range(2)
+            heads, dim = spec
+            shape = batch_size, heads, max_length, dim
+            return tuple(
+                policy.make(shape, dtype, window, zeros) for _ in range(2)
             )
-            for (heads, dim), window in zip(
-                self.cache_spec, self.cache_windows, strict=True
-            )
-        )
+
+        return tuple(map(make, self.cache_spec, self.cache_windows))
 
     def check_cache_size(self, batch_size, max_length):
         """Raises what `make_cache()` raises for sizes that it cannot make."""
@@ -184,11 +189,21 @@ class CachedGraph:
 
     @property
     def cache_spec(self):
-        """One `(key_value_heads, head_dim)` per entry of the cache."""
+        """One `(key_value_heads, head_dim)` per entry of the cache.
+
+        `StateShapes` of an entry that is a state.
+        """
         return tuple(
             (key.shape[1], key.shape[3])
-            for key, _ in self._inputs_struct["cache"]
+            if None in key.shape[1:]
+            else StateShapes(key.shape[1:], value.shape[1:])
+            for key, value in self._inputs_struct["cache"]
         )
+
+    @property
+    def has_states(self):
+        """Whether layers keep states: then a text cannot go back."""
+        return any(isinstance(x, StateShapes) for x in self.cache_spec)
 
     @property
     def takes_generated(self):

@@ -16,6 +16,8 @@ from keras import tree
 
 from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.kept import has_policy
+from keras_nlp_cache.cache.policies.state import is_state
+from keras_nlp_cache.cache.policies.state import StateShapes
 from keras_nlp_cache.cache.slots import is_per_row
 from keras_nlp_cache.graph.roles import TEXT
 
@@ -92,6 +94,7 @@ def normalize(inputs, cache_spec, max_positions=None, further=(), roles=TEXT):
         check_shape("token_positions", positions, batch=batch, length=length)
     attention_mask = inputs.get("attention_mask")
     if attention_mask is not None:
+        _refuse_for_states(cache_spec)
         _check_additive(attention_mask)
         attention_mask = as_tensor("attention_mask", attention_mask)
         check_shape(
@@ -227,7 +230,11 @@ def _check_cache(cache, cache_spec, batch):
                 f"Received: {_describe(pair)}. {_HOW_TO_MAKE_A_CACHE}"
             )
     cache = _as_tensors(cache)
-    for i, (pair, (heads, head_dim)) in enumerate(zip(cache, cache_spec)):
+    for i, (pair, spec) in enumerate(zip(cache, cache_spec)):
+        if isinstance(spec, StateShapes):
+            _check_states(f"cache[{i}]", pair, spec, batch)
+            continue
+        heads, head_dim = spec
         for j, kept in enumerate(pair):
             name = f"cache[{i}][{j}]"
             for x, head_dim_of_x in _stored(kept, head_dim):
@@ -243,6 +250,23 @@ def _check_cache(cache, cache_spec, batch):
                 )
                 _check_cache_dtype(name, kept, x, first)
     return cache
+
+
+def _check_states(name, pair, shapes, batch):
+    for j, (kept, shape) in enumerate(zip(pair, shapes)):
+        if not is_state(kept):
+            raise ValueError(
+                f"Expected `{name}[{j}]` to be a `State`, of a layer that "
+                f"keeps no keys and values. Received: {_describe(kept)}. "
+                f"{_HOW_TO_MAKE_A_CACHE}"
+            )
+        check_shape(
+            f"{name}[{j}].stored",
+            kept.stored,
+            hint=_HOW_TO_MAKE_A_CACHE,
+            batch=batch,
+            **{f"size_{k}": size for k, size in enumerate(shape)},
+        )
 
 
 def _as_tensors(cache):
@@ -407,6 +431,15 @@ def _check_positions(positions, index, length, max_positions):
             f"{max_positions - 1}, which are those that the model learned "
             f"(`max_sequence_length`). Received positions from {first} to "
             f"{last}. Shorten the input, or pass other `token_positions`."
+        )
+
+
+def _refuse_for_states(cache_spec):
+    if any(isinstance(x, StateShapes) for x in cache_spec):
+        raise ValueError(
+            "Expected no `attention_mask` for a model in which layers keep a "
+            "state: no token can choose what of it it sees. Received one. Use "
+            "`padding_mask` to hide tokens from all others."
         )
 
 

@@ -19,6 +19,7 @@ from keras_nlp_cache.cache.layer_cache import LayerCache
 from keras_nlp_cache.cache.shared_inputs import AttentionMask
 from keras_nlp_cache.cache.shared_inputs import Distance
 from keras_nlp_cache.cache.shared_inputs import Positions
+from keras_nlp_cache.cache.state_inputs import RealTokens
 from keras_nlp_cache.graph.roles import TEXT
 from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.layers.block_call import sequence_first
@@ -61,7 +62,7 @@ class Wiring:
         self._updated = []
         self.windows = []
         self._masks = {}
-        self._distance = None
+        self._distance = self._real = None
         self.blocks = []
         self.inputs = {
             **{
@@ -187,15 +188,18 @@ class Wiring:
 
     def _new_entry(self, layer):
         """The symbolic key and value of one more entry of the cache."""
-        heads, head_dim = layer.key_value_shape
+        shapes, dtype = layer.state_shapes, "float32"
+        if shapes is None:
+            heads, head_dim = layer.key_value_shape
+            shapes, dtype = [(heads, None, head_dim)] * 2, layer.compute_dtype
         key, value = (
             keras.Input(
-                (heads, None, head_dim),
-                dtype=layer.compute_dtype,
+                shape,
+                dtype=dtype,
                 name=f"cache_{len(self._caches)}_{name}",
                 optional=True,
             )
-            for name in ("key", "value")
+            for name, shape in zip(("key", "value"), shapes)
         )
         self._caches.append((key, value))
         self.windows.append(layer.window)
@@ -203,6 +207,14 @@ class Wiring:
 
     def _entry(self, layer):
         key, value = self._new_entry(layer)
+        if layer.state_shapes is not None:
+            return LayerCache(
+                key=key,
+                value=value,
+                index=self.inputs["cache_update_index"],
+                positions=self.positions,
+                mask=self._real_tokens(),
+            )
         return LayerCache(
             key=key,
             value=value,
@@ -211,6 +223,16 @@ class Wiring:
             mask=self._mask(layer.window, key),
             distance=self._slot_distance(key) if layer.wants_distance else None,
         )
+
+    def _real_tokens(self):
+        """Which tokens are no padding, for all layers with a state."""
+        if self._real is None:
+            self._real = RealTokens(dtype=self._dtype, name="real_tokens")(
+                self.positions,
+                padding_mask=self.inputs[self._roles.padding_mask],
+                index=self.inputs["cache_update_index"],
+            )
+        return self._real
 
     def _slot_distance(self, key):
         """The distances in all layers that want them."""

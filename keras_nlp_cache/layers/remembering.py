@@ -14,10 +14,13 @@ class Remembers:
             included.
         wants_distance: bool. Whether its `LayerCache` is to say how far apart
             tokens stand.
+        state_shapes: `StateShapes` of a layer that keeps a state, `None` for
+            one that keeps keys and values.
         remembers: bool. `False` for one that sees all of a text at once, as in
             an encoder, and has no entry.
     """
 
     remembers = True
+    state_shapes = None
     window = None
     wants_distance = False

@@ -34,10 +34,16 @@ from keras_nlp_cache.models.qwen import QwenBackbone
 from keras_nlp_cache.models.qwen import QwenCausalLM
 from keras_nlp_cache.models.qwen3 import Qwen3Backbone
 from keras_nlp_cache.models.qwen3 import Qwen3CausalLM
+from keras_nlp_cache.models.qwen3_5 import Qwen3_5Backbone
+from keras_nlp_cache.models.qwen3_5 import Qwen3_5CausalLM
+from keras_nlp_cache.models.qwen3_5_moe import Qwen3_5MoeBackbone
+from keras_nlp_cache.models.qwen3_5_moe import Qwen3_5MoeCausalLM
 from keras_nlp_cache.models.qwen3_moe import Qwen3MoeBackbone
 from keras_nlp_cache.models.qwen3_moe import Qwen3MoeCausalLM
 from keras_nlp_cache.models.qwen_moe import QwenMoeBackbone
 from keras_nlp_cache.models.qwen_moe import QwenMoeCausalLM
+from keras_nlp_cache.models.rwkv7 import RWKV7Backbone
+from keras_nlp_cache.models.rwkv7 import RWKV7CausalLM
 from keras_nlp_cache.models.smollm3 import SmolLM3Backbone
 from keras_nlp_cache.models.smollm3 import SmolLM3CausalLM
 from keras_nlp_cache.models.t5 import T5Backbone
@@ -79,10 +85,16 @@ __all__ = [
     "Qwen3CausalLM",
     "Qwen3MoeBackbone",
     "Qwen3MoeCausalLM",
+    "Qwen3_5Backbone",
+    "Qwen3_5CausalLM",
+    "Qwen3_5MoeBackbone",
+    "Qwen3_5MoeCausalLM",
     "QwenBackbone",
     "QwenCausalLM",
     "QwenMoeBackbone",
     "QwenMoeCausalLM",
+    "RWKV7Backbone",
+    "RWKV7CausalLM",
     "Seq2SeqLM",
     "SmolLM3Backbone",
     "SmolLM3CausalLM",

@@ -18,7 +18,10 @@ def mend_quantized(embedding):
 
     Args:
         embedding: A `keras.layers.ReversibleEmbedding`, changed in place.
+            Others turn nothing into logits.
     """
+    if not isinstance(embedding, keras.layers.ReversibleEmbedding):
+        return
     if embedding.quantization_mode in ("int8", "int4"):
         specialize(embedding, ReversibleEmbedding)
 

@@ -12,6 +12,7 @@ from keras_nlp_cache.surgery.part_layers import WeightsTap
 from keras_nlp_cache.surgery.parts import change_part
 from keras_nlp_cache.surgery.parts import check_fits
 from keras_nlp_cache.surgery.parts import EditedBlocks
+from keras_nlp_cache.surgery.parts import names_of
 from keras_nlp_cache.surgery.parts import Part
 from keras_nlp_cache.surgery.parts import WEIGHTS
 from keras_nlp_cache.surgery.positionwise import check_attention
@@ -280,8 +281,14 @@ def _edit(model, where, names, change):
         for name in names
     ]
     for part in chosen:
-        has = part.site.layer.part_paths
-        if part.part not in (*has, WEIGHTS):
+        has = names_of(part.site.layer)
+        if part.part == WEIGHTS and WEIGHTS not in has:
+            raise ValueError(
+                f"Expected {part.site.name!r} to attend to tokens. Received: a "
+                "block whose layers keep a state, and have no attention "
+                "weights."
+            )
+        if part.part not in has:
             short = [x for x, name in PROJECTIONS.items() if name in has]
             raise ValueError(
                 f"Expected projections that {part.site.name!r} has, some of "

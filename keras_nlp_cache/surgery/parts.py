@@ -106,8 +106,17 @@ def parts_of(sites):
         Part(f"{site.name}.{part}", part, site)
         for site in sites
         if site.block is not None
-        for part in (*site.layer.part_paths, RESIDUAL, WEIGHTS)
+        for part in names_of(site.layer)
     ]
+
+
+def names_of(block):
+    """The names of the parts of a decoder block, in order."""
+    names = list(block.part_paths)
+    if names:
+        names.append(RESIDUAL)
+    # Those of tokens that are attended to, which a state has not.
+    return names if block.has_state else [*names, WEIGHTS]
 
 
 def matching(sites, pattern):

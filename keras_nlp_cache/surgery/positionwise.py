@@ -452,11 +452,11 @@ def _run(model, token_ids, noise, positions, kept):
     inputs["cache"] = [None] * len(model.cache_spec) * 2
     roles = model.roles
     inputs[roles.token_ids] = ops.convert_to_tensor(token_ids, dtype="int32")
+    # No call is left out, for those that are counted.
+    inputs[roles.padding_mask] = ops.ones(positions.shape, "int32")
     if roles.source_ids is not None:
         ones = ops.ones((len(positions), 2), "int32")
         inputs |= {roles.source_ids: ones, roles.source_mask: ones}
-        # No call is left out, for those that are counted.
-        inputs[roles.padding_mask] = ops.ones(positions.shape, "int32")
     positions = ops.convert_to_tensor(positions, dtype="int32")
     x, taps = model.replay(inputs, positions, call)
     x = model.hidden_states_of(x)

@@ -226,6 +226,9 @@ class TorchAccess(LoopAccess):
             kept = kept.clone()
         return write_with_torch(kept, update, where)
 
+    def replace(self, state, new):
+        return state.copy_(new)
+
     def attend_filled(self):
         from keras_nlp_cache.attention.torch_prefix import attend_prefix
 

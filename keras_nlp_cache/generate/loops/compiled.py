@@ -6,6 +6,7 @@ from keras import tree
 
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.cache.kept import spare
+from keras_nlp_cache.cache.slots import slots as slots_from
 from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.device import constants
 from keras_nlp_cache.generate.loops import alike
@@ -56,6 +57,8 @@ class CompiledLoop(Loop):
 
     def _fill(self, token_ids, length, cache, start=0):
         """Prefills, to be compiled: `length` and `start` may be tensors."""
+        if self.lm.backbone.has_states:
+            return self._fill_states(token_ids, length, cache, start)
         batch, slots = ops.shape(token_ids)
         chunk = min(self.chunk, slots)
         # What it writes past the prompt takes no place that is needed.
@@ -72,6 +75,39 @@ class CompiledLoop(Loop):
         with accessing(self.access):
             return ops.fori_loop(
                 0, (length - 1 - start + chunk - 1) // chunk, body, cache
+            )
+
+    def _fill_states(self, token_ids, length, cache, start):
+        """Prefills what no token may be read into twice.
+
+        What follows the prompt in its last chunk is padding. Where a chunk
+        would overlap the one before, tokens are read one by one.
+        """
+        batch, slots = ops.shape(token_ids)
+        chunk, last = min(self.chunk, slots), length - 1
+        mask = ops.cast(slots_from(0, slots) < last, "int32")
+        mask = ops.broadcast_to(mask, (batch, slots))
+        fitting = ops.minimum(
+            (last - start + chunk - 1) // chunk, (slots - start) // chunk
+        )
+
+        def read(at, count, cache):
+            tokens = ops.slice(token_ids, start_at(0, at), (batch, count))
+            with _tracing_once():
+                return self.lm.read(tokens, cache, at, padding_mask=mask)[1]
+
+        with accessing(self.access):
+            cache = ops.fori_loop(
+                0,
+                fitting,
+                lambda i, cache: read(start + i * chunk, chunk, cache),
+                cache,
+            )
+            return ops.fori_loop(
+                start + fitting * chunk,
+                last,
+                lambda at, cache: read(at, 1, cache),
+                cache,
             )
 
     def _step(self, *args):

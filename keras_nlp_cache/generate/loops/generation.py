@@ -306,8 +306,17 @@ class Loop:
         lengths = np.sum(given, axis=1)
         # What is read past the end of a prompt is written again before it
         # counts.
+        alike = (lengths == lengths[0]).all()
         as_one = cache is not None or self.lm.backbone.rows is not None
-        if as_one or source or (lengths == lengths[0]).all():
+        if as_one and not alike and self.lm.backbone.has_states:
+            raise ValueError(
+                "Expected prompts of one length for a model that keeps states "
+                "and treats each row in its own way. Received prompts of "
+                f"{sorted(set(lengths.tolist()))} tokens, of which what is "
+                "read past the end of one would change its state. Generate "
+                "those of each length for themselves."
+            )
+        if as_one or source or alike:
             cache = self.read(
                 token_ids, int(lengths.max()), slots, cache, start, source
             )

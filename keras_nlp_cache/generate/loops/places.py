@@ -137,7 +137,12 @@ class Places:
     @property
     def reads_together(self):
         """Whether several prompts are better read at once."""
-        return self._loop.reads_together and len(self._requests) > 1
+        # What is read past the end of a prompt would change its state.
+        return (
+            self._loop.reads_together
+            and len(self._requests) > 1
+            and not self._loop.lm.backbone.has_states
+        )
 
     @property
     def most_padding(self):

@@ -13,6 +13,7 @@ import torch
 from keras import tree
 from torch.utils import _pytree as pytree
 
+from keras_nlp_cache.cache.policies.state import is_state
 from keras_nlp_cache.generate.loops.generation import Loop
 from keras_nlp_cache.generate.loops.generation import tokens_from
 from keras_nlp_cache.generate.loops.torch_capture import capture
@@ -29,12 +30,14 @@ from keras_nlp_cache.products.packing import packed_now
 from keras_nlp_cache.products.sources import reader
 
 
-def record(function):
+def record(function, states=()):
     """Records what a function does on a GPU, to launch it all at once.
 
     Args:
         function: Takes no arguments. Reads and writes the same memory whenever
-            it is called, and may be called twice in place of once.
+            it is called. But for `states`, it may be called twice in place of
+            once.
+        states: List of tensors that are afterwards as they were.
 
     Returns:
         A function that does the same again, and returns the same tensor.
@@ -43,11 +46,14 @@ def record(function):
         https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
     # Libraries set themselves up in the first call, which can't be recorded.
+    before = [x.clone() for x in states]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()
     torch.cuda.current_stream().wait_stream(stream)
+    for x, y in zip(states, before):
+        x.copy_(y)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = function()
@@ -248,6 +254,7 @@ class TorchLoop(EagerTorchLoop):
         step, threads = None, contextlib.nullcontext
         if multiplies(module):
             threads = all_threads
+        states = [x.stored for pair in cache for x in pair if is_state(x)]
 
         def bound_step(new_token, index, further):
             nonlocal step
@@ -259,21 +266,27 @@ class TorchLoop(EagerTorchLoop):
             with torch.autocast(token.device.type, enabled=False), threads():
                 if step is None:
                     # Not before: it runs the step, which writes into the cache.
-                    step = self._recorded(module, leaves)
+                    step, output = self._recorded(module, leaves, states)
+                    return output
                 return step()
 
         return bound_step
 
-    def _recorded(self, module, arguments):
-        """A step that reads and writes the same memory each time."""
+    def _recorded(self, module, arguments, states):
+        """Runs a step that reads and writes the same memory each time.
+
+        Returns:
+            A tuple of what runs it again, and what it returned.
+        """
+        step = functools.partial(module, *arguments)
         if self.is_gpu(arguments[-1].device):
-            return record(functools.partial(module, *arguments))
-        if self.own_products is not None and not self.lm.jit_compile:
+            step = record(step, states)
+        elif self.own_products is not None and not self.lm.jit_compile:
             # Which takes numba to import.
             from keras_nlp_cache.generate.loops import torch_replay
 
             return torch_replay.record(module, arguments)
-        return functools.partial(module, *arguments)
+        return step, step()
 
     def _captured_step(self, weights, token_ids, cache, index, further):
         choices = operator_choices(token_ids.device)

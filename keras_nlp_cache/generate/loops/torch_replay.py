@@ -20,16 +20,14 @@ from keras_nlp_cache.kernels import torch_call
 def record(module, arguments):
     """Runs a captured function, and records what it does.
 
-    As on a GPU, it is run once more than it is called at first, and may be.
-
     Args:
         module: `torch.fx.GraphModule`, as captured, that returns one tensor.
         arguments: List of tensors, which are read and written where they are
             whenever it runs.
 
     Returns:
-        A function without arguments that does the same again, and returns the
-        same tensor whenever it runs.
+        A tuple of a function without arguments that does the same again, and
+        what it returned: the same tensor whenever it runs.
     """
     recorder = _Recorder(module, arguments)
     output = recorder.run()
@@ -40,7 +38,7 @@ def record(module, arguments):
             action()
         return output
 
-    return replay
+    return replay, output
 
 
 class _Recorder:

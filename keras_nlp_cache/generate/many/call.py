@@ -18,6 +18,7 @@ from keras_nlp_cache.generate.many.results import shown_progress
 from keras_nlp_cache.generate.many.watch import Watch
 from keras_nlp_cache.generate.options.options import Options
 from keras_nlp_cache.generate.prompts import check_count
+from keras_nlp_cache.generate.prompts import check_guesses
 from keras_nlp_cache.generate.prompts import is_int
 from keras_nlp_cache.generate.prompts import stops_of
 
@@ -209,6 +210,7 @@ def _guesser(lm, assistant, lookup):
     if lookup is None:
         return draft(lm, assistant), guesses(lm)
     check_count("prompt_lookup_num_tokens", lookup)
+    check_guesses(lm)
     if assistant is not None:
         raise ValueError(
             "Expected one that guesses tokens. Received both an "

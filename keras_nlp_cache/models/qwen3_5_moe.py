@@ -1,0 +1,76 @@
+"""Qwen 3.5 MoE: Qwen 3.5 with a mixture of experts, one of them shared."""
+
+import keras_hub
+from keras import ops
+from keras_hub.src.models.qwen3_5_moe import qwen3_5_moe_decoder
+
+from keras_nlp_cache.blocks.decoder_block import decoder_block
+from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.experts.mixture import ExpertBank
+from keras_nlp_cache.experts.mixture import SparseBlock
+from keras_nlp_cache.generate.causal_lm import CausalLM
+from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.models.qwen3_5 import attend_to_all
+
+decoder_block(qwen3_5_moe_decoder.Qwen3_5MoeTransformerDecoder)
+
+
+@replaces(qwen3_5_moe_decoder.Qwen3_5MoeExperts)
+class Qwen3_5MoeExperts(ExpertBank, qwen3_5_moe_decoder.Qwen3_5MoeExperts):
+    """Experts that are computed if they were chosen."""
+
+
+@replaces(qwen3_5_moe_decoder.Qwen3_5MoeSparseMoeBlock)
+class Qwen3_5MoeSparseMoeBlock(
+    SparseBlock, qwen3_5_moe_decoder.Qwen3_5MoeSparseMoeBlock
+):
+    """A router, and the experts it chooses."""
+
+    def router_scores(self, x):
+        return ops.softmax(self._router_gate(x), axis=-1)
+
+
+@replaces(keras_hub.models.Qwen3_5MoeBackbone)
+class Qwen3_5MoeBackbone(keras_hub.models.Qwen3_5MoeBackbone, CachedBackbone):
+    """Qwen 3.5 MoE, for text, with a cache in its graph.
+
+    A drop-in replacement for `keras_hub.models.Qwen3_5MoeBackbone`, without a
+    `vision_encoder`: the same arguments, weights and files. `CachedBackbone`
+    describes what it can be called with beyond upstream's inputs.
+
+    Differs from upstream, on purpose: as `Qwen3_5Backbone`.
+
+    Example:
+
+    ```python
+    backbone = keras_nlp_cache.models.Qwen3_5MoeBackbone(
+        vocabulary_size=100, num_layers=4, num_query_heads=4,
+        num_key_value_heads=2, hidden_dim=32, head_dim=8,
+        moe_intermediate_dim=16, shared_expert_intermediate_size=32,
+        num_experts=4, top_k=2, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    cache = backbone.make_cache(batch_size=1, max_length=8)
+    hidden_states, cache = backbone(
+        {"token_ids": [[1, 2, 3]], "cache": cache, "cache_update_index": 0}
+    )
+    ```
+
+    Reference:
+        https://arxiv.org/abs/2412.06464
+    """
+
+    def mend(self):
+        attend_to_all(self.blocks)
+
+
+@replaces(keras_hub.models.Qwen3_5MoeCausalLM)
+class Qwen3_5MoeCausalLM(CausalLM, keras_hub.models.Qwen3_5MoeCausalLM):
+    """Qwen 3.5 MoE that generates through the graph of its backbone.
+
+    A drop-in replacement for `keras_hub.models.Qwen3_5MoeCausalLM`. See
+    `CausalLM`, and `Qwen3_5CausalLM` for what differs.
+    """
+
+    backbone_cls = Qwen3_5MoeBackbone
