@@ -264,11 +264,14 @@ def _rename(config):
 
 
 def _model_names():
-    """Under which names models and preprocessors of ours are saved."""
+    """Under which names models of ours, and what reads for them, are saved."""
+    kinds = (
+        keras.Model,
+        keras_hub.models.CausalLMPreprocessor,
+        keras_hub.tokenizers.Tokenizer,
+    )
     return {
         f"{_PACKAGE}>{upstream.__name__}"
         for upstream in _replacements
-        if issubclass(
-            upstream, (keras.Model, keras_hub.models.CausalLMPreprocessor)
-        )
+        if issubclass(upstream, kinds)
     }

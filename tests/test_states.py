@@ -362,25 +362,86 @@ def test_values_of_the_first_block():
 
 # === Text ===
 
+EURO = "\N{EURO SIGN}".encode()
 
-def test_text_of_rwkv():
-    rwkv7 = next(x for x in STATEFUL if x.name == "rwkv7")
+
+@pytest.fixture(scope="module")
+def rwkv7():
+    """A task with a tokenizer as upstream makes them."""
+    family = next(x for x in STATEFUL if x.name == "rwkv7")
     words = ["<pad>", "\n\n", "the", " ", "fox", *"abcdefghijklmnopqrstuvwxyz"]
+    words += [EURO[:1], EURO[1:]]
     vocabulary = [f"{i} {word!r} {len(word)}\n" for i, word in enumerate(words)]
-    tokenizer = keras_hub.models.RWKVTokenizer(vocabulary=vocabulary)
-    theirs = keras_hub.models.RWKV7CausalLMPreprocessor(
-        tokenizer, sequence_length=16
+    # Of some numbers, there is no word.
+    backbone = family.backbone(vocabulary_size=len(words) + 2)
+    preprocessor = keras_hub.models.RWKV7CausalLMPreprocessor(
+        keras_hub.models.RWKVTokenizer(vocabulary=vocabulary),
+        sequence_length=16,
     )
-    lm = rwkv7.task(rwkv7.backbone(vocabulary_size=len(words)), theirs)
+    lm = family.task(backbone, preprocessor)
     lm.compile(sampler="greedy")
-    assert lm.preprocessor.tokenizer is tokenizer
+    return lm, preprocessor
+
+
+def test_text_of_rwkv(rwkv7):
+    lm, theirs = rwkv7
     found = lm.generate(["the fox", "a"], max_length=12, stop_token_ids=None)
     for prompt, answer in zip(["the fox", "a"], found):
         assert answer.startswith(prompt) and len(answer) > len(prompt)
-        assert lm.generate(prompt, max_length=12, stop_token_ids=None) == answer
+    assert lm.generate("a", max_length=12, stop_token_ids=None) == found[1]
     # To train, what upstream's makes of texts.
     for x, y in zip(
         tree.flatten(lm.preprocessor(["the fox"])),
         tree.flatten(theirs(["the fox"])),
     ):
         np.testing.assert_array_equal(x, y)
+
+
+def test_text_of_any_tokens_of_rwkv(rwkv7):
+    lm, theirs = rwkv7
+    tokenizer, upstream = lm.preprocessor.tokenizer, theirs.tokenizer
+    assert tokenizer._tokenizer is upstream._tokenizer
+    tokens = [2, 3, 4, 31, 32]
+    text = "the fox\N{EURO SIGN}"
+    assert upstream.detokenize([tokens]) == [text]
+    for same in (tokens, np.array(tokens), keras.ops.convert_to_tensor(tokens)):
+        assert tokenizer.detokenize(same) == text
+    assert tokenizer.detokenize([tokens, [0, 2, 34]]) == [text, "the"]
+    # In the middle of a character.
+    assert tokenizer.detokenize([2, 31]) == "the\N{REPLACEMENT CHARACTER}"
+    with pytest.raises(UnicodeDecodeError):
+        upstream.detokenize([[2, 31]])
+
+
+def test_text_of_rwkv_as_it_is_produced(rwkv7):
+    lm, _ = rwkv7
+    expected = lm.generate("the fox", max_new_tokens=8, stop_token_ids=None)
+    pieces = list(lm.stream("the fox", max_new_tokens=8, stop_token_ids=None))
+    assert "the fox" + "".join(pieces) == expected
+    session = lm.start_session()
+    session.send("the fox", max_new_tokens=8, stop_token_ids=None)
+    assert session.text == expected
+    # An answer may end with a token of which upstream says the bytes.
+    lm.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    session = lm.start_session()
+    session.chat("fox", max_new_tokens=4, stop_token_ids=None)
+    end = int(session.token_ids[-1])
+    session = lm.start_session()
+    session.chat("fox", max_new_tokens=4, stop_token_ids=[end])
+    session.chat("the dog", max_new_tokens=4, stop_token_ids=None)
+    assert len(session.messages) == 4
+    token_ids = np.array([session.token_ids])
+    assert_greedy(lm, token_ids, token_ids.shape[1] - 4)
+
+
+def test_a_preset_of_rwkv_goes_both_ways(rwkv7, tmp_path):
+    lm, theirs = rwkv7
+    lm.save_to_preset(tmp_path)
+    upstream = keras_hub.models.RWKV7CausalLM.from_preset(str(tmp_path))
+    assert type(upstream.preprocessor) is type(theirs)
+    assert type(upstream.preprocessor.tokenizer) is type(theirs.tokenizer)
+    loaded = keras_nlp_cache.models.CausalLM.from_preset(str(tmp_path))
+    loaded.compile(sampler="greedy")
+    options = {"max_length": 8, "stop_token_ids": None}
+    expected = lm.generate("the fox", **options)
+    assert loaded.generate("the fox", **options) == expected

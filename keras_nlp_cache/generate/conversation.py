@@ -310,6 +310,8 @@ def _answer(session, tokens, messages, steps, stops, until, changes):
         rest = say(pieces.rest(), (), is_closed=True, is_last=True)
         if token_id is not None:
             text = tokenizer.id_to_token(token_id)
+            if isinstance(text, bytes):  # RWKV-7 has parts of characters.
+                text = text.decode("utf-8", errors="replace")
             conversation.spans.append(Span(text, (token_id,), is_closed=True))
         if rest:
             yield rest

@@ -1,6 +1,7 @@
 """RWKV-7: no attention, but a state, and the token before, in each block."""
 
 import keras_hub
+import numpy as np
 from keras import ops
 from keras_hub.src.models.rwkv7 import rwkv7_layer
 
@@ -113,12 +114,48 @@ class RWKV7Backbone(keras_hub.models.RWKV7Backbone, CachedBackbone):
     blocks_name = "rwkv_layers"
 
 
+@replaces(keras_hub.models.RWKVTokenizer)
+class RWKVTokenizer(keras_hub.models.RWKVTokenizer):
+    """A tokenizer whose tokens become text at any length.
+
+    Upstream's returns a list for one text, and fails where a text ends in the
+    middle of a character, as what is generated may, or has a token that stands
+    for no word, of which the published models have some.
+    """
+
+    @classmethod
+    def over(cls, tokenizer):
+        """One of this class, with the words of another tokenizer."""
+        if isinstance(tokenizer, cls):
+            return tokenizer
+        ours = cls.from_config({**tokenizer.get_config(), "vocabulary": None})
+        # What it looks words up in takes hundreds of MB.
+        ours.vocabulary = tokenizer.vocabulary
+        ours._tokenizer = tokenizer._tokenizer
+        return ours
+
+    def detokenize(self, inputs):
+        self._check_vocabulary()
+        if not isinstance(inputs, (list, tuple)):
+            inputs = ops.convert_to_numpy(inputs)
+        if len(inputs) and np.ndim(inputs[0]):
+            return [self.detokenize(row) for row in inputs]
+        words = self._tokenizer.idx2token
+        text = b"".join(words.get(int(x), b"") for x in inputs if int(x) != 0)
+        return text.decode("utf-8", errors="replace")
+
+
 @replaces(keras_hub.models.RWKV7CausalLMPreprocessor)
 class RWKV7CausalLMPreprocessor(keras_hub.models.RWKV7CausalLMPreprocessor):
     """Prompts as those of all families, padded at their end.
 
     To train, texts are prepared as by upstream's.
     """
+
+    tokenizer_cls = RWKVTokenizer
+
+    def __init__(self, tokenizer, **kwargs):
+        super().__init__(RWKVTokenizer.over(tokenizer), **kwargs)
 
     @classmethod
     def over(cls, preprocessor):
@@ -140,9 +177,9 @@ class RWKV7CausalLMPreprocessor(keras_hub.models.RWKV7CausalLMPreprocessor):
         return {"token_ids": token_ids, "padding_mask": mask}
 
     def generate_postprocess(self, x):
-        # Upstream's multiplies with it, which TensorFlow does to numbers only.
         mask = ops.convert_to_numpy(x["padding_mask"]).astype("int32")
-        return super().generate_postprocess({**x, "padding_mask": mask})
+        token_ids = ops.convert_to_numpy(x["token_ids"])
+        return self.tokenizer.detokenize(token_ids * mask)
 
 
 @replaces(keras_hub.models.RWKV7CausalLM)
