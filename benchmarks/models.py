@@ -89,6 +89,52 @@ def mixtral(folder):
     return _random(folder, config, "MixtralForCausalLM")
 
 
+def qwen3_5(folder):
+    """The shape of Qwen 3.5 0.8B, with random weights and fewer words."""
+    import transformers
+
+    config = transformers.Qwen3_5TextConfig(
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+    )
+    _random(folder, config, "Qwen3_5ForCausalLM")
+    _as_of_several_media(folder, "qwen3_5")
+    return folder
+
+
+def _as_of_several_media(folder, model_type):
+    """Has a model of text look like one that could see, as keras_hub wants."""
+    import safetensors.torch
+
+    folder = pathlib.Path(folder)
+    text = json.loads((folder / "config.json").read_text())
+    config = {
+        "architectures": text["architectures"],
+        "dtype": text["dtype"],
+        "model_type": model_type,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "text_config": text,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "model.safetensors"
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): x
+        for name, x in safetensors.torch.load_file(path).items()
+    }
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
 def _random(folder, config, name):
     import torch
     import transformers
@@ -101,7 +147,10 @@ def _random(folder, config, name):
 def cache_bytes_per_slot(preset, dtype):
     """Bytes of keys and values that one token adds to a cache."""
     config = json.loads((pathlib.Path(preset) / "config.json").read_text())
+    config = config.get("text_config", config)
     layers = config.get("num_hidden_layers") or config["n_layer"]
+    # What keeps a state keeps nothing of a token.
+    layers -= config.get("layer_types", []).count("linear_attention")
     heads = config.get("num_attention_heads") or config["n_head"]
     width = config.get("hidden_size") or config["n_embd"]
     head_dim = config.get("head_dim") or width // heads
@@ -109,4 +158,13 @@ def cache_bytes_per_slot(preset, dtype):
     return 2 * itemsize(dtype) * layers * heads * head_dim
 
 
-MODELS = {f.__name__: f for f in (gpt2, smollm2, gemma, qwen3, gemma3, mixtral)}
+def model_type(preset):
+    """What transformers calls a kind of model."""
+    config = json.loads((pathlib.Path(preset) / "config.json").read_text())
+    return config["model_type"]
+
+
+MODELS = {
+    f.__name__: f
+    for f in (gpt2, smollm2, gemma, qwen3, qwen3_5, gemma3, mixtral)
+}

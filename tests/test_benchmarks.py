@@ -1,11 +1,14 @@
 """The benchmark: what llama.cpp is given, and what must agree before times."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import gguf_file
+from benchmarks import models
 from benchmarks import perplexities
 from benchmarks import running
 from benchmarks.running import EXACT
@@ -82,8 +85,8 @@ def test_what_llama_cpp_is_not_given(tmp_path):
 class FakeWorker:
     tie = 1e-3
 
-    def __init__(self, precision, gap=0.0):
-        self.precision = precision
+    def __init__(self, precision, gap=0.0, agrees=True):
+        self.precision, self.agrees = precision, agrees
         self.gap = gap
         self.asked = []
 
@@ -121,6 +124,44 @@ def test_tokens_may_differ_where_numbers_are_rounded():
     }
     found = running.check_tokens(answers, workers, [[3]])
     assert found == {"ties": 0, "differing_rows": {"int8": 1}}
+
+
+def test_tokens_differ_where_a_system_is_known_to_go_on_otherwise():
+    workers = {
+        "keras_hub-jax": FakeWorker(EXACT, gap=9.0, agrees=False),
+        "ours-jax": FakeWorker(EXACT, gap=9.0),
+        "keras_hub-torch": FakeWorker(EXACT, gap=9.0, agrees=False),
+        "transformers": FakeWorker(EXACT, gap=9.0),
+    }
+    answers = {
+        "keras_hub-jax": {"tokens": [[5, 7]]},
+        "ours-jax": {"tokens": [[5, 6]]},
+        "keras_hub-torch": {"tokens": [[5, 7]]},
+        "transformers": {"tokens": [[5, 6]]},
+    }
+    found = running.check_tokens(answers, workers, [[3]])
+    assert found == {"ties": 0, "differing_rows": {"keras_hub-torch": 1}}
+    answers["transformers"]["tokens"] = [[5, 7]]
+    with pytest.raises(SystemExit, match="ours-jax and transformers differ"):
+        running.check_tokens(answers, workers, [[3]])
+
+
+def test_slots_of_a_model_with_states(tmp_path):
+    config = {
+        "model_type": "qwen3_5",
+        "text_config": {
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_size": 32,
+            "head_dim": 16,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = models.cache_bytes_per_slot(tmp_path, "float32")
+    assert found == 2 * 4 * 1 * 2 * 16
+    assert models.model_type(tmp_path) == "qwen3_5"
 
 
 def test_perplexity():

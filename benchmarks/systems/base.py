@@ -23,6 +23,8 @@ class System:
     quantizations = ("none",)
     # Tokens whose logits are closer than this are a tie that rounding decides.
     tie = 1e-3
+    # Kinds of models that it generates otherwise with than their graph says.
+    generates_otherwise = ()
 
     def generate(self, prompt, new, max_length=None, stop=None):
         """Greedy tokens `(B, new)` after a prompt `(B, P)`, as an array.
