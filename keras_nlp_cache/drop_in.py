@@ -264,14 +264,11 @@ def _rename(config):
 
 
 def _model_names():
-    """Under which names models of ours, and what reads for them, are saved."""
-    kinds = (
-        keras.Model,
-        keras_hub.models.CausalLMPreprocessor,
-        keras_hub.tokenizers.Tokenizer,
-    )
+    """Under which names models and preprocessors of ours are saved."""
     return {
         f"{_PACKAGE}>{upstream.__name__}"
         for upstream in _replacements
-        if issubclass(upstream, kinds)
+        if issubclass(
+            upstream, (keras.Model, keras_hub.models.CausalLMPreprocessor)
+        )
     }

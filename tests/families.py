@@ -204,8 +204,13 @@ class Stateful(Family):
     """A family with layers that keep a state in place of keys and values."""
 
     keeps_states = True
-    # Upstream computes a step otherwise than several tokens.
-    tolerance = 5e-5
+
+    @property
+    def tolerance(self):
+        # Of Qwen 3.5, the norm of what heads return enlarges what rounding
+        # leaves: read whole or in steps, it is 1e-5 to 2.4e-5 away from what
+        # the same weights come to in float64, RWKV-7 3e-6, on all backends.
+        return 5e-5 if self.prefix.startswith("Qwen3_5") else 1e-5
 
     def backbone(self, **kwargs):
         backbone = super().backbone(**kwargs)

@@ -303,6 +303,65 @@ def test_refused(family):
         surgery.add_attention_sink(backbone, 1)
 
 
+# === A task's other methods ===
+
+
+@every_stateful
+def test_training(family):
+    """The losses of upstream, and what was learned is generated."""
+    ours = family.task(family.backbone())
+    upstream = family.upstream_task(family.upstream_backbone(ours.backbone))
+    losses = []
+    for lm in (ours, upstream):
+        lm.compile(
+            optimizer=keras.optimizers.SGD(1e-5),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            sampler="greedy",
+        )
+        history = lm.fit(
+            {"token_ids": TOKENS, "padding_mask": PROMPTS["padding_mask"]},
+            np.roll(TOKENS, -1, axis=1),
+            sample_weight=PROMPTS["padding_mask"].astype("float32"),
+            shuffle=False,
+            epochs=2,
+            verbose=0,
+        )
+        losses.append(history.history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert losses[0][1] < losses[0][0]
+    generated = ours.generate(PROMPTS, stop_token_ids=None)
+    assert_greedy_after(PROMPTS, generated["token_ids"], ours)
+
+
+@every_stateful
+def test_scores(family):
+    lm, upstream = family.lm_pair
+    found = to_numpy(lm.score(TOKENS, PROMPTS["padding_mask"]))
+    if hasattr(upstream, "score"):
+        expected = upstream.score(TOKENS, PROMPTS["padding_mask"])
+    else:
+        inputs = {"token_ids": TOKENS, "padding_mask": PROMPTS["padding_mask"]}
+        expected = upstream(inputs)
+    np.testing.assert_allclose(found, to_numpy(expected), atol=2e-4, rtol=2e-4)
+
+
+@every_stateful
+def test_half_precision(family):
+    """What is computed is rounded, and what is kept of it is not."""
+    backbone = family.backbone(dtype="bfloat16")
+    output, cache = read(backbone, TOKENS[:, :5])
+    assert all(
+        keras.backend.standardize_dtype(x.stored.dtype) == "float32"
+        for pair in cache
+        for x in pair
+        if is_state(x)
+    )
+    rest, _ = read(backbone, TOKENS[:, 5:], cache, 5)
+    full = full_forward(backbone)
+    assert np.abs(np.concatenate([output, rest], axis=1) - full).mean() < 0.05
+    assert np.abs(full).mean() > 0.5
+
+
 # === Surgery ===
 
 
@@ -389,12 +448,19 @@ def test_text_of_rwkv(rwkv7):
     for prompt, answer in zip(["the fox", "a"], found):
         assert answer.startswith(prompt) and len(answer) > len(prompt)
     assert lm.generate("a", max_length=12, stop_token_ids=None) == found[1]
-    # To train, what upstream's makes of texts.
-    for x, y in zip(
-        tree.flatten(lm.preprocessor(["the fox"])),
-        tree.flatten(theirs(["the fox"])),
-    ):
+    # To train, what upstream's makes of texts, padded on the left.
+    prepared = lm.preprocessor(["the fox"])
+    for x, y in zip(tree.flatten(prepared), tree.flatten(theirs(["the fox"]))):
         np.testing.assert_array_equal(x, y)
+    # Padding there changes nothing, so that is how it is generated, too.
+    inputs, _, _ = prepared
+    real = to_numpy(inputs["padding_mask"]) == 1
+    assert not real[0, 0] and real[0, -1]
+    token_ids = to_numpy(inputs["token_ids"]).astype("int32")[:, real[0]]
+    alone = full_forward(lm.backbone, token_ids)
+    np.testing.assert_allclose(
+        to_numpy(lm(inputs))[:, real[0]], alone, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_text_of_any_tokens_of_rwkv(rwkv7):
@@ -439,7 +505,7 @@ def test_a_preset_of_rwkv_goes_both_ways(rwkv7, tmp_path):
     lm.save_to_preset(tmp_path)
     upstream = keras_hub.models.RWKV7CausalLM.from_preset(str(tmp_path))
     assert type(upstream.preprocessor) is type(theirs)
-    assert type(upstream.preprocessor.tokenizer) is type(theirs.tokenizer)
+    assert isinstance(upstream.preprocessor.tokenizer, type(theirs.tokenizer))
     loaded = keras_nlp_cache.models.CausalLM.from_preset(str(tmp_path))
     loaded.compile(sampler="greedy")
     options = {"max_length": 8, "stop_token_ids": None}
