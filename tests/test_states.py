@@ -296,6 +296,20 @@ def test_refused(family):
     cache[at][0] = state._replace(stored=state.stored[:1])
     with pytest.raises(ValueError, match=rf"cache\[{at}\]\[0\].*batch=2"):
         backbone({**inputs, "cache": cache})
+    whole = keras.ops.cast(state.stored, "bfloat16")
+    cache[at][0] = state._replace(stored=whole)
+    with pytest.raises(ValueError, match=rf"cache\[{at}\]\[0\].*float32.*bfl"):
+        backbone({**inputs, "cache": cache})
+    cache[at][0] = state
+    with pytest.raises(ValueError, match=r"one integer.*0\.5"):
+        backbone({**inputs, "cache": cache, "cache_update_index": 0.5})
+    with pytest.raises(ValueError, match=r"`cache`.*list of 1 "):
+        backbone({**inputs, "cache": cache[:1]})
+    # Of the call alone, and not of what was read before.
+    inputs |= {"cache": cache, "cache_update_index": 2}
+    inputs["token_ids"] = TOKENS[:, 2:4]
+    with pytest.raises(ValueError, match=r"`padding_mask`.*\(2, 2\)"):
+        backbone({**inputs, "padding_mask": np.ones((2, 2), "int32")})
     lm.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
     with pytest.raises(ValueError, match="one token at a time.*BeamSampler"):
         lm.generate(PROMPTS, stop_token_ids=None)

@@ -88,6 +88,8 @@ def normalize(inputs, cache_spec, max_positions=None, further=(), roles=TEXT):
         check_shape(
             roles.padding_mask, padding_mask, batch=batch, slots=max_length
         )
+        if max_length is None and index is not None:
+            _check_columns(roles.padding_mask, padding_mask, index, length)
     positions = inputs.get("token_positions")
     if positions is not None:
         positions = as_tensor("token_positions", positions, "int32")
@@ -267,6 +269,13 @@ def _check_states(name, pair, shapes, batch):
             batch=batch,
             **{f"size_{k}": size for k, size in enumerate(shape)},
         )
+        dtype = keras.backend.standardize_dtype(kept.stored.dtype)
+        if dtype != "float32":
+            raise ValueError(
+                f"Expected `{name}[{j}].stored` to be float32, as a state is "
+                f"in any cache. Received dtype: {dtype}. "
+                f"{_HOW_TO_MAKE_A_CACHE}"
+            )
 
 
 def _as_tensors(cache):
@@ -409,6 +418,24 @@ def _check_additive(mask):
             "the attention logits: 0 to attend, a large negative number not "
             f"to. Received values up to {mask.max()}. Pass a boolean or "
             "integer array for a mask of ones and zeros."
+        )
+
+
+def _check_columns(name, mask, index, length):
+    """Checks that a mask speaks of the tokens of a call.
+
+    Where a cache has no number of slots, it is for the mask to say.
+    """
+    index = _concrete(index)
+    columns = getattr(mask, "shape", (None, None))[1]
+    if index is None or not isinstance(columns, int):
+        return
+    last = int(np.max(index)) + length if isinstance(length, int) else 0
+    if columns < last:
+        raise ValueError(
+            f"Expected `{name}` to have a column for each slot up to those "
+            f"that are written, {last} or more. Received shape: "
+            f"{tuple(mask.shape)}. Pass what it was for earlier tokens, too."
         )
 
 
