@@ -205,8 +205,9 @@ def code(source):
 def test_no_family_is_long():
     """A module says what differs, in forty lines of code at most.
 
-    Where a decoder has an encoder, or layers keep a state, upstream's layers and
-    methods are called in ways of their own, and three times as many are allowed.
+    Where a decoder has an encoder, or layers keep a state, upstream's layers
+    and methods are called in ways of their own, and three times as many are
+    allowed.
     """
     folder = ROOT / "keras_nlp_cache" / "models"
     for path in set(folder.glob("*.py")) - {folder / "__init__.py"}:

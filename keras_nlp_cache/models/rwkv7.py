@@ -125,8 +125,8 @@ class RWKVTokenizer(keras_hub.models.RWKVTokenizer):
 
     @classmethod
     def over(cls, tokenizer):
-        """One of this class, with the words of another tokenizer."""
-        if isinstance(tokenizer, cls):
+        """One of this class, with the words of upstream's, or another kind."""
+        if type(tokenizer) is not keras_hub.models.RWKVTokenizer:
             return tokenizer
         ours = cls.from_config({**tokenizer.get_config(), "vocabulary": None})
         # What it looks words up in takes hundreds of MB.
