@@ -23,7 +23,6 @@ _REASONS = {
     "Moonshine": "its encoder reads sound",
     "PARSeq": "it reads images, in a decoder of two streams",
     "PaliGemma": _IMAGES,
-    "T5Gemma2": "one softmax is over the text and what an encoder returned",
 }
 
 

@@ -374,6 +374,13 @@ _GEMMA_SIDE = dict(
     head_dim=8,
     layer_types=["sliding_attention", "full_attention"],
 )
+_GEMMA_SIDES = dict(
+    **{f"encoder_{name}": x for name, x in _GEMMA_SIDE.items()},
+    **{f"decoder_{name}": x for name, x in _GEMMA_SIDE.items()},
+    query_pre_attn_scalar=8.0,
+    attn_logit_softcapping=5.0,
+    final_logit_softcapping=10.0,
+)
 ENCODER_DECODERS = (
     _family("bart", "Bart", _GPT2, cls=EncoderDecoder),
     _family("t5", "T5", dict(_HEADS, dropout=0.0), cls=EncoderDecoder),
@@ -382,17 +389,18 @@ ENCODER_DECODERS = (
         "T5Gemma",
         dict(vocabulary_size=VOCABULARY_SIZE),
         cls=EncoderDecoder,
-        **{f"encoder_{name}": x for name, x in _GEMMA_SIDE.items()},
         # Wider than its encoder.
-        **{
-            f"decoder_{name}": x
-            for name, x in dict(_GEMMA_SIDE, hidden_dim=40).items()
-        },
+        **dict(_GEMMA_SIDES, decoder_hidden_dim=40),
         # Beyond, upstream's see one position more.
         sliding_window=64,
-        query_pre_attn_scalar=8.0,
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=10.0,
+    ),
+    _family(
+        "t5gemma2",
+        "T5Gemma2",
+        dict(vocabulary_size=VOCABULARY_SIZE),
+        cls=EncoderDecoder,
+        **_GEMMA_SIDES,
+        sliding_window=4,
     ),
 )
 

@@ -64,6 +64,7 @@ def _sentence_piece(prefix):
             unk_piece="<unk>",
         ),
         "T5Gemma": gemma,
+        "T5Gemma2": gemma,
         "Llama": dict(
             unk_id=0,
             bos_id=1,

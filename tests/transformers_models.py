@@ -91,10 +91,10 @@ class Family:
             **self.arguments(self.config)
         )
         weights = self.model.state_dict()
-        unread = set(weights) - {
-            "lm_head.weight",
-            "encoder.embed_tokens.weight",
-            "decoder.embed_tokens.weight",
+        unread = {
+            name
+            for name in set(weights) - _SHARED
+            if not any(part in name for part in _OF_IMAGES)
         }
 
         def read(name):
@@ -125,6 +125,17 @@ class Family:
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
         ).numpy()
+
+
+# The same as others.
+_SHARED = {
+    "lm_head.weight",
+    "lm_head.out_proj.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "model.decoder.embed_tokens.weight",
+}
+_OF_IMAGES = ("vision_tower", "multi_modal_projector", "eoi_embedding")
 
 
 class _Packed:
@@ -260,6 +271,73 @@ def _t5_weights(backbone, read):
                 (block.output_projector, "wo"),
             ):
                 yield from _linear(layer, read, f"{last}.DenseReluDense.{part}")
+
+
+def _t5gemma2_arguments(config):
+    sides = config.encoder.text_config, config.decoder
+    arguments = {}
+    for name, side in zip(("encoder", "decoder"), sides):
+        arguments |= {
+            f"{name}_hidden_dim": side.hidden_size,
+            f"{name}_intermediate_dim": side.intermediate_size,
+            f"{name}_num_layers": side.num_hidden_layers,
+            f"{name}_num_attention_heads": side.num_attention_heads,
+            f"{name}_num_key_value_heads": side.num_key_value_heads,
+            f"{name}_head_dim": side.head_dim,
+            f"{name}_layer_types": side.layer_types,
+        }
+    decoder = config.decoder
+    rope = decoder.rope_parameters
+    return dict(
+        arguments,
+        vocabulary_size=decoder.vocab_size,
+        rms_norm_eps=decoder.rms_norm_eps,
+        query_pre_attn_scalar=decoder.query_pre_attn_scalar,
+        sliding_window=decoder.sliding_window,
+        attn_logit_softcapping=decoder.attn_logit_softcapping,
+        final_logit_softcapping=decoder.final_logit_softcapping,
+        rope_max_wavelength=rope["sliding_attention"]["rope_theta"],
+        global_rope_scaling_factor=rope["full_attention"]["factor"],
+    )
+
+
+def _t5gemma2_weights(backbone, read):
+    # keras_hub's converter reads names that transformers 5 does not write.
+    embeddings = read("model.encoder.text_model.embed_tokens.weight")
+    yield backbone.token_embedding.embeddings, embeddings
+    yield backbone.decoder_token_embedding.embeddings, embeddings
+    sides = (
+        ("encoder", "encoder.text_model", "self_attn"),
+        ("decoder", "decoder", "merged_attn"),
+    )
+    for side, theirs, attention_name in sides:
+        norm = getattr(backbone, f"{side}_norm")
+        yield norm.scale, read(f"model.{theirs}.norm.weight")
+        for i, block in enumerate(getattr(backbone, f"{side}_layers")):
+            name = f"model.{theirs}.layers.{i}"
+            attention = getattr(block, attention_name)
+            for layer, part in (
+                (attention.query_dense, "self_attn.q_proj"),
+                (attention.key_dense, "self_attn.k_proj"),
+                (attention.value_dense, "self_attn.v_proj"),
+                (attention.output_dense, "self_attn.o_proj"),
+                (block.mlp.gate_proj, "mlp.gate_proj"),
+                (block.mlp.up_proj, "mlp.up_proj"),
+                (block.mlp.down_proj, "mlp.down_proj"),
+            ):
+                yield from _linear(layer, read, f"{name}.{part}")
+            for layer, part in (
+                (attention.query_norm, "self_attn.q_norm"),
+                (attention.key_norm, "self_attn.k_norm"),
+                (block.pre_self_attn_layernorm, "pre_self_attn_layernorm"),
+                (block.post_self_attn_layernorm, "post_self_attn_layernorm"),
+                (block.pre_feedforward_layernorm, "pre_feedforward_layernorm"),
+                (
+                    block.post_feedforward_layernorm,
+                    "post_feedforward_layernorm",
+                ),
+            ):
+                yield layer.scale, read(f"{name}.{part}.weight")
 
 
 # Families without a converter. A linear layer of transformers has its outputs
@@ -827,6 +905,16 @@ _T5GEMMA = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
+_T5GEMMA2 = dict(
+    # What it has no use for there.
+    {k: x for k, x in _T5GEMMA.items() if k != "attn_logit_softcapping"},
+    rope_parameters=dict(
+        sliding_attention=dict(rope_type="default", rope_theta=10000.0),
+        full_attention=dict(
+            rope_type="linear", factor=8.0, rope_theta=1000000.0
+        ),
+    ),
+)
 ENCODER_DECODERS = {
     "bart": EncoderDecoder(
         "Bart",
@@ -871,5 +959,34 @@ ENCODER_DECODERS = {
             bos_token_id=2,
             eos_token_id=None,
         ),
+    ),
+    "t5gemma2": EncoderDecoder(
+        "T5Gemma2",
+        transformers.T5Gemma2Config(
+            encoder=dict(
+                text_config=_T5GEMMA2,
+                # It has one, whatever it is to read.
+                vision_config=dict(
+                    model_type="siglip_vision_model",
+                    hidden_size=16,
+                    intermediate_size=16,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    image_size=8,
+                    patch_size=4,
+                ),
+                mm_tokens_per_image=1,
+            ),
+            decoder=_T5GEMMA2,
+            vocab_size=100,
+            attn_implementation="eager",
+            eoi_token_index=101,
+            image_token_index=102,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=None,
+        ),
+        _t5gemma2_arguments,
+        _t5gemma2_weights,
     ),
 }

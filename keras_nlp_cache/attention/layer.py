@@ -296,15 +296,7 @@ class CachedAttention(Specialized, Remembers):
         Returns:
             `(output, (key, value))`, with what is kept now.
         """
-        entry = cache.key, cache.value
-        if cache.source is not None:
-            entry = tuple(
-                kept.read(
-                    ops.swapaxes(self.heads(name, cache.source), 1, 2),
-                    cache.mask,
-                )
-                for kept, name in zip(entry, ("key", "value"))
-            )
+        entry = self.read_across(cache)
         query, key, value = self.heads("query", x), *(y.stored for y in entry)
         is_int8 = isinstance(key, Int8)
         x = attend(
@@ -317,6 +309,27 @@ class CachedAttention(Specialized, Remembers):
             dropout=self.weights_dropout,
         )
         return self.merge_heads(turn_back(x) if is_int8 else x), entry
+
+    def read_across(self, cache):
+        """What is kept of what an encoder returned, once that is read.
+
+        Args:
+            cache: A `LayerCache`, as for `attend_across()`.
+
+        Returns:
+            `(key, value)`.
+        """
+        entry = cache.key, cache.value
+        if cache.source is None:
+            return entry
+        return tuple(
+            kept.read(ops.swapaxes(x, 1, 2), cache.mask)
+            for kept, x in zip(entry, self.project_source(cache.source))
+        )
+
+    def project_source(self, x):
+        """Keys and values of what an encoder returned, `(B, S, heads, dim)`."""
+        return self.heads("key", x), self.heads("value", x)
 
     def heads(self, name, x):
         """Projects to queries, keys or values, `(B, T, heads, head_dim)`.

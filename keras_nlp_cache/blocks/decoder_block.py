@@ -47,8 +47,8 @@ class DecoderBlock(Specialized):
 
     Call arguments:
         *args: As upstream's block.
-        entries: Optional tuple with one `LayerCache` for each layer of
-            `remembering`.
+        entries: Optional tuple with one `LayerCache` for each entry of
+            `remembering()`.
         **kwargs: As upstream's block.
 
     Returns:
@@ -60,6 +60,8 @@ class DecoderBlock(Specialized):
             mask, `None` if there is none.
         source_argument: Name of the one that takes what an encoder returned,
             `None` if there is none.
+        source_mask_argument: Name of the one that takes which of that is
+            padding, `(B, S)`. `None` if it is what the graph is given.
         packs_source: bool. Whether upstream's block takes that together with
             the hidden states, as a pair. Here it is an argument of its own.
         carries: Names of arguments that take what the block before returned
@@ -71,6 +73,7 @@ class DecoderBlock(Specialized):
     own_arguments = ("entries",)
     padding_argument = None
     source_argument = None
+    source_mask_argument = None
     packs_source = False
     carries = ()
 
@@ -118,11 +121,15 @@ class DecoderBlock(Specialized):
 
     # No property: Keras lays files out by attributes that are layers.
     def remembering(self):
-        """The layers inside that remember, in an order that stays."""
+        """The layers inside that remember, in an order that stays.
+
+        One that has two entries comes twice, the entry of the text first.
+        """
         return [
             layer
             for layer in self._flatten_layers(include_self=False)
             if isinstance(layer, Remembers) and layer.remembers
+            for _ in range(1 + layer.joins_source)
         ]
 
     @property
@@ -257,31 +264,33 @@ class DecoderBlock(Specialized):
     def call(self, *args, entries=None, **kwargs):
         hidden_states = first_argument(args, kwargs)
         layers = [] if entries is None else self.remembering()
-        found = {
-            id(layer): entry
-            for layer, entry in zip(layers, entries or (), strict=True)
-            if entry.in_use
-        }
+        found, second = {}, {}
+        for layer, entry in zip(layers, entries or (), strict=True):
+            if entry.in_use:
+                (second if id(layer) in found else found)[id(layer)] = entry
         if found and self.padding_argument is not None:
             # It speaks of slots, and our mask has it.
             kwargs.pop(self.padding_argument, None)
         if self.source_argument is not None:
-            args, kwargs = self._with_source(hidden_states, args, kwargs, found)
-        with block_call.calling(hidden_states, found) as call:
+            args, kwargs = self._with_source(
+                hidden_states, args, kwargs, found, second
+            )
+        with block_call.calling(hidden_states, found, second) as call:
             outputs = super().call(*args, **kwargs)
         if entries is not None:
             outputs = self._in_graph(outputs)
-            pairs = [
-                call.updated.get(id(layer), (entry.key, entry.value))
-                for layer, entry in zip(layers, entries)
-            ]
+            pairs, seen = [], set()
+            for layer, entry in zip(layers, entries):
+                updated = call.updated_across if layer in seen else call.updated
+                seen.add(layer)
+                pairs.append(updated.get(id(layer), (entry.key, entry.value)))
             outputs = outputs, tuple(pairs)
         if not call.taps:
             return outputs
         block_call.collect(call.taps)
         return *(outputs if entries is not None else (outputs,)), call.taps
 
-    def _with_source(self, hidden_states, args, kwargs, found):
+    def _with_source(self, hidden_states, args, kwargs, found, second):
         """Tells the layer that attends across what there is to read.
 
         Returns:
@@ -291,8 +300,9 @@ class DecoderBlock(Specialized):
         kwargs = dict(kwargs)
         source = kwargs.pop(self.source_argument, None)
         across = id(self.attention_across())
-        if across in found:
-            found[across] = found[across]._replace(source=source)
+        entries = second if across in second else found
+        if across in entries:
+            entries[across] = entries[across]._replace(source=source)
             for name in _SOURCE_MASKS:
                 kwargs.pop(name, None)
             if source is None:
@@ -319,7 +329,8 @@ class DecoderBlock(Specialized):
             outputs, slots = (outputs,), hidden_states.shape[1]
         else:
             pairs = tuple((entry.key, entry.value) for entry in entries)
-            if pairs[0][0] is not None and not self.has_state:
+            joins = any(x.joins_source for x in self.remembering())
+            if pairs[0][0] is not None and not (joins or self.has_state):
                 slots = pairs[0][0].shape[2]
             outputs = (
                 self._in_graph(outputs),
@@ -418,6 +429,7 @@ _ATTENTION_ACROSS = (
     "_cross_attention_layer",
     "cross_attention",
     "cross_attn",
+    "merged_attn",
 )
 
 

@@ -51,14 +51,17 @@ class SourceMask(Weightless):
         padding_mask: Optional tensor `(B, S)`, 0 for padding.
         key: Optional, what is kept of the keys of the first layer that
             attends to it.
+        positions: Optional, what `Positions` returned, for layers that attend
+            to that and to the text in one softmax. Where these need a mask of
+            ours for the text, they do for the rest.
 
     Returns:
         float32, `(B, 1, 1, S)`, to be added to the attention logits. `None`
         without a cache: upstream's code has a mask of its own.
     """
 
-    def call(self, source, padding_mask=None, key=None):
-        if key is None:
+    def call(self, source, padding_mask=None, key=None, positions=None):
+        if key is None and positions is None:
             return None
         if source is None:
             return key.mask
@@ -67,5 +70,7 @@ class SourceMask(Weightless):
             return ops.zeros((batch, 1, 1, length), "float32")
         return additive(padding_mask)[:, None, None, :]
 
-    def compute_output_spec(self, source, padding_mask=None, key=None):
+    def compute_output_spec(
+        self, source, padding_mask=None, key=None, positions=None
+    ):
         return keras.KerasTensor((None, 1, 1, source.shape[1]), "float32")

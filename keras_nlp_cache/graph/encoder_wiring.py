@@ -41,8 +41,9 @@ class EncoderWiring(Wiring):
         self.encoder_blocks, self.encoded = [], []
         # What the last block of the encoder and of the decoder was called with.
         self._arguments = {}
-        # The layer that attends across in the block under way, and to what.
-        self._across = None, None
+        # The layer that attends across in the block under way, to what, and
+        # which of that is padding.
+        self._across = None, None, None
         self.inputs[roles.source] = keras.Input(
             source.shape[1:],
             dtype=source.dtype,
@@ -75,7 +76,11 @@ class EncoderWiring(Wiring):
         if not block.remembering():
             with replaying(None):
                 return self.call_encoder_block(block, args, kwargs)
-        self._across = block.attention_across(), source
+        mask = self.inputs[self._roles.source_mask]
+        if block.source_mask_argument is not None:
+            mask = completed.get(block.source_mask_argument)
+        self._across = block.attention_across(), source, mask
+        self._joined = set()
         outputs = super().call_block(block, args, completed)
         self._note("decoder", block, completed, outputs)
         return outputs
@@ -109,25 +114,32 @@ class EncoderWiring(Wiring):
         carried = zip(getattr(block, "carries", ()), further)
         self._arguments[side] = {**kwargs, **dict(carried)}
 
-    def _new_entry(self, layer):
-        across, _ = self._across
-        self.encoded.append(layer is across)
-        return super()._new_entry(layer)
+    def _new_entry(self, layer, is_encoded=False):
+        self.encoded.append(is_encoded)
+        entry = super()._new_entry(layer)
+        if is_encoded:
+            self.windows[-1] = None  # Which is of the text.
+        return entry
 
     def _entry(self, layer):
-        across, source = self._across
-        if layer is not across:
+        across, source, padding_mask = self._across
+        if layer is across and layer.joins_source:
+            is_text = layer not in self._joined
+            self._joined.add(layer)
+        else:
+            is_text = layer is not across
+        if is_text:
             return super()._entry(layer)
-        key, value = self._new_entry(layer)
-        if id(source) not in self._source_masks:
+        key, value = self._new_entry(layer, is_encoded=True)
+        which = id(source), layer.joins_source
+        if which not in self._source_masks:
             name = f"source_mask_{len(self._source_masks)}"
-            self._source_masks[id(source)] = SourceMask(
+            self._source_masks[which] = SourceMask(
                 dtype=self._dtype, name=name
             )(
                 source,
-                padding_mask=self.inputs[self._roles.source_mask],
+                padding_mask=padding_mask,
                 key=key,
+                positions=self.positions if layer.joins_source else None,
             )
-        return LayerCache(
-            key=key, value=value, mask=self._source_masks[id(source)]
-        )
+        return LayerCache(key=key, value=value, mask=self._source_masks[which])

@@ -52,17 +52,19 @@ class BlockCall:
         taps: Dictionary from the names of parts to tensors.
         entries: Dictionary from the `id()` of layers to the `LayerCache` that
             is theirs in this call. Empty where upstream's code attends.
+        across: The same of second entries, for what an encoder returned.
         updated: Dictionary from the `id()` of layers to what became of it.
+        updated_across: The same of second entries.
         chosen: What tokens chose while experts are called of which not all are
             needed, and else `None`.
     """
 
-    def __init__(self, hidden_states, entries):
+    def __init__(self, hidden_states, entries, across):
         self.hidden_states = hidden_states
         self.branch_inputs = {}
         self.taps = {}
-        self.entries = entries
-        self.updated = {}
+        self.entries, self.across = entries, across
+        self.updated, self.updated_across = {}, {}
         self.chosen = None
 
     @property
@@ -72,14 +74,15 @@ class BlockCall:
 
 
 @contextlib.contextmanager
-def calling(hidden_states, entries):
+def calling(hidden_states, entries, across):
     """In this scope, a block is called on some hidden states.
 
     Args:
         hidden_states: Tensor `(B, T, hidden_dim)`.
         entries: Dictionary from the `id()` of layers to `LayerCache`s.
+        across: Dictionary like it, of those that have a second one.
     """
-    call = BlockCall(hidden_states, entries)
+    call = BlockCall(hidden_states, entries, across)
     token = _current.set(call)
     try:
         yield call
@@ -96,6 +99,12 @@ def entry_of(layer):
     """The `LayerCache` of a layer in the call under way, `None` without one."""
     call = _current.get()
     return None if call is None else call.entries.get(id(layer))
+
+
+def across_of(layer):
+    """The same of the second entry of a layer that has two."""
+    call = _current.get()
+    return None if call is None else call.across.get(id(layer))
 
 
 @contextlib.contextmanager

@@ -16,11 +16,14 @@ class Remembers:
             tokens stand.
         state_shapes: `StateShapes` of a layer that keeps a state, `None` for
             one that keeps keys and values.
+        joins_source: bool. Whether its one softmax is over the text and over
+            what an encoder returned. It has a second entry then, for that.
         remembers: bool. `False` for one that sees all of a text at once, as in
             an encoder, and has no entry.
     """
 
     remembers = True
     state_shapes = None
+    joins_source = False
     window = None
     wants_distance = False

@@ -50,6 +50,8 @@ from keras_nlp_cache.models.t5 import T5Backbone
 from keras_nlp_cache.models.t5 import T5Seq2SeqLM
 from keras_nlp_cache.models.t5gemma import T5GemmaBackbone
 from keras_nlp_cache.models.t5gemma import T5GemmaSeq2SeqLM
+from keras_nlp_cache.models.t5gemma2 import T5Gemma2Backbone
+from keras_nlp_cache.models.t5gemma2 import T5Gemma2Seq2SeqLM
 
 __all__ = [
     "BartBackbone",
@@ -99,6 +101,8 @@ __all__ = [
     "SmolLM3Backbone",
     "SmolLM3CausalLM",
     "T5Backbone",
+    "T5Gemma2Backbone",
+    "T5Gemma2Seq2SeqLM",
     "T5GemmaBackbone",
     "T5GemmaSeq2SeqLM",
     "T5Seq2SeqLM",

@@ -16,7 +16,7 @@ from keras_nlp_cache.cache.policies.encoded import is_encoded
 from keras_nlp_cache.cache.slots import slot_distance
 from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.drop_in import replaces
-from keras_nlp_cache.generate.seq_2_seq_lm import Seq2SeqLM
+from keras_nlp_cache.generate.paired_seq_2_seq_lm import PairedSeq2SeqLM
 from keras_nlp_cache.graph.encoder_decoder import EncoderDecoderBackbone
 
 
@@ -60,25 +60,41 @@ class T5GemmaDecoderLayer(DecoderBlock, t5gemma_decoder.T5GemmaDecoderLayer):
             self.self_attn.window = self.sliding_window + 1
 
     def own_parts(self):
-        return {
-            "attention": "post_self_attn_layernorm",
-            "attention.norm": "pre_self_attn_layernorm",
-            "attention.post_norm": "post_self_attn_layernorm",
-            "feedforward": "post_feedforward_layernorm",
-            "feedforward.norm": "pre_feedforward_layernorm",
-            "feedforward.post_norm": "post_feedforward_layernorm",
-            "feedforward.down": "mlp.down_proj",
-            "feedforward.gate": "mlp.gate_proj",
-            "feedforward.up": "mlp.up_proj",
-        }
+        return parts_of_gemma()
 
     def upstream_spec(self, *args, source=None, **kwargs):
         x = super().upstream_spec(*args, **kwargs)
-        shape = self.num_key_value_heads, self.head_dim
-        return x, tuple(
-            keras.KerasTensor((None, 2, y.shape[1], *shape), self.compute_dtype)
-            for y in (x, source)
-        )
+        return of_gemma(self, x, source)
+
+
+def parts_of_gemma():
+    """The `own_parts()` of a block of a decoder of Gemma's."""
+    return {
+        "attention": "post_self_attn_layernorm",
+        "attention.norm": "pre_self_attn_layernorm",
+        "attention.post_norm": "post_self_attn_layernorm",
+        "feedforward": "post_feedforward_layernorm",
+        "feedforward.norm": "pre_feedforward_layernorm",
+        "feedforward.post_norm": "post_feedforward_layernorm",
+        "feedforward.down": "mlp.down_proj",
+        "feedforward.gate": "mlp.gate_proj",
+        "feedforward.up": "mlp.up_proj",
+    }
+
+
+def of_gemma(block, x, source):
+    """What such a block returns: hidden states, and upstream's two caches.
+
+    Args:
+        block: The block.
+        x: `KerasTensor` like the hidden states.
+        source: `KerasTensor`, what the encoder returned.
+    """
+    shape = block.num_key_value_heads, block.head_dim
+    return x, tuple(
+        keras.KerasTensor((None, 2, y.shape[1], *shape), block.compute_dtype)
+        for y in (x, source)
+    )
 
 
 @replaces(t5gemma_encoder.T5GemmaEncoderLayer)
@@ -148,78 +164,11 @@ class T5GemmaBackbone(keras_hub.models.T5GemmaBackbone, EncoderDecoderBackbone):
 
 
 @replaces(keras_hub.models.T5GemmaSeq2SeqLM)
-class T5GemmaSeq2SeqLM(Seq2SeqLM, keras_hub.models.T5GemmaSeq2SeqLM):
+class T5GemmaSeq2SeqLM(PairedSeq2SeqLM, keras_hub.models.T5GemmaSeq2SeqLM):
     """T5Gemma that generates through the graph of its backbone.
 
     A drop-in replacement for `keras_hub.models.T5GemmaSeq2SeqLM`. See
-    `Seq2SeqLM`. Upstream's methods have other arguments here than elsewhere.
+    `Seq2SeqLM`.
     """
 
     backbone_cls = T5GemmaBackbone
-
-    def _logits(self, hidden_states):
-        logits = super()._logits(hidden_states)
-        cap = self.backbone.final_logit_softcapping
-        return logits if cap is None else ops.tanh(logits / cap) * cap
-
-    def call_encoder(self, token_ids, padding_mask):
-        """Upstream's method: `(encoder_output, padding_mask)`."""
-        return super().call_encoder(token_ids, padding_mask), padding_mask
-
-    def call_decoder_with_cache(
-        self,
-        decoder_token_ids,
-        decoder_padding_mask,
-        cache,
-        cache_update_index,
-        encoder_output,
-        encoder_padding_mask,
-    ):
-        """Upstream's method, with its arguments and its results.
-
-        Args:
-            decoder_token_ids: int `(B, T)`.
-            decoder_padding_mask: Optional `(B, max_length)`, 0 for padding.
-            cache: A pair of what `Seq2SeqLM.call_decoder_with_cache()` takes as
-                two arguments. The second is `None` for the decoder to read
-                what the encoder returned.
-            cache_update_index: int, the slot of the first token.
-            encoder_output: `(B, S, hidden_dim)`, from `call_encoder()`.
-            encoder_padding_mask: `(B, S)`, 0 for padding.
-
-        Returns:
-            `(logits, hidden_states, cache)`.
-        """
-        text, encoded = cache
-        inputs = {"decoder_padding_mask": decoder_padding_mask}
-        if encoded is None:
-            _, encoded = self._initialize_cache(None, decoder_token_ids)
-            inputs |= {
-                "encoder_sequence": encoder_output,
-                "encoder_padding_mask": encoder_padding_mask,
-            }
-        logits, hidden_states, cache = self.call_with_cache(
-            decoder_token_ids,
-            self._joined(text, encoded),
-            cache_update_index,
-            **inputs,
-        )
-        return logits, hidden_states, self._split(cache)
-
-    def _build_cache(
-        self,
-        encoder_token_ids,
-        encoder_padding_mask,
-        decoder_token_ids,
-        decoder_padding_mask,
-    ):
-        source = self.call_encoder(encoder_token_ids, encoder_padding_mask)
-        text, _ = self._initialize_cache(encoder_token_ids, decoder_token_ids)
-        _, hidden_states, cache = self.call_decoder_with_cache(
-            decoder_token_ids,
-            decoder_padding_mask,
-            (text, None),
-            0,
-            *source,
-        )
-        return hidden_states, cache, source
