@@ -20,7 +20,6 @@ _REASONS = {
     "Gemma3n": _SHARED,
     "Gemma4": _SHARED,
     "Gemma4Assistant": "it reads the cache of another model",
-    "Moonshine": "its encoder reads sound",
     "PARSeq": "it reads images, in a decoder of two streams",
     "PaliGemma": _IMAGES,
 }

@@ -31,6 +31,30 @@ else:
 XLA = {"jit_compile": True} if keras.config.backend() == "tensorflow" else {}
 VOCABULARY_SIZE = 100
 
+
+def random_tokens(batch, length, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(1, VOCABULARY_SIZE, (batch, length)).astype("int32")
+
+
+def padding_mask(lengths, total):
+    """1 for the first `lengths[i]` of `total` positions of row `i`."""
+    return (np.arange(total) < np.array(lengths)[:, None]).astype("int32")
+
+
+# What encoders read, seven tokens and five, and as long for one of sound.
+SOURCE = {
+    "encoder_token_ids": random_tokens(2, 7, seed=1),
+    "encoder_padding_mask": padding_mask([7, 5], 7),
+}
+_SAMPLES = 3199
+SOUND = {
+    "encoder_input_values": np.random.default_rng(1)
+    .normal(size=(2, _SAMPLES, 1))
+    .astype("float32"),
+    "encoder_padding_mask": padding_mask([_SAMPLES, _SAMPLES - 768], _SAMPLES),
+}
+
 _LLAMA = dict(
     vocabulary_size=VOCABULARY_SIZE,
     num_layers=2,
@@ -166,14 +190,13 @@ class EncoderDecoder(Family):
     """A family whose decoder reads what its encoder returns."""
 
     kind = "Seq2SeqLM"
+    # What the encoder reads for a batch of two.
+    source = SOURCE
 
     def inputs(self, token_ids, padding_mask):
-        """What a backbone is called with, and the same for every encoder.
-
-        For a batch of two, of which the encoder reads seven tokens and five.
-        """
+        """What a backbone is called with, and the same for every encoder."""
         return {
-            **SOURCE,
+            **self.source,
             "decoder_token_ids": token_ids,
             "decoder_padding_mask": padding_mask,
         }
@@ -222,6 +245,32 @@ class Stateful(Family):
             elif weight.name == "conv1d_kernel":
                 weight.assign(weight * 3)
         return backbone
+
+
+class FromSound(EncoderDecoder):
+    """One whose encoder reads sound."""
+
+    kind = "AudioToText"
+    source = SOUND
+
+    def backbone(self, **kwargs):
+        backbone = super().backbone(**kwargs)
+        for weight in backbone.weights:
+            if "conv" in weight.path and weight.name == "bias":
+                weight.assign(0.3 * weight)
+        return backbone
+
+    def upstream_backbone(self, like, **kwargs):
+        # It takes names of dtypes, and no policies.
+        kwargs.setdefault("dtype", like.dtype_policy.name)
+        return super().upstream_backbone(like, **kwargs)
+
+    def preprocessor(self, sequence_length=16):
+        return keras_hub.models.MoonshineAudioToTextPreprocessor(
+            keras_hub.layers.MoonshineAudioConverter(),
+            self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
+            decoder_sequence_length=sequence_length,
+        )
 
 
 def _without_none(x):
@@ -402,6 +451,20 @@ ENCODER_DECODERS = (
         **_GEMMA_SIDES,
         sliding_window=4,
     ),
+    _family(
+        "moonshine",
+        "Moonshine",
+        dict(vocabulary_size=VOCABULARY_SIZE),
+        cls=FromSound,
+        filter_dim=32,
+        encoder_num_layers=2,
+        decoder_num_layers=2,
+        hidden_dim=32,
+        intermediate_dim=48,
+        encoder_num_heads=4,
+        decoder_num_heads=4,
+        feedforward_expansion_factor=2,
+    ),
 )
 
 if PATCHED:
@@ -557,25 +620,8 @@ def randomize(model, seed=0):
         weight.assign(value)
 
 
-def random_tokens(batch, length, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(1, VOCABULARY_SIZE, (batch, length)).astype("int32")
-
-
-def padding_mask(lengths, total):
-    """1 for the first `lengths[i]` of `total` positions of row `i`."""
-    return (np.arange(total) < np.array(lengths)[:, None]).astype("int32")
-
-
 def to_numpy(x):
     return ops.convert_to_numpy(ops.cast(x, "float32"))
-
-
-# What encoders read.
-SOURCE = {
-    "encoder_token_ids": random_tokens(2, 7, seed=1),
-    "encoder_padding_mask": padding_mask([7, 5], 7),
-}
 
 
 @functools.lru_cache(maxsize=32)

@@ -13,6 +13,7 @@ from keras import ops
 
 import keras_nlp_cache
 from keras_nlp_cache import surgery
+from keras_nlp_cache.generate.many.source_prompts import prompts_with_source
 from tests.families import compiled
 from tests.families import ENCODER_DECODERS
 from tests.families import every_encoder_decoder
@@ -20,6 +21,7 @@ from tests.families import examples
 from tests.families import on_one_backend
 from tests.families import padding_mask
 from tests.families import random_tokens
+from tests.families import SOUND
 from tests.families import SOURCE
 from tests.families import to_numpy
 from tests.families import XLA
@@ -27,16 +29,40 @@ from tests.families import XLA
 LENGTH = 16
 TOKENS = random_tokens(2, 8)
 GIVEN = [2, 5]
-PROMPTS = {
-    **SOURCE,
+TEXTS = {
     "decoder_token_ids": random_tokens(2, LENGTH) * padding_mask(GIVEN, LENGTH),
     "decoder_padding_mask": padding_mask(GIVEN, LENGTH),
 }
 
 
+# What tasks with a preprocessor take.
+TO_READ = (
+    "the quick brown fox",
+    ["the quick brown fox", "airplane"],
+    {"encoder_text": "the capital", "decoder_text": "the fox"},
+    {
+        "encoder_text": ["the capital", "airplane at airport"],
+        "decoder_text": ["the", "the quick brown"],
+    },
+)
+TO_HEAR = (
+    {"audio": SOUND["encoder_input_values"]},
+    {
+        "audio": SOUND["encoder_input_values"],
+        "text": ["the", "the quick brown"],
+    },
+)
+
+
+def source_for(backbone):
+    """What its encoder reads."""
+    return SOUND if "encoder_input_values" in backbone.input else SOURCE
+
+
 def full_forward(backbone, token_ids=TOKENS, **source):
     """What becomes of the text without a cache, `(B, T, hidden_dim)`."""
-    outputs = backbone({"decoder_token_ids": token_ids, **(source or SOURCE)})
+    source = source or source_for(backbone)
+    outputs = backbone({"decoder_token_ids": token_ids, **source})
     if isinstance(outputs, tuple):
         outputs, _ = outputs  # Taps come last.
     return to_numpy(outputs["decoder_sequence_output"])
@@ -54,7 +80,7 @@ def cached_forward(
             "cache_update_index": index,
         }
         if index == 0:
-            inputs |= source or SOURCE
+            inputs |= source or source_for(backbone)
         outputs, cache, *_ = (call or backbone)(inputs)
         assert (outputs["encoder_sequence_output"] is None) == (index > 0)
         found.append(to_numpy(outputs["decoder_sequence_output"]))
@@ -91,6 +117,11 @@ def assert_greedy_after(prompts, generated, lm):
     )
 
 
+def prompts_for(family):
+    """A batch of two, whose texts begin with two tokens and with five."""
+    return {**family.source, **TEXTS}
+
+
 # === The graph ===
 
 
@@ -105,7 +136,8 @@ def test_prefill_and_steps(family, sizes):
         cached_forward(backbone, sizes, call=call), full, atol=1e-4, rtol=1e-4
     )
     # What it reads and where it stands matters.
-    other = SOURCE | {"encoder_token_ids": SOURCE["encoder_token_ids"] + 1}
+    name, *_ = family.source
+    other = family.source | {name: family.source[name][::-1]}
     assert np.abs(full_forward(backbone, **other) - full).max() > 1e-2
 
 
@@ -113,15 +145,15 @@ def test_prefill_and_steps(family, sizes):
 def test_the_decoder_alone(family):
     backbone, _ = family.pair
     full = full_forward(backbone)
-    source = backbone.encode(*SOURCE.values())
+    source = backbone.encode(*family.source.values())
     whole = backbone(family.inputs(TOKENS, np.ones_like(TOKENS)))
     np.testing.assert_array_equal(
         to_numpy(source), to_numpy(whole["encoder_sequence_output"])
     )
-    given = {
-        "encoder_sequence": source,
-        "encoder_padding_mask": SOURCE["encoder_padding_mask"],
-    }
+    mask = whole.get(
+        "encoder_attention_mask", family.source["encoder_padding_mask"]
+    )
+    given = {"encoder_sequence": source, "encoder_padding_mask": mask}
     alone = full_forward(backbone, **given)
     np.testing.assert_allclose(alone, full, atol=1e-5, rtol=1e-5)
     cached = cached_forward(backbone, **given)
@@ -133,7 +165,11 @@ def test_an_attention_mask_without_a_cache(family):
     backbone, _ = family.pair
     full = full_forward(backbone)
     seen = np.ones((2, 8, 8), "int32")
-    inputs = {"decoder_token_ids": TOKENS, "attention_mask": seen, **SOURCE}
+    inputs = {
+        "decoder_token_ids": TOKENS,
+        "attention_mask": seen,
+        **family.source,
+    }
     outputs = backbone(inputs)["decoder_sequence_output"]
     np.testing.assert_allclose(to_numpy(outputs), full, atol=1e-4, rtol=1e-4)
     seen[:, 4:, 1] = 0
@@ -153,7 +189,7 @@ def test_entries_across_are_written_once(family):
     cache = backbone.make_cache(2, LENGTH)
     assert len(cache) == 2 * len(backbone.blocks)
     inputs = {"decoder_token_ids": TOKENS[:, :3], "cache_update_index": 0}
-    _, read = backbone({**inputs, **SOURCE, "cache": cache})
+    _, read = backbone({**inputs, **family.source, "cache": cache})
     inputs = {"decoder_token_ids": TOKENS[:, 3:4], "cache_update_index": 3}
     _, after = backbone({**inputs, "cache": read})
     across = 0
@@ -177,7 +213,7 @@ def test_rows_stand_at_places_of_their_own(family):
     backbone, _ = family.pair
     _, cache = backbone(
         {
-            **SOURCE,
+            **family.source,
             "decoder_token_ids": TOKENS,
             "cache": backbone.make_cache(2, LENGTH),
             "cache_update_index": 0,
@@ -219,7 +255,7 @@ def test_eight_bits(family):
     lm, _ = family.lm_pair
     lm.compile(sampler="greedy", cache_policy="int8")
     cache = lm.backbone.make_cache(2, LENGTH, policy="int8")
-    hidden_states, cache = lm.run_backbone(TOKENS, cache, 0, **SOURCE)
+    hidden_states, cache = lm.run_backbone(TOKENS, cache, 0, **family.source)
     full = full_forward(lm.backbone)
     error = np.abs(to_numpy(hidden_states) - full).max()
     assert 0 < error < 0.2 * np.abs(full).max()
@@ -230,20 +266,21 @@ def test_eight_bits(family):
 
 @every_encoder_decoder
 def test_greedy(family):
+    prompts = prompts_for(family)
     lm, upstream = family.lm_pair
     for x in (lm, upstream):
         x.compile(sampler="greedy", **XLA)
-    generated = lm.generate(PROMPTS, stop_token_ids=None)
-    expected = upstream.generate(PROMPTS, stop_token_ids=None)
+    generated = lm.generate(prompts, stop_token_ids=None)
+    expected = upstream.generate(prompts, stop_token_ids=None)
     for name, x in expected.items():
         np.testing.assert_array_equal(generated[name], ops.convert_to_numpy(x))
     # A model that says one thing over and over would say little.
-    is_new = PROMPTS["decoder_padding_mask"] == 0
+    is_new = prompts["decoder_padding_mask"] == 0
     assert len(np.unique(generated["decoder_token_ids"][is_new])) > 2
-    assert_greedy_after(PROMPTS, generated, lm)
+    assert_greedy_after(prompts, generated, lm)
     # Rows together are what they are alone.
     for row in range(2):
-        alone = {name: x[row : row + 1] for name, x in PROMPTS.items()}
+        alone = {name: x[row : row + 1] for name, x in prompts.items()}
         np.testing.assert_array_equal(
             lm.generate(alone, stop_token_ids=None)["decoder_token_ids"][0],
             generated["decoder_token_ids"][row],
@@ -251,9 +288,13 @@ def test_greedy(family):
     # They end with a stop token each.
     stop = int(generated["decoder_token_ids"][0, 6])
     ended, expected = (
-        x.generate(PROMPTS, stop_token_ids=[stop]) for x in (lm, upstream)
+        x.generate(prompts, stop_token_ids=[stop]) for x in (lm, upstream)
     )
     mask = ops.convert_to_numpy(expected["decoder_padding_mask"])
+    if family.prefix == "Moonshine":
+        assert mask.all()  # Upstream's never end.
+        is_end = (generated["decoder_token_ids"] == stop) & is_new
+        mask = np.cumsum(is_end, axis=1) - is_end == 0
     np.testing.assert_array_equal(ended["decoder_padding_mask"], mask)
     np.testing.assert_array_equal(
         ended["decoder_token_ids"][mask],
@@ -266,7 +307,7 @@ def test_beams(family):
     lm, upstream = family.lm_pair
     # Upstream's T5Gemma does not repeat what was read for each beam.
     rows = 1 if family.prefix.startswith("T5Gemma") else 2
-    prompts = {name: x[:rows] for name, x in PROMPTS.items()}
+    prompts = {name: x[:rows] for name, x in prompts_for(family).items()}
     for x in (lm, upstream):
         x.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2), **XLA)
     generated, expected = (
@@ -289,22 +330,48 @@ def test_text(family):
     )
     for x in (lm, upstream):
         x.compile(sampler="greedy", **XLA)
-    for prompt in (
-        "the quick brown fox",
-        ["the quick brown fox", "airplane"],
-        {"encoder_text": "the capital", "decoder_text": "the fox"},
-        {
-            "encoder_text": ["the capital", "airplane at airport"],
-            "decoder_text": ["the", "the quick brown"],
-        },
-    ):
+    for prompt in TO_HEAR if family.source is SOUND else TO_READ:
         before = copy.deepcopy(prompt)
         generated = lm.generate(prompt)
-        assert prompt == before  # Which upstream's changes.
+        # Which upstream's changes.
+        keras.tree.map_structure(np.testing.assert_array_equal, prompt, before)
         assert generated == upstream.generate(prompt)
-    assert lm.generate("the fox", max_length=9) == upstream.generate(
-        "the fox", max_length=9
+    assert lm.generate(prompt, max_length=9) == upstream.generate(
+        prompt, max_length=9
     )
+    # The same with more to say, one by one, and piece by piece.
+    expected = lm.generate(prompt, max_new_tokens=5, strip_prompt=True)
+    prompts = prompts_with_source(prompt, backbone.roles)[0]
+    found = dict(lm.generate_many(prompts, 5, strip_prompt=True, batch_size=1))
+    assert [found[i] for i in range(2)] == expected
+    # A tokenizer may begin a whole text with a space.
+    pieces = [list(lm.stream(x, max_new_tokens=5)) for x in prompts]
+    assert ["".join(x).strip() for x in pieces] == [x.strip() for x in expected]
+    assert max(map(len, pieces)) <= 6
+
+
+@every_encoder_decoder
+def test_options(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy", **XLA)
+    prompts = prompts_for(family)
+    whole = lm.generate(prompts, stop_token_ids=None)["decoder_token_ids"]
+    expected = [row[n : n + 4] for n, row in zip(GIVEN, whole)]
+    given = dict(max_new_tokens=4, stop_token_ids=None)
+    found = lm.generate(prompts, **given, return_dict=True, return_logprobs=1)
+    for row, tokens in zip(found, expected):
+        np.testing.assert_array_equal(row["token_ids"], tokens)
+        assert row["finish_reason"] == "length"
+        assert row["logprobs"][0]["token_id"] == tokens[0]
+    arrays = lm.generate(prompts, **given)
+    np.testing.assert_array_equal(arrays["decoder_token_ids"][1], whole[1, :9])
+    np.testing.assert_array_equal(
+        arrays["decoder_padding_mask"].sum(axis=1), np.add(GIVEN, 4)
+    )
+    other = lm.generate(
+        prompts, **given, logit_bias={int(expected[0][0]): -1e9}
+    )
+    assert other["decoder_token_ids"][0, GIVEN[0]] != expected[0][0]
 
 
 @every_encoder_decoder
@@ -320,7 +387,7 @@ def test_the_encoder_runs_once(family, monkeypatch):
             return call(*args, **kwargs)
 
         monkeypatch.setattr(block, "call", counted)
-    lm.generate(PROMPTS, stop_token_ids=None)
+    lm.generate(prompts_for(family), stop_token_ids=None)
     for block in lm.backbone.encoder_blocks:
         assert calls.count(block.name) == 1
     # One step at least for each token of the row that is longer.
@@ -341,11 +408,16 @@ def test_methods_of_upstream(family):
             step = x.call_decoder_with_cache(
                 token, None, cache, 8, source, mask
             )
+        elif family.prefix == "Moonshine":
+            text, across, source, mask = state
+            step = x.call_decoder_with_cache(
+                source, mask, token, text, 8, across
+            )
         else:
             source, text, across = state
             step = x.call_decoder_with_cache(
                 source,
-                SOURCE["encoder_padding_mask"],
+                family.source["encoder_padding_mask"],
                 token,
                 text,
                 8,
@@ -358,8 +430,8 @@ def test_methods_of_upstream(family):
 
 def _arguments(family):
     token_ids = np.pad(TOKENS, ((0, 0), (0, 8)))
-    arguments = [*SOURCE.values(), token_ids]
-    if family.prefix.startswith("T5Gemma"):
+    arguments = [*family.source.values(), token_ids]
+    if family.prefix.startswith(("T5Gemma", "Moonshine")):
         arguments.append(np.ones_like(token_ids))
     return [ops.convert_to_tensor(x) for x in arguments]
 
@@ -367,9 +439,10 @@ def _arguments(family):
 @on_one_backend("what is called is recorded")
 @every_encoder_decoder
 def test_what_a_subclass_says_is_called(family):
+    prompts = prompts_for(family)
     called = []
 
-    class Mine(family.ours("Seq2SeqLM")):
+    class Mine(family.ours(family.kind)):
         def call_encoder(self, *args, **kwargs):
             called.append("encoder")
             return super().call_encoder(*args, **kwargs)
@@ -380,10 +453,10 @@ def test_what_a_subclass_says_is_called(family):
 
     lm, _ = family.lm_pair
     lm.compile(sampler="greedy")
-    expected = lm.generate(PROMPTS, stop_token_ids=None)
+    expected = lm.generate(prompts, stop_token_ids=None)
     mine = Mine(backbone=lm.backbone, preprocessor=None)
     mine.compile(sampler="greedy")
-    generated = mine.generate(PROMPTS, stop_token_ids=None)
+    generated = mine.generate(prompts, stop_token_ids=None)
     np.testing.assert_array_equal(
         ops.convert_to_numpy(generated["decoder_token_ids"]),
         expected["decoder_token_ids"],
@@ -480,13 +553,14 @@ def test_edits(family, edit, tmp_path):
 
 @every_encoder_decoder
 def test_edits_show_in_generation(family):
+    prompts = prompts_for(family)
     lm, _ = family.lm_pair
     lm.compile(sampler="greedy")
-    before = lm.generate(PROMPTS, stop_token_ids=None)["decoder_token_ids"]
+    before = lm.generate(prompts, stop_token_ids=None)["decoder_token_ids"]
     for where in ("encoder.0", "encoder_output", "decoder.1"):
         edited = surgery.insert_after(lm, where, keras.layers.Rescaling(-3.0))
-        after = edited.generate(PROMPTS, stop_token_ids=None)
-        assert_greedy_after(PROMPTS, after, edited)
+        after = edited.generate(prompts, stop_token_ids=None)
+        assert_greedy_after(prompts, after, edited)
         assert (after["decoder_token_ids"] != before).any(), where
 
 
@@ -510,20 +584,22 @@ def test_selection(family):
 
 def test_the_embeddings_of_the_encoder():
     """Upstream's BART calls those of the decoder when it generates."""
+    prompts = prompts_for(ENCODER_DECODERS[0])
     lm, _ = ENCODER_DECODERS[0].lm_pair
     lm.compile(sampler="greedy")
     edited = surgery.insert_after(
         lm, "encoder_embeddings_add", keras.layers.Dense(32)
     )
-    generated = edited.generate(PROMPTS, stop_token_ids=None)
-    assert_greedy_after(PROMPTS, generated, edited)
-    before = lm.generate(PROMPTS, stop_token_ids=None)
+    generated = edited.generate(prompts, stop_token_ids=None)
+    assert_greedy_after(prompts, generated, edited)
+    before = lm.generate(prompts, stop_token_ids=None)
     assert (generated["decoder_token_ids"] != before["decoder_token_ids"]).any()
 
 
 @every_encoder_decoder
 @pytest.mark.parametrize("side", ("encoder", "decoder"))
 def test_control_vectors(family, side):
+    prompts = prompts_for(family)
     lm, _ = family.lm_pair
     lm.compile(sampler="greedy")
     (site, *_) = surgery.select(lm, f"{side}.1")
@@ -534,8 +610,8 @@ def test_control_vectors(family, side):
     before, after = map(full_forward, (lm.backbone, steered.backbone))
     assert np.abs(after - before).max() > 1e-2
     assert_sound(steered.backbone)
-    generated = steered.generate(PROMPTS, stop_token_ids=None)
-    assert_greedy_after(PROMPTS, generated, steered)
+    generated = steered.generate(prompts, stop_token_ids=None)
+    assert_greedy_after(prompts, generated, steered)
     steered.backbone.get_layer("control_vector").strength.assign(0.0)
     np.testing.assert_allclose(
         full_forward(steered.backbone), before, atol=1e-5
@@ -545,57 +621,57 @@ def test_control_vectors(family, side):
 # === Bad input ===
 
 
-def bad_calls(backbone):
+def bad_calls(family):
     """Pairs of what a backbone refuses and how it says so."""
+    backbone, _ = family.pair
     text = {"decoder_token_ids": TOKENS}
     empty = {"cache": backbone.make_cache(2, 8), "cache_update_index": 0}
-    _, cache = backbone({**text, **SOURCE, **empty})
+    _, cache = backbone({**text, **family.source, **empty})
     read = {"cache": cache, "cache_update_index": 0}
-    sequence = to_numpy(backbone.encode(*SOURCE.values()))
-    mask = SOURCE["encoder_padding_mask"]
-    ids = SOURCE["encoder_token_ids"]
-    yield text, "`encoder_token_ids` or `encoder_sequence`.*neither"
+    sequence = to_numpy(backbone.encode(*family.source.values()))
+    name, mask_name = family.source
+    source, mask = family.source.values()
+    length = source.shape[1]
+    rank = source.ndim
+    yield text, f"`{name}` or `encoder_sequence`.*neither"
     yield {**text, **empty}, r"first call with a `cache`.*, 0, .*nothing"
     yield (
-        {**text, **SOURCE, "encoder_sequence": sequence},
+        {**text, **family.source, "encoder_sequence": sequence},
         "which it returned before. Received both",
     )
+    yield {**text, name: source[:1]}, rf"`{name}`.*batch=2.*\(1, {length}\b"
     yield (
-        {**text, "encoder_token_ids": ids[:1]},
-        r"`encoder_token_ids`.*batch=2.*\(1, 7\)",
-    )
-    yield (
-        {**text, "encoder_token_ids": ids[0]},
-        r"`encoder_token_ids` to have rank 2.*\(7,\)",
+        {**text, name: source[0]},
+        rf"`{name}` to have rank {rank}.*\({length},",
     )
     yield (
         {**text, "encoder_sequence": sequence[:, :, :-1]},
         r"`encoder_sequence`.*hidden_dim=32.*\(2, 7, 31\)",
     )
     yield (
-        {**text, "encoder_token_ids": ids, "encoder_padding_mask": mask[:, :6]},
-        r"`encoder_padding_mask`.*encoder_length=7.*\(2, 6\)",
+        {**text, name: source, mask_name: mask[:, :6]},
+        rf"`{mask_name}`.*encoder_length={length}.*\(2, 6\)",
     )
     yield (
-        {**text, **read, "encoder_token_ids": ids[:, :4]},
-        r"of the length that `cache` has.*, 7.*\(2, 4\)",
+        {**text, **read, name: source[:, : length // 2]},
+        rf"of the length that `cache` has.*, 7.*\(2, {length // 2}\b",
     )
     yield (
-        {**text, **read, "encoder_padding_mask": mask},
-        "`encoder_padding_mask` with .*neither",
+        {**text, **read, mask_name: mask},
+        f"`{mask_name}` with .*neither",
     )
+    yield {**text, name: source[:, :0]}, r"at least one token per row.*\(2, 0"
+    yield {**family.source}, "no 'decoder_token_ids'"
     yield (
-        {**text, "encoder_token_ids": np.zeros((2, 0))},
-        r"at least one token per row.*\(2, 0\)",
+        {**text, **family.source, "token_ids": TOKENS},
+        "unknown key: 'token_ids'",
     )
-    yield {**SOURCE}, "no 'decoder_token_ids'"
-    yield {**text, **SOURCE, "token_ids": TOKENS}, "unknown key: 'token_ids'"
 
 
 @every_encoder_decoder
 def test_bad_calls(family):
     backbone, _ = family.pair
-    for inputs, message in bad_calls(backbone):
+    for inputs, message in bad_calls(family):
         with pytest.raises(ValueError, match=message):
             backbone(inputs)
 
@@ -613,22 +689,42 @@ def test_positions_of_the_encoder():
 
 @every_encoder_decoder
 def test_bad_prompts(family):
+    prompts = prompts_for(family)
     lm, _ = family.lm_pair
     lm.compile(sampler="greedy")
-    ids, mask = SOURCE.values()
-    for change, message in (
-        ({"encoder_token_ids": None}, "what the encoder is to read"),
-        ({"encoder_token_ids": ids[:1]}, r"batch of 2 prompts.*\(1, 7\)"),
-        ({"encoder_padding_mask": mask[:, :3]}, r"\(2, 7\) and \(2, 3\)"),
-        ({"encoder_padding_mask": 0 * mask}, "none in row 0"),
-        ({"encoder_token_ids": ids + 100}, "from 0 to 99, the vocabulary"),
-        ({"decoder_padding_mask": 0 * mask}, r"\(2, 16\) and \(2, 7\)"),
-    ):
+    name, mask_name = family.source
+    source, mask = family.source.values()
+    length = source.shape[1]
+    changes = [
+        ({name: None}, "what the encoder is to read"),
+        ({name: source[:1]}, rf"batch of 2 prompts.*\(1, {length}\b"),
+        ({mask_name: mask[:, :3]}, rf"\(2, {length}\b.* and \(2, 3\)"),
+        ({mask_name: 0 * mask}, "none in row 0"),
+        ({"decoder_padding_mask": 0 * mask}, rf"\(2, 16\) and \(2, {length}\)"),
+    ]
+    if family.source is SOURCE:
+        changes += [({name: source + 100}, "from 0 to 99, the vocabulary")]
+    else:
+        changes += [
+            ({name: source[:, :, 0]}, r"\(batch, encoder_length, 1\)"),
+            ({name: source.astype("int16")}, "dtype int16"),
+        ]
+    for change, message in changes:
         with pytest.raises(ValueError, match=message):
-            lm.generate({**PROMPTS, **change}, stop_token_ids=None)
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        lm.generate(PROMPTS, stop_token_ids=None, max_new_tokens=3)
-    for method in ("stream", "chat", "generate_many", "score"):
+            lm.generate({**prompts, **change}, stop_token_ids=None)
+    for further, message in (
+        ({"assistant_model": lm}, "no `assistant_model`"),
+        ({"prefix": [1]}, "no `prefix`"),
+        ({"max_new_tokens": 0}, "`max_new_tokens`"),
+        ({"banana": 1}, "banana"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            lm.generate(prompts, stop_token_ids=None, **further)
+    with pytest.raises(ValueError, match="`preprocessor`"):
+        lm.stream("the fox")
+    with pytest.raises(ValueError, match="to be a dictionary of .*'the fox'"):
+        list(lm.generate_many(["the fox"], stop_token_ids=None))
+    for method in ("chat", "start_session", "score"):
         with pytest.raises(ValueError, match="without an encoder"):
             getattr(lm, method)("the fox")
     with pytest.raises(ValueError, match="without an encoder, whose prompts"):

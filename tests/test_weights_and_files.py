@@ -31,8 +31,11 @@ INPUTS = {"token_ids": TOKENS, "padding_mask": MASK}
 
 def outputs(backbone):
     """All that a backbone returns, in one array."""
-    of_encoder = "encoder_token_ids" in backbone.input
-    family = ENCODER_DECODERS[0] if of_encoder else FAMILIES[0]
+    family = next(
+        x
+        for x in (*FAMILIES, *ENCODER_DECODERS)
+        if set(x.inputs(TOKENS, MASK)) == set(backbone.input)
+    )
     returned = backbone(family.inputs(TOKENS, MASK))
     arrays = [to_numpy(x).ravel() for x in keras.tree.flatten(returned)]
     return np.concatenate(arrays)
@@ -65,7 +68,9 @@ def paths(model):
     Upstream leaves some in its blocks unnamed, so they have another number in
     each model.
     """
-    counted = r"(_moe_block|t5_layer_norm|\w+_normalization)_\d+/"
+    counted = (
+        r"(_moe_block|t5_layer_norm|\w+_normalization|moonshine_\w+?)_\d+/"
+    )
     return [re.sub(counted, r"\1/", w.path) for w in model.weights]
 
 

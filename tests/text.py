@@ -13,11 +13,15 @@ CORPUS = (
 )
 
 
+# Which families have the tokenizer of which others.
+_SAME = {"Moonshine": "Llama", "T5Gemma2": "T5Gemma"}
+
+
 def tokenizer_arguments(prefix):
     """Constructor arguments of the tokenizer of a model family."""
     if prefix in ("Bart", "GPT2", "Llama3"):
         return _byte_pair(prefix)
-    return {"proto": _sentence_piece(prefix)}
+    return {"proto": _sentence_piece(_SAME.get(prefix, prefix))}
 
 
 def _byte_pair(prefix):
@@ -64,7 +68,6 @@ def _sentence_piece(prefix):
             unk_piece="<unk>",
         ),
         "T5Gemma": gemma,
-        "T5Gemma2": gemma,
         "Llama": dict(
             unk_id=0,
             bos_id=1,

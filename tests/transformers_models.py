@@ -12,6 +12,7 @@ import pathlib
 import re
 import typing
 
+import keras
 import numpy as np
 import safetensors.torch
 import torch
@@ -131,6 +132,7 @@ class Family:
 _SHARED = {
     "lm_head.weight",
     "lm_head.out_proj.weight",
+    "proj_out.weight",
     "encoder.embed_tokens.weight",
     "decoder.embed_tokens.weight",
     "model.decoder.embed_tokens.weight",
@@ -216,6 +218,28 @@ class EncoderDecoder(Family):
         return self.model.generate(
             torch.tensor(source).long(),
             attention_mask=torch.tensor(source_mask).long(),
+            decoder_input_ids=torch.tensor(token_ids).long(),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        ).numpy()
+
+
+class FromSound(EncoderDecoder):
+    """A small model whose encoder reads sound, `(B, samples, 1)`."""
+
+    kind = "AudioToText"
+    auto_class = transformers.AutoModelForSpeechSeq2Seq
+
+    def logits(self, source, source_mask, token_ids):
+        with torch.no_grad():
+            return self.model(
+                input_values=torch.tensor(source[:, :, 0]),
+                decoder_input_ids=torch.tensor(token_ids).long(),
+            ).logits.numpy()
+
+    def greedy(self, source, source_mask, token_ids):
+        return self.model.generate(
+            input_values=torch.tensor(source[:, :, 0]),
             decoder_input_ids=torch.tensor(token_ids).long(),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
@@ -338,6 +362,88 @@ def _t5gemma2_weights(backbone, read):
                 ),
             ):
                 yield layer.scale, read(f"{name}.{part}.weight")
+
+
+def _moonshine_arguments(config):
+    rope = config.rope_parameters
+    return dict(
+        vocabulary_size=config.vocab_size,
+        filter_dim=config.hidden_size,
+        encoder_num_layers=config.encoder_num_hidden_layers,
+        decoder_num_layers=config.decoder_num_hidden_layers,
+        hidden_dim=config.hidden_size,
+        intermediate_dim=config.intermediate_size,
+        encoder_num_heads=config.encoder_num_attention_heads,
+        decoder_num_heads=config.decoder_num_attention_heads,
+        feedforward_expansion_factor=(
+            config.intermediate_size // config.hidden_size
+        ),
+        partial_rotary_factor=rope["partial_rotary_factor"],
+        rope_theta=rope["rope_theta"],
+    )
+
+
+def _moonshine_weights(backbone, read):
+    for rotary in ("encoder_rotary_embedding", "decoder_rotary_embedding"):
+        frequencies = getattr(backbone, rotary).inv_freq
+        yield frequencies, keras.ops.convert_to_numpy(frequencies)
+    yield (
+        backbone.token_embedding.embeddings,
+        read("model.decoder.embed_tokens.weight"),
+    )
+    for name in ("conv1", "conv2", "conv3"):
+        layer, theirs = getattr(backbone, name), f"model.encoder.{name}"
+        yield layer.kernel, read(f"{theirs}.weight").transpose(2, 1, 0)
+        if layer.use_bias:
+            yield layer.bias, read(f"{theirs}.bias")
+    yield from _norm(backbone.group_norm, read, "model.encoder.groupnorm")
+    encoder, decoder = "model.encoder", "model.decoder"
+    norm = backbone.encoder_final_layer_norm
+    yield norm.gamma, read(f"{encoder}.layer_norm.weight")
+    yield backbone.decoder_post_norm.gamma, read(f"{decoder}.norm.weight")
+    for i, block in enumerate(backbone.encoder_blocks):
+        name = f"{encoder}.layers.{i}"
+        yield from _of_moonshine(
+            read,
+            name,
+            {"self_attn": block.self_attention_layer},
+            {
+                "input_layernorm": block.self_attention_layer_norm,
+                "post_attention_layernorm": block.feedforward_layer_norm,
+            },
+            block.feedforward,
+        )
+    for i, block in enumerate(backbone.decoder_blocks):
+        name = f"{decoder}.layers.{i}"
+        yield from _of_moonshine(
+            read,
+            name,
+            {
+                "self_attn": block.self_attention,
+                "encoder_attn": block.cross_attention,
+            },
+            {
+                "input_layernorm": block.norm1,
+                "post_attention_layernorm": block.norm2,
+                "final_layernorm": block.norm3,
+            },
+            block.ff,
+        )
+
+
+def _of_moonshine(read, name, attentions, norms, feedforward):
+    for theirs, attention in attentions.items():
+        for layer, part in (
+            (attention._query_dense, "q_proj"),
+            (attention._key_dense, "k_proj"),
+            (attention._value_dense, "v_proj"),
+            (attention._output_dense, "o_proj"),
+        ):
+            yield from _linear(layer, read, f"{name}.{theirs}.{part}")
+    for theirs, norm in norms.items():
+        yield norm.gamma, read(f"{name}.{theirs}.weight")
+    yield from _linear(feedforward.dense_1, read, f"{name}.mlp.fc1")
+    yield from _linear(feedforward.dense_2, read, f"{name}.mlp.fc2")
 
 
 # Families without a converter. A linear layer of transformers has its outputs
@@ -988,5 +1094,21 @@ ENCODER_DECODERS = {
         ),
         _t5gemma2_arguments,
         _t5gemma2_weights,
+    ),
+    "moonshine": FromSound(
+        "Moonshine",
+        transformers.MoonshineConfig(
+            **dict(_COMMON, pad_token_id=0),
+            hidden_size=32,
+            intermediate_size=64,
+            encoder_num_hidden_layers=2,
+            decoder_num_hidden_layers=2,
+            encoder_num_attention_heads=4,
+            decoder_num_attention_heads=4,
+            decoder_start_token_id=2,
+            rope_parameters=dict(_ROPE, partial_rotary_factor=0.5),
+        ),
+        _moonshine_arguments,
+        _moonshine_weights,
     ),
 }

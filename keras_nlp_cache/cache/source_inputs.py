@@ -43,6 +43,26 @@ class EncoderOutput(keras.layers.Layer):
         return super().get_config()
 
 
+@keras.saving.register_keras_serializable("keras_nlp_cache")
+class EncoderMask(EncoderOutput):
+    """Which of what the encoder returned is padding, where that says so.
+
+    What is padding of sound, say, is another thing than what is padding of what
+    an encoder makes of it.
+
+    Call arguments:
+        x: bool tensor `(B, S)`, from the encoder's part of the graph. `None` if
+            it was not called.
+        given: Optional tensor `(B, S)`, with what the encoder returned before.
+
+    Returns:
+        bool, what there is of the two.
+    """
+
+    def call(self, x, given=None):
+        return ops.cast(given, "bool") if x is None and given is not None else x
+
+
 class SourceMask(Weightless):
     """What each token may attend to of what the encoder returned.
 

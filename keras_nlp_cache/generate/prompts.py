@@ -172,10 +172,10 @@ def check_tokens(inputs, backbone):
         )
     check_vocabulary(token_ids[mask], backbone)
     if roles.of_source:
-        _check_source(inputs, backbone, len(lengths))
+        check_source(inputs, backbone, len(lengths))
 
 
-def _check_source(inputs, backbone, rows):
+def check_source(inputs, backbone, rows):
     """Checks what an encoder is to read before a batch of prompts."""
     roles = backbone.roles
     name = roles.source_ids
@@ -186,19 +186,22 @@ def _check_source(inputs, backbone, rows):
             f"Expected prompts with `{name}`, what the encoder is to read. "
             f"Received the keys {sorted(inputs)}."
         )
-    token_ids = ops.convert_to_numpy(inputs[name])
+    read = ops.convert_to_numpy(inputs[name])
     mask = inputs.get(roles.source_mask)
-    mask = np.ones_like(token_ids) if mask is None else mask
+    mask = np.ones(read.shape[:2]) if mask is None else mask
     mask = ops.convert_to_numpy(mask).astype(bool)
+    channels = backbone.input[name].shape[2:]
     if (
-        token_ids.ndim != 2
-        or token_ids.shape != mask.shape
-        or len(token_ids) != rows
+        read.shape != (*mask.shape, *channels)
+        or mask.ndim != 2
+        or len(read) != rows
     ):
+        sizes = ", ".join(["batch", "encoder_length", *map(str, channels)])
+        and_mask = "" if channels else f" and `{roles.source_mask}`"
         raise ValueError(
-            f"Expected `{name}` and `{roles.source_mask}` to be (batch, "
-            f"encoder_length), for the batch of {rows} prompts. Received the "
-            f"shapes {token_ids.shape} and {mask.shape}."
+            f"Expected `{name}`{and_mask} to be ({sizes}), for the batch of "
+            f"{rows} prompts. Received the shapes {read.shape} and {mask.shape}"
+            f"{' of a padding mask' if channels else ''}."
         )
     reading_nothing = np.flatnonzero(~mask.any(axis=1))
     if len(reading_nothing):
@@ -206,7 +209,8 @@ def _check_source(inputs, backbone, rows):
             f"Expected each row of `{name}` to have a token. Received: none in "
             f"row {reading_nothing[0]}, of padding alone."
         )
-    check_vocabulary(token_ids[mask], backbone)
+    if not channels:
+        check_vocabulary(read[mask], backbone)
 
 
 def check_vocabulary(token_ids, backbone):

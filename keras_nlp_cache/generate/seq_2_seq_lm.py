@@ -3,7 +3,9 @@
 import keras_hub
 from keras import ops
 
+from keras_nlp_cache.generate import source_stream
 from keras_nlp_cache.generate.causal_lm import CausalLM
+from keras_nlp_cache.generate.many.call import BATCH_SIZE
 
 
 class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
@@ -169,39 +171,82 @@ class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
             max_length: As for `keras_hub.models.Seq2SeqLM.generate()`, of what
                 the decoder reads and generates.
             stop_token_ids: As for `CausalLM.generate()`.
-            strip_prompt: bool. Only `False`, since upstream's knows no other.
-            **further: None. What `CausalLM.generate()` takes beyond these is
-                for models without an encoder.
+            strip_prompt: bool. Whether to leave out how the decoder's text
+                began.
+            **further: As for `CausalLM.generate()`, but for `assistant_model`
+                and `prefix`. With one of these, `inputs` may be any iterable of
+                strings or of dictionaries, one for each prompt.
 
         Raises:
             ValueError: If prompts have no tokens, if there is nothing for the
-                encoder to read, if ids are not in the vocabulary, or if there
-                is a further argument.
+                encoder to read, if ids are not in the vocabulary, or if a
+                further argument is not what it should be.
+
+        Example:
+        ```python
+        lm.generate(["the fox", "a dog"], max_new_tokens=8, stop_strings=".")
+        ```
         """
-        if strip_prompt or further:
-            given = sorted(further) + ["strip_prompt"] * bool(strip_prompt)
+        if further.get("assistant_model") is not None:
             raise ValueError(
-                "Expected `inputs`, `max_length` and `stop_token_ids`, which "
-                "is what a model with an encoder takes. Received also: "
-                f"{', '.join(given)}."
+                "Expected no `assistant_model` for a model with an encoder, "
+                "since nothing says what the assistant is to read. Received: "
+                f"{further['assistant_model']!r}."
             )
+        if strip_prompt and further.get("batch_size") is None:
+            # Upstream's does not know how.
+            further["batch_size"] = BATCH_SIZE
         # Upstream writes into a dictionary. Its preprocessors cut what is too
         # long.
         return super().generate(
             dict(inputs) if isinstance(inputs, dict) else inputs,
             max_length=max_length,
             stop_token_ids=stop_token_ids,
-            truncation="right",
+            strip_prompt=strip_prompt,
+            **{"truncation": "right", **further},
         )
 
-    def generate_many(self, *args, **kwargs):
-        self._refuse("generate_many()")
+    def stream(
+        self,
+        prompt,
+        max_new_tokens=256,
+        stop_token_ids="auto",
+        truncation="error",
+        **options,
+    ):
+        """Generates text from what the encoder reads, and yields it.
+
+        Args:
+            prompt: What `generate()` takes for one text: a string for the
+                encoder, or a dictionary of `encoder_text` and `decoder_text`.
+            max_new_tokens: int. Stop after that many tokens.
+            stop_token_ids: As for `generate()`.
+            truncation: What becomes of a `decoder_text` that leaves no room in
+                the positions that the model learned, as for
+                `CausalLM.generate()`.
+            **options: As for `generate()`, such as `stop_strings`, but for
+                `return_logprobs`.
+
+        Returns:
+            An iterator with one string for each token, which may be left
+            early: the text that has become certain with it, possibly empty.
+
+        Raises:
+            ValueError: If the model has no preprocessor, the sampler has a
+                loop of its own, or an argument is not what it should be.
+
+        Example:
+        ```python
+        for piece in lm.stream("the fox", max_new_tokens=8):
+            print(piece, end="", flush=True)
+        ```
+        """
+        return source_stream.stream(
+            self, prompt, max_new_tokens, stop_token_ids, truncation, options
+        )
 
     def start_session(self, path=None):
         self._refuse("start_session()")
-
-    def stream(self, *args, **kwargs):
-        self._refuse("stream()")
 
     def chat(self, *args, **kwargs):
         self._refuse("chat()")
@@ -215,5 +260,5 @@ class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
     def _refuse(self, method):
         raise ValueError(
             f"Expected a model without an encoder for `{method}`. Received: a "
-            f"`{type(self).__name__}`. Call `generate()`."
+            f"`{type(self).__name__}`. Call `generate()` or `stream()`."
         )

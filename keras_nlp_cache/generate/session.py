@@ -167,7 +167,7 @@ class Session:
                 iterator was made.
         """
         check_loop(self.lm)
-        _check_postprocess(self.lm.preprocessor)
+        check_postprocess(self.lm.preprocessor)
         check_truncation(truncation)
         token_ids, start = self._tokenize(text)
         check_count("max_new_tokens", max_new_tokens)
@@ -286,7 +286,7 @@ class Session:
             RuntimeError: As `stream()`.
         """
         check_loop(self.lm)
-        _check_postprocess(self.lm.preprocessor)
+        check_postprocess(self.lm.preprocessor)
         return conversation.stream_turn(
             self,
             message,
@@ -557,7 +557,7 @@ class Session:
         return token_ids, len(start)
 
 
-def _check_postprocess(preprocessor):
+def check_postprocess(preprocessor):
     """Refuses what makes text of all tokens in a way that nobody knows."""
     method = type(preprocessor).generate_postprocess
     if not method.__module__.startswith(("keras_hub.", "keras_nlp_cache.")):

@@ -139,6 +139,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
     _replaced_attributes = frozenset()
 
     blocks_name = "transformer_layers"
+    _mask_of_source = None
 
     def __init__(self, inputs, outputs, **kwargs):
         if not self.blocks:
@@ -348,6 +349,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         # What the constructor of the family set, but not how it was compiled.
         skip = {*vars(new), "optimizer", "_compile_config", self.blocks_name}
         new._source = self._source
+        new._mask_of_source = self._mask_of_source
         in_graph = {id(operation) for operation in new.operations}
         for name, value in attributes(self).items():
             if name in skip:

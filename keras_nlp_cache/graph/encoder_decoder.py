@@ -1,5 +1,7 @@
 """A backbone whose decoder reads what its encoder returns."""
 
+import itertools
+
 import keras
 from keras import ops
 
@@ -20,7 +22,8 @@ class EncoderDecoderBackbone(CachedBackbone):
 
     Three calls are possible, by what is passed:
 
-    - with `"encoder_token_ids"`, all of the graph runs,
+    - with `"encoder_token_ids"`, all of the graph runs. Where an encoder reads
+      something else, that is called as upstream calls it,
     - with `"encoder_sequence"` in their place, only the decoder does,
     - with neither, and with a cache of an earlier call, only the decoder does,
       and reads of the encoder what is in the cache.
@@ -82,19 +85,54 @@ class EncoderDecoderBackbone(CachedBackbone):
         """Runs the encoder alone.
 
         Args:
-            token_ids: int `(B, S)`.
+            token_ids: int `(B, S)`, or what else the encoder reads.
             padding_mask: Optional `(B, S)`, 0 for padding.
 
         Returns:
             Tensor `(B, S, hidden_dim)`, to be passed as `"encoder_sequence"`.
         """
+        return self.encoder_outputs(token_ids, padding_mask)[
+            "encoder_sequence_output"
+        ]
+
+    def encoder_outputs(self, token_ids, padding_mask=None):
+        """What a call returns of the encoder, which runs alone.
+
+        Takes the arguments of `encode()`. What is of the text is `None`.
+        """
         roles = self.roles
         given = {roles.source_ids: token_ids, roles.source_mask: padding_mask}
-        given = normalize_source(given, roles, None, self._source)
+        given = self._normalize_source(given)
         inputs = dict.fromkeys(self._inputs_struct)
         inputs["cache"] = ((None, None),) * len(self.cache_spec)
         outputs, *_ = self._run_through_graph({**inputs, **given})
-        return outputs["encoder_sequence_output"]
+        return outputs
+
+    def anything_to_read(self, rows):
+        """Inputs of the encoder that are as good as others.
+
+        Args:
+            rows: int. The rows of a batch.
+        """
+        roles = self.roles
+        length = next(
+            x for x in itertools.count(2) if self.encoded_length(x) > 1
+        )
+        reads = self._inputs_struct[roles.source_ids]
+        shape = rows, length, *reads.shape[2:]
+        return {
+            roles.source_ids: ops.ones(shape, reads.dtype),
+            roles.source_mask: ops.ones(shape[:2], "int32"),
+        }
+
+    @staticmethod
+    def encoded_length(length):
+        """How long that is which the encoder makes of something.
+
+        Args:
+            length: int. How long that is, in tokens.
+        """
+        return length
 
     @staticmethod
     def hidden_states_of(outputs):
@@ -103,6 +141,7 @@ class EncoderDecoderBackbone(CachedBackbone):
     # === How the graph is made ===
 
     def _output_of_encoder(self, outputs):
+        self._mask_of_source = outputs.get("encoder_attention_mask")
         return outputs["encoder_sequence_output"]
 
     def _of_the_text(self, layers):
@@ -126,7 +165,12 @@ class EncoderDecoderBackbone(CachedBackbone):
 
     def new_wiring(self, graph=None):
         return EncoderWiring(
-            floating_policy(self.blocks[0]), graph, self.roles, self._source
+            floating_policy(self.blocks[0]),
+            graph,
+            self.roles,
+            self._source,
+            self._mask_of_source,
+            self.input[self.roles.source_ids] if graph is None else None,
         )
 
     def _set_graph(self, wiring, *args, **kwargs):
@@ -183,15 +227,23 @@ class EncoderDecoderBackbone(CachedBackbone):
             return super()._normalize(inputs)  # Which explains it.
         text = {k: x for k, x in inputs.items() if k not in roles.of_source}
         text = super()._normalize(text)
-        source = normalize_source(
+        source = self._normalize_source(
             {name: inputs.get(name) for name in roles.of_source},
-            roles,
             text[roles.token_ids].shape[0],
+        )
+        check_remembered(text["cache"], source, roles, self.encoded_length)
+        return {**text, **source}
+
+    def _normalize_source(self, inputs, batch=None):
+        return normalize_source(
+            inputs,
+            self.roles,
+            batch,
             self._source,
+            self._inputs_struct[self.roles.source_ids],
+            self.encoded_length,
             self._max_source_positions,
         )
-        check_remembered(text["cache"], source, roles)
-        return {**text, **source}
 
     @property
     def max_positions(self):
@@ -202,14 +254,16 @@ class EncoderDecoderBackbone(CachedBackbone):
             return super()._output_spec(inputs, x)
         roles = self.roles
         source = inputs[roles.source]
-        if source is None:
-            source = inputs[roles.source_ids]
+        if source is not None:
+            batch, length = source.shape[:2]
+        else:
+            batch, length = inputs[roles.source_ids].shape[:2]
+            if length is not None:
+                length = self.encoded_length(length)
+        text = "decoder_sequence_output"
         return {
-            "encoder_sequence_output": keras.KerasTensor(
-                (*source.shape[:2], self._source.shape[-1]),
-                dtype=x["encoder_sequence_output"].dtype,
-            ),
-            "decoder_sequence_output": super()._output_spec(
-                inputs, x["decoder_sequence_output"]
-            ),
+            name: super(EncoderDecoderBackbone, self)._output_spec(inputs, y)
+            if name == text
+            else keras.KerasTensor((batch, length, *y.shape[2:]), y.dtype)
+            for name, y in x.items()
         }

@@ -6,6 +6,7 @@ import keras
 
 from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.cache.layer_cache import LayerCache
+from keras_nlp_cache.cache.source_inputs import EncoderMask
 from keras_nlp_cache.cache.source_inputs import EncoderOutput
 from keras_nlp_cache.cache.source_inputs import SourceMask
 from keras_nlp_cache.graph.wiring import Wiring
@@ -25,6 +26,9 @@ class EncoderWiring(Wiring):
         roles: `Roles`.
         source: Symbolic tensor `(B, S, source_dim)`, what the encoder of
             upstream's graph returns.
+        mask: Optional symbolic tensor `(B, S)`, which of that is padding, if
+            upstream's graph says so of something else.
+        reads: Without a graph, symbolic tensor like what the encoder reads.
 
     Attributes:
         encoder_blocks: The blocks of the encoder, in the order in which they
@@ -33,9 +37,16 @@ class EncoderWiring(Wiring):
             returned.
     """
 
-    def __init__(self, dtype, graph, roles, source):
+    def __init__(self, dtype, graph, roles, source, mask=None, reads=None):
         super().__init__(dtype, graph, roles)
-        self._source = source
+        if reads is not None:
+            self.inputs[roles.source_ids] = keras.Input(
+                reads.shape[1:],
+                dtype=reads.dtype,
+                name=roles.source_ids,
+                optional=True,
+            )
+        self._source, self._mask_of_source = source, mask
         self._calls = collections.Counter()
         self._source_masks = {}
         self.encoder_blocks, self.encoded = [], []
@@ -55,12 +66,16 @@ class EncoderWiring(Wiring):
         x = super().call_operation(operation, args, kwargs)
         here = operation, self._calls[operation]
         self._calls[operation] += 1
-        history = self._source._keras_history
-        if here != (history.operation, history.node_index):
-            return x
-        return EncoderOutput(dtype=self._dtype, name="encoder_output")(
-            x, given=self.inputs[self._roles.source]
-        )
+        if here == _call_of(self._source):
+            return EncoderOutput(dtype=self._dtype, name="encoder_output")(
+                x, given=self.inputs[self._roles.source]
+            )
+        mask = self._mask_of_source
+        if mask is not None and here == _call_of(mask):
+            return EncoderMask(dtype=self._dtype, name="encoder_mask")(
+                x, given=self.inputs[self._roles.source_mask]
+            )
+        return x
 
     def call_block(self, block, args, kwargs):
         """Calls a block of the decoder, or of the encoder if it is one.
@@ -98,7 +113,10 @@ class EncoderWiring(Wiring):
             What the block returns, symbolically.
         """
         args, kwargs = sequence_first(block, args, kwargs)
-        kwargs = self._completed("encoder", block, kwargs)
+        # For blocks that follow to find them.
+        names = block.call_signature_parameters
+        kwargs = {**dict(zip(names[1:], args[1:])), **kwargs}
+        args, kwargs = args[:1], self._completed("encoder", block, kwargs)
         outputs = block(*args, **kwargs)
         self._note("encoder", block, kwargs, outputs)
         self.encoder_blocks.append(block)
@@ -143,3 +161,9 @@ class EncoderWiring(Wiring):
                 positions=self.positions if layer.joins_source else None,
             )
         return LayerCache(key=key, value=value, mask=self._source_masks[which])
+
+
+def _call_of(tensor):
+    """The operation that returned a symbolic tensor, and which call of it."""
+    history = tensor._keras_history
+    return history.operation, history.node_index

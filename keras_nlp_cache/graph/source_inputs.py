@@ -8,7 +8,9 @@ from keras_nlp_cache.graph.inputs import as_tensor
 from keras_nlp_cache.graph.inputs import check_shape
 
 
-def normalize_source(inputs, roles, batch, source, max_positions=None):
+def normalize_source(
+    inputs, roles, batch, source, reads, length_of, max_positions=None
+):
     """Completes the inputs that are of an encoder, as tensors.
 
     Args:
@@ -17,6 +19,9 @@ def normalize_source(inputs, roles, batch, source, max_positions=None):
         roles: `Roles`.
         batch: Optional int. The rows of the text.
         source: Symbolic tensor like what the encoder returns.
+        reads: Symbolic tensor like what the encoder reads.
+        length_of: Function from the length of that to the length of what the
+            encoder returns.
         max_positions: Optional int. How many positions the encoder has.
 
     Returns:
@@ -46,8 +51,10 @@ def normalize_source(inputs, roles, batch, source, max_positions=None):
         )
     if token_ids is not None:
         name = roles.source_ids
-        given = as_tensor(name, token_ids, "int32", kinds="iuf")
-        check_shape(name, given, batch=batch, encoder_length=None)
+        kinds = "iuf" if len(reads.shape) == 2 else "f"
+        given = as_tensor(name, token_ids, reads.dtype, kinds=kinds)
+        further = {} if len(reads.shape) == 2 else {"channels": reads.shape[-1]}
+        check_shape(name, given, batch=batch, encoder_length=None, **further)
     else:
         name = roles.source
         given = as_tensor(name, sequence, source.dtype, kinds="f")
@@ -64,6 +71,13 @@ def normalize_source(inputs, roles, batch, source, max_positions=None):
             f"Expected `{name}` to hold at least one token per row. Received "
             f"shape: {tuple(given.shape)}."
         )
+    if name == roles.source_ids and isinstance(length, int):
+        if length_of(length) < 1:
+            raise ValueError(
+                f"Expected `{name}` to be long enough for the encoder to make "
+                "something of it, which it does not of the shape that was "
+                f"received: {tuple(given.shape)}."
+            )
     if max_positions is not None and isinstance(length, int):
         if length > max_positions:
             raise ValueError(
@@ -84,18 +98,23 @@ def normalize_source(inputs, roles, batch, source, max_positions=None):
     return {**none, name: given, roles.source_mask: mask}
 
 
-def check_remembered(cache, source, roles):
+def check_remembered(cache, source, roles, length_of):
     """Raises a `ValueError` if there is nothing to read, or something else.
 
     Args:
         cache: Pairs of what is kept, or of `None`.
         source: What `normalize_source()` returned.
         roles: `Roles`.
+        length_of: As for `normalize_source()`.
     """
     given = source[roles.source_ids]
     name = roles.source_ids
     if given is None:
         given, name = source[roles.source], roles.source
+        read = None if given is None else given.shape[1]
+    else:
+        read = given.shape[1]
+        read = length_of(read) if isinstance(read, int) else read
     wanted = f"`{roles.source_ids}` or `{roles.source}`"
     if cache[0][0] is None:
         if given is None:
@@ -119,10 +138,11 @@ def check_remembered(cache, source, roles):
             "decoder reads to be written there. Received a cache of shape "
             f"{_shape(cache)} for that, and nothing to read."
         )
-    if given is not None and length not in (0, given.shape[1]):
+    if given is not None and length not in (0, read):
         raise ValueError(
             f"Expected `{name}` of the length that `cache` has for what the "
-            f"encoder read, {length}. Received shape: {tuple(given.shape)}. "
+            f"encoder read, {length}. Received shape: {tuple(given.shape)}"
+            f"{'' if read == given.shape[1] else f', which makes {read}'}. "
             "Begin another text with a new cache, of `make_cache()`."
         )
 

@@ -51,10 +51,17 @@ def count_within(block):
         block: A layer that is built.
     """
     layers = block._flatten_layers(include_self=False)
+    # As attributes are: not by Keras, whatever number there is.
+    named = {
+        id(layer)
+        for outer in (block, *layers)
+        for attribute, layer in _attributes(outer).items()
+        if isinstance(layer, keras.layers.Layer) and layer.name == attribute
+    }
     taken, paths = set(), {}
     for layer in layers:
         name, before = _automatic_name(layer), layer.path
-        if name is None or not before:
+        if name is None or not before or id(layer) in named:
             continue
         inside, i = parent(before), 0
         layer.name = name
@@ -78,6 +85,11 @@ def count_within(block):
                 layer._parent_path = parent(layer.path)
         found = {id(v): (v, moved(v.path)) for v in block.variables}
         assign(block, found)
+
+
+def _attributes(layer):
+    """The attributes of a layer, with those that PyTorch keeps elsewhere."""
+    return {**vars(layer), **vars(layer).get("_modules", {})}
 
 
 def pattern(path, layers):

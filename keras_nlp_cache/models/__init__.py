@@ -26,6 +26,8 @@ from keras_nlp_cache.models.mistral import MistralBackbone
 from keras_nlp_cache.models.mistral import MistralCausalLM
 from keras_nlp_cache.models.mixtral import MixtralBackbone
 from keras_nlp_cache.models.mixtral import MixtralCausalLM
+from keras_nlp_cache.models.moonshine import MoonshineAudioToText
+from keras_nlp_cache.models.moonshine import MoonshineBackbone
 from keras_nlp_cache.models.opt import OPTBackbone
 from keras_nlp_cache.models.opt import OPTCausalLM
 from keras_nlp_cache.models.phi3 import Phi3Backbone
@@ -79,6 +81,8 @@ __all__ = [
     "MistralCausalLM",
     "MixtralBackbone",
     "MixtralCausalLM",
+    "MoonshineAudioToText",
+    "MoonshineBackbone",
     "OPTBackbone",
     "OPTCausalLM",
     "Phi3Backbone",

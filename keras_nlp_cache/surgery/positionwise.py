@@ -455,8 +455,7 @@ def _run(model, token_ids, noise, positions, kept):
     # No call is left out, for those that are counted.
     inputs[roles.padding_mask] = ops.ones(positions.shape, "int32")
     if roles.source_ids is not None:
-        ones = ops.ones((len(positions), 2), "int32")
-        inputs |= {roles.source_ids: ones, roles.source_mask: ones}
+        inputs |= model.anything_to_read(len(positions))
     positions = ops.convert_to_tensor(positions, dtype="int32")
     x, taps = model.replay(inputs, positions, call)
     x = model.hidden_states_of(x)

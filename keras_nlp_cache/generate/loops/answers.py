@@ -13,12 +13,15 @@ class Request(typing.NamedTuple):
         token_ids: int32 array `(T,)`.
         limit: int. How many tokens the text is to have at most.
         stream: Array `(2,)` or `(0,)`. See `sampling.streams()`.
+        source: Optional dictionary of arrays, what an encoder is to read, with
+            no axis for a batch.
     """
 
     number: int
     token_ids: typing.Any
     limit: int
     stream: typing.Any
+    source: typing.Any = None
 
 
 class Answer(typing.NamedTuple):

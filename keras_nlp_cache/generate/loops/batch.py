@@ -113,20 +113,26 @@ def guesses(lm):
 
 
 def checked(lm, requests, stops, options, guesser, count, watch=None):
-    """Answers a batch of requests with guesses.
+    """Answers a batch of requests, from their first token to their last.
 
     Args:
         lm: A `CausalLM`.
         requests: List of `Request`s.
         stops: Sequence of ints.
         options: `Options`.
-        guesser: A `speculative.Draft` or `Lookup`.
+        guesser: Optional `speculative.Draft` or `Lookup`.
         count: int. How many tokens to guess at a time.
         watch: Optional, as for `Places`.
 
     Returns:
         A list with the `Answer` of each.
     """
+    source = requests[0].source
+    if source is not None:
+        source = {
+            name: np.stack([x.source[name] for x in requests])
+            for name in source
+        }
     token_ids, given = padded([x.token_ids for x in requests])
     generation = _generated(
         lm,
@@ -138,6 +144,7 @@ def checked(lm, requests, stops, options, guesser, count, watch=None):
         count,
         options,
         np.stack([x.stream for x in requests]),
+        source,
     )
     return [
         ended(generation, row, request, watch)

@@ -3,10 +3,15 @@
 import collections
 import itertools
 
+import numpy as np
+
 from keras_nlp_cache.generate.loops.batch import checked
 from keras_nlp_cache.generate.loops.generation import slots_for
 from keras_nlp_cache.generate.loops.places import Places
 from keras_nlp_cache.generate.loops.places import run
+
+# The fewest tokens that an encoder reads, padding included.
+_FEWEST = 16
 
 
 class _Queue:
@@ -85,3 +90,45 @@ def checked_answers(
     queue = _Queue(requests)
     while waiting := list(queue.take(batch)):
         yield from checked(lm, waiting, stops, options, guesser, count, watch)
+
+
+def answers_after_source(
+    lm, requests, batch, stops, options, guesser, count, watch=None
+):
+    """Answers requests of a model with an encoder, some at a time.
+
+    What an encoder reads for them is read together.
+
+    Takes the arguments of `checked_answers()`. There may be no guesser.
+    """
+    if lm.generation_loop.in_step or (guesser is not None and guesser.in_step):
+        batch = 1
+    queue = _Queue(requests)
+    while waiting := list(queue.take(batch)):
+        together = {}
+        for request in _padded(waiting, lm.backbone.roles):
+            shapes = tuple(x.shape for x in request.source.values())
+            together.setdefault(shapes, []).append(request)
+        for some in together.values():
+            yield from checked(lm, some, stops, options, guesser, count, watch)
+
+
+def _padded(requests, roles):
+    """Requests with as much padding of what an encoder reads, if that is text.
+
+    Of sound, an encoder may hear padding, too.
+    """
+    lengths = [len(x.source[roles.source_mask]) for x in requests]
+    if requests[0].source[roles.source_ids].ndim > 1:
+        return requests
+    # Of few sizes, for few to be compiled.
+    length = max(_FEWEST, 1 << (max(lengths) - 1).bit_length())
+    return [
+        x._replace(
+            source={
+                name: np.pad(y, (0, length - len(y)))
+                for name, y in x.source.items()
+            }
+        )
+        for x in requests
+    ]

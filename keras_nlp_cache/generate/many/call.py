@@ -8,6 +8,7 @@ from keras_nlp_cache.generate.loops.batch import draft
 from keras_nlp_cache.generate.loops.batch import guesses
 from keras_nlp_cache.generate.loops.sampling import check_loop
 from keras_nlp_cache.generate.many.answering import answers
+from keras_nlp_cache.generate.many.answering import answers_after_source
 from keras_nlp_cache.generate.many.answering import checked_answers
 from keras_nlp_cache.generate.many.requests import Limits
 from keras_nlp_cache.generate.many.requests import Prompts
@@ -15,6 +16,8 @@ from keras_nlp_cache.generate.many.requests import prompts_in
 from keras_nlp_cache.generate.many.results import as_arrays
 from keras_nlp_cache.generate.many.results import Results
 from keras_nlp_cache.generate.many.results import shown_progress
+from keras_nlp_cache.generate.many.source_prompts import prompts_with_source
+from keras_nlp_cache.generate.many.source_prompts import SourcePrompts
 from keras_nlp_cache.generate.many.watch import Watch
 from keras_nlp_cache.generate.options.options import Options
 from keras_nlp_cache.generate.prompts import check_count
@@ -92,7 +95,9 @@ class Call:
                     f"{self._options.stop_strings!r}. Use `stop_token_ids`."
                 )
             self._watch = Watch(lm, self._options.stop_strings)
-        self._prompts = Prompts(lm, limits, prefix, seed, num_return_sequences)
+        self._has_source = lm.backbone.roles.source is not None
+        prompts = SourcePrompts if self._has_source else Prompts
+        self._prompts = prompts(lm, limits, prefix, seed, num_return_sequences)
         self._results = Results(
             lm, strip_prompt, self._watch, self._options, return_dict
         )
@@ -118,7 +123,11 @@ class Call:
             batch_size = BATCH_SIZE
         check_count("batch_size", batch_size)
         common = self._lm, self._prompts.requests(prompts), batch_size
-        if guesser is None:
+        if self._has_source:
+            found = answers_after_source(
+                *common, self._stops, self._options, guesser, count, self._watch
+            )
+        elif guesser is None:
             found = answers(
                 *common, self._stops, self._options, self._watch, self._most
             )
@@ -175,7 +184,11 @@ def generate(
         progress: bool, or `None`.
         **kwargs: Further arguments, as for `Call`.
     """
-    prompts, is_scalar, are_arrays = prompts_in(inputs)
+    roles = lm.backbone.roles
+    if roles.source is None:
+        prompts, is_scalar, are_arrays = prompts_in(inputs)
+    else:
+        prompts, is_scalar, are_arrays = prompts_with_source(inputs, roles)
     call = Call(lm, **kwargs)
     total = call.count(prompts)
     if total is not None and batch_size is None:
@@ -192,7 +205,7 @@ def generate(
         )
     results = [results[number] for number in sorted(results)]
     if are_arrays and not kwargs["return_dict"]:
-        return as_arrays(results)
+        return as_arrays(results, roles)
     if is_scalar and kwargs["num_return_sequences"] == 1:
         return results[0]
     return results

@@ -51,7 +51,7 @@ class Prompts:
         """Yields the `Request`s of an iterable of prompts."""
         for i, prompt in enumerate(prompts):
             said = {"prompt": prompt}
-            if isinstance(prompt, dict):
+            if self._says_more(prompt):
                 said = self._checked(i, prompt)
             token_ids, limit = self._read(
                 i, said["prompt"], said.get("max_new_tokens")
@@ -62,7 +62,26 @@ class Prompts:
                     self._lm.generation_loop.sampler,
                     *self._drawn(i, copy, said),
                 )
-                yield Request(number, token_ids, limit, stream)
+                yield Request(
+                    number,
+                    token_ids,
+                    limit,
+                    stream,
+                    self._source(i, said["prompt"]),
+                )
+
+    @staticmethod
+    def _says_more(prompt):
+        """Whether a prompt says more than what is to be read."""
+        return isinstance(prompt, dict)
+
+    def _source(self, i, prompt):
+        """What an encoder is to read, if there is one."""
+        return None
+
+    def _longest(self):
+        """How long the preprocessor lets texts become, `None` if any."""
+        return getattr(self._lm.preprocessor, "sequence_length", None)
 
     def _drawn(self, i, copy, said):
         """Which stream of which seed a text is drawn from."""
@@ -100,7 +119,7 @@ class Prompts:
         if max_new_tokens is None:
             max_new_tokens = self._limits.max_new_tokens
         if most is None and max_new_tokens is None:
-            most = getattr(self._lm.preprocessor, "sequence_length", None)
+            most = self._longest()
             if most is None:
                 raise ValueError(
                     "Expected `max_new_tokens` or `max_length`, for a model "

@@ -70,10 +70,11 @@ class Results:
     def _detokenized(self, token_ids):
         if not len(token_ids):
             return ""
+        roles = self._lm.backbone.roles
         (text,) = self._lm.preprocessor.generate_postprocess(
             {
-                "token_ids": np.asarray(token_ids)[None],
-                "padding_mask": np.ones((1, len(token_ids)), "bool"),
+                roles.token_ids: np.asarray(token_ids)[None],
+                roles.padding_mask: np.ones((1, len(token_ids)), "bool"),
             }
         )
         return text
@@ -99,7 +100,7 @@ def shown_progress(results, total, progress):
     )
 
 
-def as_arrays(rows):
+def as_arrays(rows, roles):
     """Rows of token ids, padded at their end, as upstream returns them."""
     token_ids, mask = padded(rows)
-    return {"token_ids": token_ids, "padding_mask": mask}
+    return {roles.token_ids: token_ids, roles.padding_mask: mask}
