@@ -203,6 +203,11 @@ def check_source(inputs, backbone, rows):
             f"{rows} prompts. Received the shapes {read.shape} and {mask.shape}"
             f"{' of a padding mask' if channels else ''}."
         )
+    if channels and np.issubdtype(read.dtype, np.integer):
+        raise ValueError(
+            f"Expected `{name}` to be floating, as a preprocessor makes it. "
+            f"Received: dtype {read.dtype}."
+        )
     reading_nothing = np.flatnonzero(~mask.any(axis=1))
     if len(reading_nothing):
         raise ValueError(
