@@ -178,7 +178,9 @@ def _kind(target):
     """What an operator returns: `"view"`s, what it `"modifies"`, or new."""
     if target is operator.getitem:
         return "view"
-    schema = target._schema
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return "new"
     if schema.is_mutable:
         return "modifies"
     aliases = [x.alias_info is not None for x in schema.returns]
