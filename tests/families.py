@@ -544,6 +544,10 @@ _EACH_KIND = [
     x for x in FAMILIES if x.name in _KINDS or keras.config.backend() == "torch"
 ]
 each_kind = _taking_turns(_EACH_KIND, jax=3, tensorflow=2)
+# For what is of attention, which layers that keep a state have none of.
+each_kind_that_attends = _taking_turns(
+    [x for x in _EACH_KIND if not x.keeps_states], jax=3, tensorflow=2
+)
 # The same, and with an encoder.
 any_kind = _taking_turns([*_EACH_KIND, *ENCODER_DECODERS], jax=3, tensorflow=2)
 # For what code does that does not ask which family it serves.

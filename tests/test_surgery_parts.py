@@ -14,7 +14,7 @@ from tests.edits import TOKENS
 from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
-from tests.families import each_kind
+from tests.families import each_kind_that_attends
 from tests.families import FAMILIES
 from tests.families import in_turn
 from tests.families import padding_mask
@@ -72,7 +72,7 @@ def test_selection(family):
         surgery.select(backbone, "block.0.nose")
 
 
-@each_kind
+@each_kind_that_attends
 def test_taps(family):
     """The parts add up to the block, with a cache and without."""
     backbone = original(family).backbone
@@ -101,7 +101,7 @@ def test_taps(family):
         assert_close(np.concatenate(together, axis=axis), to_numpy(x))
 
 
-@each_kind
+@each_kind_that_attends
 def test_attention_weights(family):
     """They are those by which the values are summed."""
     backbone = original(family).backbone

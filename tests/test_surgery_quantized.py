@@ -145,6 +145,8 @@ def test_adapters_of_quantized_projections(family, mode, tmp_path):
 @each_kind
 def test_gradient_of_quantized_logits(family, at, tmp_path):
     """Through the weights, not through what is left of a rounding."""
+    if family.name == "rwkv7":
+        pytest.skip("RWKV-7 has a dense layer for logits")
     lm = quantized(family, "int8")
     if at == "loaded":
         lm.save(tmp_path / "lm.keras")

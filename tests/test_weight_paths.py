@@ -20,7 +20,7 @@ from tests.edits import full_forward
 from tests.edits import original
 from tests.edits import snapshot
 from tests.families import deep_families
-from tests.families import each_kind
+from tests.families import each_kind_that_attends
 from tests.families import examples
 from tests.families import FAMILIES
 from tests.families import in_turn
@@ -77,7 +77,7 @@ def test_every_edit(family, edit):
         assert ours.get(id(weight), path) == path
 
 
-@each_kind
+@each_kind_that_attends
 def test_where_adapters_stand(family):
     edited = EDITS["add_lora"].apply(original(family).backbone)
     edited = surgery.add_attention_sink(edited, 1)

@@ -74,15 +74,15 @@ class BlockCall:
 
 
 @contextlib.contextmanager
-def calling(hidden_states, entries, across):
+def calling(hidden_states, entries, across=None):
     """In this scope, a block is called on some hidden states.
 
     Args:
         hidden_states: Tensor `(B, T, hidden_dim)`.
         entries: Dictionary from the `id()` of layers to `LayerCache`s.
-        across: Dictionary like it, of those that have a second one.
+        across: Optional dictionary like it, of those that have a second one.
     """
-    call = BlockCall(hidden_states, entries, across)
+    call = BlockCall(hidden_states, entries, across or {})
     token = _current.set(call)
     try:
         yield call

@@ -2,8 +2,8 @@
 
 A decode step is bound by the bytes of its weights, and no product that the
 backends bring is fast at one row of small numbers. `kernels.py` has those that
-are: they round inputs and scale results, too. `operands.py` is how they read and
-write, `vector_sums.py` how they sum where groups have scales.
+are: they round inputs and scale results, too. `operands.py` is how they read
+and write, `vector_sums.py` how they sum where groups have scales.
 
 `choice.py` says where they are worth it. `finding.py` finds the weights of a
 model, `packing.py` and `sources.py` keep them as kernels read them, and

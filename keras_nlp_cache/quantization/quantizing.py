@@ -143,7 +143,7 @@ def layer_structure(backbone):
 
     Raises:
         ValueError: If a layer between the blocks takes more than what the one
-            before it returned.
+            before it returned, or if a block reads more than that.
     """
     layers = []
     previous = None
@@ -160,6 +160,14 @@ def layer_structure(backbone):
                     "quantize them in turn. Received: a backbone with a layer "
                     f"{site.name!r} that takes something else. Quantize it "
                     'before that edit, or with mode="int8" or "int4".'
+                )
+            if site.block is not None and site.layer.carries:
+                raise ValueError(
+                    "Expected decoder blocks that read hidden states and "
+                    "nothing else, for GPTQ and AWQ to quantize them in turn. "
+                    f"Received: {site.name!r}, which reads "
+                    f"{', '.join(site.layer.carries)} of the block before, "
+                    'too. Quantize it with mode="int8" or "int4".'
                 )
             layers.append(site.layer)
             previous = x
