@@ -353,3 +353,29 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
         assert kernel.cache_hits == hits
     assert list(tmp_path.rglob("*.nbi"))
     assert description() == "compiled by numba"
+
+
+@needs_numba
+def test_what_is_compiled_is_that_of_the_code(monkeypatch):
+    import os
+    import types
+
+    from keras_nlp_cache.kernels import compiling
+    from keras_nlp_cache.kernels import floats
+
+    module = "keras_nlp_cache.products.kernels"
+    before, stat = compiling._digest(module), os.stat
+
+    def changed(path):
+        monkeypatch.setattr(
+            compiling,
+            "os",
+            types.SimpleNamespace(
+                stat=lambda x: stat(__file__ if x == path else x)
+            ),
+        )
+        return compiling._digest(module)
+
+    # What kernels import of this package is looked at, and nothing else.
+    assert changed(floats.__file__) != before
+    assert changed(loops.__file__) == before
