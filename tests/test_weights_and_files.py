@@ -18,6 +18,7 @@ from tests.families import decode
 from tests.families import deep_suites
 from tests.families import ENCODER_DECODERS
 from tests.families import FAMILIES
+from tests.families import IMAGE_MODELS
 from tests.families import on_one_backend
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -33,7 +34,7 @@ def outputs(backbone):
     """All that a backbone returns, in one array."""
     family = next(
         x
-        for x in (*FAMILIES, *ENCODER_DECODERS)
+        for x in (*FAMILIES, *ENCODER_DECODERS, *IMAGE_MODELS)
         if set(x.inputs(TOKENS, MASK)) == set(backbone.input)
     )
     returned = backbone(family.inputs(TOKENS, MASK))

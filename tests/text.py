@@ -68,6 +68,7 @@ def _sentence_piece(prefix):
             unk_piece="<unk>",
         ),
         "T5Gemma": gemma,
+        "PaliGemma": gemma,
         "Llama": dict(
             unk_id=0,
             bos_id=1,

@@ -57,6 +57,9 @@ class Family:
                 if any(x in name for x in ("embed", "wte", "wpe")):
                     # What the layers add is to outweigh the last token.
                     scale = 0.1 if deep else 0.2
+                if "vision" in name and parameter.ndim > 1:
+                    # Whose rounding is enlarged by all that follows.
+                    scale = 0.2
                 value = scale * torch.randn_like(parameter)
                 if parameter.ndim == 1 and name.endswith(".weight"):
                     value += not deep
@@ -244,6 +247,58 @@ class FromSound(EncoderDecoder):
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
         ).numpy()
+
+
+class ImageText(Family):
+    """A small model that reads images with its text."""
+
+    auto_class = transformers.AutoModelForImageTextToText
+
+    def save(self, folder):
+        super().save(folder)
+        # keras_hub reads what transformers 5 calls otherwise.
+        path = pathlib.Path(folder) / "model.safetensors"
+        tensors = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): x
+            for name, x in safetensors.torch.load_file(path).items()
+        }
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+    @property
+    def image_tokens(self):
+        """How many tokens an image becomes."""
+        return self.config.text_config.num_image_tokens
+
+    def inputs(self, images, token_ids, padding_mask):
+        """What transformers takes for images and texts that follow them."""
+        width = ((0, 0), (self.image_tokens, 0))
+        image = self.config.image_token_id
+        token_ids = np.pad(token_ids, width, constant_values=image)
+        mask = np.pad(padding_mask, width, constant_values=1)
+        return dict(
+            pixel_values=torch.tensor(images).permute(0, 3, 1, 2),
+            input_ids=torch.tensor(token_ids).long(),
+            attention_mask=torch.tensor(mask).long(),
+            # All of it is a prompt.
+            token_type_ids=torch.zeros(mask.shape).long(),
+        )
+
+    def logits(self, images, token_ids, padding_mask):
+        with torch.no_grad():
+            inputs = self.inputs(images, token_ids, padding_mask)
+            logits = self.model(**inputs).logits.numpy()
+        return logits[:, self.image_tokens :, : self.config.image_token_id]
+
+    def greedy(self, images, token_ids):
+        inputs = self.inputs(images, token_ids, np.ones_like(token_ids))
+        generated = self.model.generate(
+            **inputs,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            # Which keras_hub's has no logits for.
+            suppress_tokens=[self.config.image_token_id],
+        )
+        return generated.numpy()[:, self.image_tokens :]
 
 
 def _t5_arguments(config):
@@ -991,6 +1046,36 @@ FAMILIES = {
             # The fourth layer is the first that does not rotate.
             **dict(_LLAMA, num_hidden_layers=4),
             rope_parameters=_ROPE,
+        ),
+    ),
+}
+
+_VISION = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=4,
+    vision_use_head=False,
+    model_type="siglip_vision_model",
+)
+IMAGE_MODELS = {
+    "pali_gemma": ImageText(
+        "PaliGemma",
+        transformers.PaliGemmaConfig(
+            text_config=dict(
+                # keras_hub has no embedding of the token for images.
+                dict(_GEMMA, vocab_size=101),
+                model_type="gemma",
+            ),
+            vision_config=dict(_VISION, projection_dim=32),
+            image_token_id=100,
+            projection_dim=32,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="eager",
         ),
     ),
 }

@@ -85,6 +85,10 @@ def arguments(config):
         # They are for training, and in the way of everything else.
         config["output_router_logits"] = False
     told = _scaled_positions(config)
+    if kind == "paligemma":
+        _check(text, "model_type", ("gemma",))
+        # Upstream's takes the number of image tokens for it.
+        told["head_dim"] = text.get("head_dim") or 256
     if kind.startswith("qwen"):
         told.update(_qwen(config))
     for model_type, key, name in (

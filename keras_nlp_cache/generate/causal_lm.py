@@ -171,6 +171,42 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         )
         return hidden_states, cache
 
+    def read_source(self, token_ids, cache, source):
+        """Begins to read a text, with what is not of it.
+
+        Args:
+            token_ids: int tensor `(B, S)`, all of the text.
+            cache: An empty cache.
+            source: Dictionary of further inputs of the backbone. See
+                `Roles.of_prefill`.
+
+        Returns:
+            The cache.
+        """
+        return self.read(token_ids[:, :1], cache, 0, **source)[1]
+
+    def read_with(self, source):
+        """How many tokens need not be read again after `read_source()`.
+
+        Args:
+            source: Dictionary, empty if that is not called.
+        """
+        return 0
+
+    def fitted_source(self, source, length, slots, chunk):
+        """What `read_source()` is to read of a text of some length.
+
+        Args:
+            source: Dictionary of arrays.
+            length: int. How many tokens the text has.
+            slots: int. For how many there is a place.
+            chunk: int. `read_with()` is to be a multiple of it.
+
+        Returns:
+            The dictionary, with arrays.
+        """
+        return source
+
     def overridden(self, *names):
         """Which methods are not those of this package.
 
