@@ -163,7 +163,7 @@ class Family:
         """One of our tasks and upstream's, without a preprocessor."""
         ours = self.task(self.pair[0])
         upstream = self.upstream_task(self.pair[1])
-        if self.prefix == "Gemma3":
+        if self.name == "gemma3":
             # Upstream's returns images, of which there are none.
             normalize = upstream._normalize_generate_outputs
             upstream._normalize_generate_outputs = lambda outputs, *args: (
@@ -315,6 +315,57 @@ class ImageText(Family):
         if kind == "ImageConverter":
             return getattr(keras_hub.layers, self.prefix + kind)
         return super().upstream(kind)
+
+
+class ImagesInText(ImageText):
+    """A family in whose text images stand, and whose tower is an argument.
+
+    Each backbone has one of its own.
+    """
+
+    @property
+    def config(self):
+        tower = keras_hub.models.Gemma3VisionEncoder(
+            image_size=16,
+            patch_size=4,
+            pool_size=2,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=16,
+            intermediate_dim=24,
+            output_dim=32,
+        )
+        return (*self._config, ("vision_encoder", tower))
+
+    @config.setter
+    def config(self, given):
+        object.__setattr__(self, "_config", given)
+
+    def inputs(self, token_ids, padding_mask):
+        """What a backbone is called with, and the same images for all.
+
+        For a batch of two, with an image in each row.
+        """
+        indices = np.arange(4) + np.array([[1], [2]])
+        mask = np.zeros_like(padding_mask)
+        np.put_along_axis(mask, indices, 1, axis=1)
+        return {
+            "images": IMAGES[:, None],
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "vision_indices": indices.astype("int32"),
+            "vision_mask": mask,
+        }
+
+    def preprocessor(self, sequence_length=16):
+        converter = self.upstream("ImageConverter")(image_size=(16, 16))
+        return self.upstream(f"{self.kind}Preprocessor")(
+            self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
+            image_converter=converter,
+            sequence_length=sequence_length,
+            max_images_per_prompt=2,
+            num_vision_tokens_per_image=4,
+        )
 
 
 def _without_none(x):
@@ -527,6 +578,18 @@ IMAGE_MODELS = (
         use_post_attention_norm=True,
         attention_logit_soft_cap=5.0,
         final_logit_soft_cap=10.0,
+        use_sliding_window_attention=True,
+        sliding_window_size=7,
+    ),
+    _family(
+        "gemma3_vision",
+        "Gemma3",
+        _GEMMA,
+        cls=ImagesInText,
+        image_size=16,
+        use_query_key_norm=True,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
         use_sliding_window_attention=True,
         sliding_window_size=7,
     ),

@@ -195,8 +195,14 @@ def test_a_gemma_3_that_sees():
         intermediate_dim=8,
         output_dim=32,
     )
-    with pytest.raises(ValueError, match="'token_ids'.*'images'"):
-        gemma3.backbone(vision_encoder=vision)
+    assert gemma3.backbone(vision_encoder=vision).sees
+    with pytest.raises(ValueError, match="returns hidden states.*pooled_"):
+        gemma3.backbone(
+            vision_encoder=vision,
+            is_embedding_model=True,
+            embedding_dim=8,
+            pooling_intermediate_dim=8,
+        )
 
 
 def test_every_attention_layer_is_found_by_its_class():

@@ -51,7 +51,7 @@ class Family:
         model = self.auto_class.from_config(self.config)
         with torch.no_grad():
             # Its six layers would round away what is compared.
-            deep = self.config.model_type == "gemma3_text"
+            deep = self.config.model_type.startswith("gemma3")
             for name, parameter in model.named_parameters():
                 scale = 0.5 if parameter.ndim > 1 else 0.3
                 if any(x in name for x in ("embed", "wte", "wpe")):
@@ -265,13 +265,21 @@ class ImageText(Family):
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
     @property
-    def image_tokens(self):
-        """How many tokens an image becomes."""
+    def before(self):
+        """How many tokens an image takes before the text."""
         return self.config.text_config.num_image_tokens
+
+    def our_inputs(self, images, token_ids, padding_mask):
+        return {
+            "images": images,
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "response_mask": np.zeros_like(padding_mask),
+        }
 
     def inputs(self, images, token_ids, padding_mask):
         """What transformers takes for images and texts that follow them."""
-        width = ((0, 0), (self.image_tokens, 0))
+        width = ((0, 0), (self.before, 0))
         image = self.config.image_token_id
         token_ids = np.pad(token_ids, width, constant_values=image)
         mask = np.pad(padding_mask, width, constant_values=1)
@@ -287,7 +295,7 @@ class ImageText(Family):
         with torch.no_grad():
             inputs = self.inputs(images, token_ids, padding_mask)
             logits = self.model(**inputs).logits.numpy()
-        return logits[:, self.image_tokens :, : self.config.image_token_id]
+        return logits[:, self.before :, : self.config.image_token_id]
 
     def greedy(self, images, token_ids):
         inputs = self.inputs(images, token_ids, np.ones_like(token_ids))
@@ -298,7 +306,48 @@ class ImageText(Family):
             # Which keras_hub's has no logits for.
             suppress_tokens=[self.config.image_token_id],
         )
-        return generated.numpy()[:, self.image_tokens :]
+        return generated.numpy()[:, self.before :]
+
+
+class ImagesInText(ImageText):
+    """A small model in whose text images stand."""
+
+    before = 0
+    # Where in the text of each row.
+    indices = np.arange(4) + np.array([[1], [7]])
+
+    def our_inputs(self, images, token_ids, padding_mask):
+        mask = np.zeros_like(padding_mask)
+        np.put_along_axis(mask, self.indices, 1, axis=1)
+        return {
+            "images": images[:, None],
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "vision_indices": self.indices.astype("int32"),
+            "vision_mask": mask,
+        }
+
+    def inputs(self, images, token_ids, padding_mask):
+        mask = np.zeros_like(padding_mask)
+        np.put_along_axis(mask, self.indices, 1, axis=1)
+        image = self.config.image_token_id
+        return dict(
+            pixel_values=torch.tensor(images).permute(0, 3, 1, 2),
+            input_ids=torch.tensor(np.where(mask, image, token_ids)).long(),
+            attention_mask=torch.tensor(padding_mask).long(),
+            token_type_ids=torch.tensor(mask).long(),
+        )
+
+    def greedy(self, images, token_ids):
+        generated = super().greedy(images, token_ids)
+        # Nobody looks at what stands in the place of an image.
+        np.put_along_axis(
+            generated,
+            self.indices,
+            np.take_along_axis(token_ids, self.indices, axis=1),
+            axis=1,
+        )
+        return generated
 
 
 def _t5_arguments(config):
@@ -1072,6 +1121,27 @@ IMAGE_MODELS = {
             vision_config=dict(_VISION, projection_dim=32),
             image_token_id=100,
             projection_dim=32,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="eager",
+        ),
+    ),
+    "gemma3": ImagesInText(
+        "Gemma3",
+        transformers.Gemma3Config(
+            text_config=dict(
+                dict(_GEMMA, vocab_size=101),
+                num_hidden_layers=6,
+                query_pre_attn_scalar=16,
+                sliding_window=WINDOW,
+            ),
+            # Of 64 patches, four tokens.
+            vision_config=dict(_VISION, patch_size=2),
+            mm_tokens_per_image=4,
+            image_token_id=100,
+            boi_token_id=None,
+            eoi_token_id=None,
             pad_token_id=0,
             bos_token_id=None,
             eos_token_id=None,

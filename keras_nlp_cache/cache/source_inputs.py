@@ -69,6 +69,10 @@ class JoinedEmbeddings(Cut):
         x = super().call(x, given)
         return text if x is None else x
 
+    def compute_output_spec(self, x, text=None, given=None):
+        # Upstream's may say that it is as long as an image.
+        return keras.KerasTensor((x.shape[0], None, x.shape[-1]), dtype=x.dtype)
+
 
 @keras.saving.register_keras_serializable("keras_nlp_cache")
 class EncoderMask(EncoderOutput):

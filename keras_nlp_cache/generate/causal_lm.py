@@ -244,14 +244,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
         Otherwise it calls it only for samplers with a loop of their own.
         """
-        if self.backbone.takes_generated:
-            raise ValueError(
-                "Expected a sampler that picks one token at a time, such as "
-                '"greedy", and no override of `generate_step()`, for a model '
-                "that is steered at generated tokens only. Received: "
-                f"{type(self.sampler).__name__}, on a loop that does not say "
-                "which tokens these are. Apply the control vector to all."
-            )
+        self.refuse_partial_steering()
         if self.backbone.has_states:
             raise ValueError(
                 "Expected a sampler that picks one token at a time, such as "
@@ -264,6 +257,17 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             return super().generate_step(inputs, stop_token_ids)
         with accessing(loop_access()):
             return super().generate_step(inputs, stop_token_ids)
+
+    def refuse_partial_steering(self):
+        """Raises a `ValueError` if it matters which tokens are generated."""
+        if self.backbone.takes_generated:
+            raise ValueError(
+                "Expected a sampler that picks one token at a time, such as "
+                '"greedy", and no override of `generate_step()`, for a model '
+                "that is steered at generated tokens only. Received: "
+                f"{type(self.sampler).__name__}, on a loop that does not say "
+                "which tokens these are. Apply the control vector to all."
+            )
 
     def compile(self, *args, cache_dtype=None, cache_policy=None, **kwargs):
         """Configures training and generation.

@@ -12,6 +12,7 @@ from keras_nlp_cache.generate import prompts
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.batch import generate_batch
+from keras_nlp_cache.graph.image_inputs import known
 
 
 class ImageTextLM(CausalLM):
@@ -133,8 +134,9 @@ class ImageTextLM(CausalLM):
                     f"{sorted(inputs)}. Received also: "
                     f"{', '.join(sorted(further))}."
                 )
-            if self.preprocessor is not None:
-                self.check_images_of(inputs)
+        if self.backbone.sees and self.preprocessor is not None:
+            texts = isinstance(inputs, (str, list, tuple))
+            self.check_images_of({"prompts": inputs} if texts else inputs)
         return super().generate(
             inputs,
             max_length=max_length,
@@ -147,8 +149,11 @@ class ImageTextLM(CausalLM):
         """Checks images and prompts before a preprocessor sees them."""
 
     def _generate(self, inputs, stop_token_ids=None):
+        if self.overridden("generate_step"):
+            return super()._generate(inputs, stop_token_ids)
         images = self._images_in(inputs)
-        if images is None or self.overridden("generate_step"):
+        if images is None:
+            self._check_text_alone(inputs)
             return super()._generate(inputs, stop_token_ids)
         stops = prompts.stop_tokens(stop_token_ids)
         prompts.check_tokens(inputs, self.backbone)
@@ -187,6 +192,26 @@ class ImageTextLM(CausalLM):
             return None
         return images
 
+    def _check_text_alone(self, inputs):
+        """Raises a `ValueError` for prompts that lack their images."""
+        if not isinstance(inputs, dict):
+            return
+        roles = self.backbone.roles
+        if self.backbone.needs_images:
+            shape = self.backbone.cuts.images.shape[1:]
+            raise ValueError(
+                f"Expected prompts with `{roles.images}` of shape "
+                f"{('batch', *shape)}. Received the keys {sorted(inputs)}."
+            )
+        for name in roles.beside_images:
+            given = known(inputs.get(name))
+            if given is not None and given.any():
+                raise ValueError(
+                    f"Expected `{roles.images}` with `{name}`. Received no "
+                    f"images, and `{name}` of shape {given.shape} that is not "
+                    "0 for some tokens."
+                )
+
     def _as_arrays(self, inputs):
         names = "token_ids", "padding_mask", *self.backbone.roles.of_images[:-2]
         return {
@@ -197,10 +222,9 @@ class ImageTextLM(CausalLM):
 
     def _check_images(self, inputs):
         """Has the backbone look at what it is going to read."""
-        text = {"token_ids": inputs["token_ids"]}
         names = self.backbone.roles.of_images[:-2]
         images = {name: inputs.get(name) for name in names}
-        self.backbone._normalize({**text, **images})
+        self.backbone._normalize({"token_ids": inputs["token_ids"], **images})
 
     def _in_slots(self, inputs):
         """Prompts with a token for each slot that an image takes."""
@@ -242,12 +266,10 @@ class ImageTextLM(CausalLM):
 
         Upstream's calls the tower of its backbone, this one the graph.
         """
+        self.refuse_partial_steering()
         images = self._images_in(inputs)
-        if images is None and self.backbone.before:
-            raise ValueError(
-                f"Expected `inputs` with `{self.backbone.roles.images}`. "
-                f"Received the keys {sorted(inputs)}."
-            )
+        if images is None:
+            self._check_text_alone(inputs)
         own = self.overridden("_build_cache", "call_with_cache")
         with contextlib.nullcontext() if own else accessing(loop_access()):
             return self._step_with(inputs, images, stop_token_ids)

@@ -40,7 +40,7 @@ def normalize_images(inputs, backbone, text):
             f"Received: {' and '.join(given)}."
         )
     for name, like in zip(
-        (roles.images, roles.image_embeddings, roles.embeddings), cuts
+        (roles.images, roles.image_embeddings, roles.embeddings), cuts.inputs
     ):
         if name in given:
             found[name] = as_tensor(name, inputs[name], like.dtype, "iuf")
@@ -71,3 +71,30 @@ def known(x):
         return np.asarray(ops.convert_to_numpy(x))
     except (TypeError, NotImplementedError, RuntimeError, AttributeError):
         return None  # While it is being traced.
+
+
+def check_rows(name, x, token_ids):
+    """Raises a `ValueError` for something with other rows than a text."""
+    rows = token_ids.shape[0]
+    if None not in (rows, x.shape[0]) and x.shape[0] != rows:
+        raise ValueError(
+            f"Expected `{name}` to have one row for each of `token_ids`, of "
+            f"shape {tuple(token_ids.shape)}. Received shape: "
+            f"{tuple(x.shape)}."
+        )
+
+
+def check_length(name, x, length, token_ids):
+    """Raises a `ValueError` for something longer or shorter than it should be.
+
+    Args:
+        name: str, what it is called.
+        x: Tensor `(B, length, ...)`.
+        length: int, or `None`.
+        token_ids: Tensor `(B, T)`, the text that it goes with.
+    """
+    if None not in (length, x.shape[1]) and x.shape[1] != length:
+        raise ValueError(
+            f"Expected `{name}` of length {length}, for `token_ids` of shape "
+            f"{tuple(token_ids.shape)}. Received shape: {tuple(x.shape)}."
+        )

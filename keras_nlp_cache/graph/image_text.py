@@ -37,6 +37,13 @@ class Cuts(typing.NamedTuple):
     tower: typing.Any
     joined: typing.Any
 
+    @property
+    def inputs(self):
+        """What can be given there, of texts of any length."""
+        joined = self.joined
+        shape = joined.shape[0], None, joined.shape[-1]
+        return self.images, self.tower, keras.KerasTensor(shape, joined.dtype)
+
 
 class ImageTextBackbone(CachedBackbone):
     """Base of backbones whose graph reads images.

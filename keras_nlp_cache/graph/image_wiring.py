@@ -38,13 +38,11 @@ class ImageWiring(Wiring):
     def _new_input(self, name):
         if name != self._roles.images:
             return super()._new_input(name)
-        return _input_like(self._cuts.images, name)
+        return _input_like(self._cuts.inputs[0], name)
 
     def _new_positions(self):
-        for name, x in (
-            (self._roles.image_embeddings, self._cuts.tower),
-            (self._roles.embeddings, self._cuts.joined),
-        ):
+        names = self._roles.image_embeddings, self._roles.embeddings
+        for name, x in zip(names, self._cuts.inputs[1:]):
             self.inputs[name] = _input_like(x, name)
         positions = PositionsAfter(
             self._backbone.before, dtype=self._dtype, name="positions"

@@ -9,6 +9,8 @@ from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.cache.spans import PrefixSpan
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
+from keras_nlp_cache.graph.image_inputs import check_length
+from keras_nlp_cache.graph.image_inputs import check_rows
 from keras_nlp_cache.graph.image_inputs import known
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.roles import Roles
@@ -94,25 +96,13 @@ class PaliGemmaBackbone(keras_hub.models.PaliGemmaBackbone, ImageTextBackbone):
         rows, length = token_ids.shape
         given = [name for name, x in images.items() if x is not None]
         for name in given:
-            x = images[name]
-            if x.shape[0] not in (rows, None) and rows is not None:
-                raise ValueError(
-                    f"Expected `{name}` to have one row for each of "
-                    f"`token_ids`, of shape {tuple(token_ids.shape)}. "
-                    f"Received shape: {tuple(x.shape)}."
-                )
+            check_rows(name, images[name], token_ids)
         for name, expected in (
             ("response_mask", length),
             ("embeddings", length and self.before + length),
         ):
-            x = images[name]
-            if x is not None and None not in (x.shape[1], expected):
-                if x.shape[1] != expected:
-                    raise ValueError(
-                        f"Expected `{name}` of length {expected}, for "
-                        f"`token_ids` of shape {tuple(token_ids.shape)}. "
-                        f"Received shape: {tuple(x.shape)}."
-                    )
+            if name in given:
+                check_length(name, images[name], expected, token_ids)
         has_image = self.roles.has_images(images)
         first = known(index)
         shape = rows, *self.cuts.images.shape[1:]
