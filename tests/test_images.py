@@ -691,3 +691,42 @@ def test_text_without_an_image(family):
             getattr(lm, method)("the fox")
     with pytest.raises(ValueError, match="prompts are one text"):
         surgery.ControlVector.train(lm, ["the fox"], ["the dog"])
+
+
+@on_one_backend("what a user says is read the same on all")
+@every_image_model
+def test_max_length_without_a_preprocessor(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    prompt = prompts(family, [8, 9])
+    longer = {
+        name: x[:, :10] if x.shape[1:] == (LENGTH,) else x
+        for name, x in prompt.items()
+    }
+    expected = lm.generate(prompt, stop_token_ids=None)
+    generated = lm.generate(longer, max_length=LENGTH, stop_token_ids=None)
+    np.testing.assert_array_equal(generated["token_ids"], expected["token_ids"])
+    with pytest.raises(ValueError, match="at most `max_length`=7"):
+        lm.generate(longer, max_length=7, stop_token_ids=None)
+
+
+@on_one_backend("what is a user's to do is Keras' to do")
+@every_image_model
+def test_quantized_and_steered(family):
+    lm = family.task(family.backbone())
+    lm.compile(sampler="greedy")
+    prompt = prompts(family, [8, 9])
+    before = lm.generate(prompt, stop_token_ids=None)["token_ids"]
+    direction = np.random.default_rng(0).normal(size=32)
+    hint = family.prefix.lower()
+    vector = surgery.ControlVector({1: direction}, model_hint=hint)
+    steered = vector.apply(lm, strength=4.0, generated_only=True)
+    after = steered.generate(prompt, stop_token_ids=None)["token_ids"]
+    assert (after != before).any()
+    # The tower has weights that no step reads, and kernels need not know.
+    tower = {id(x) for x in lm.backbone.prefill_layers}
+    assert len(tower) > 8
+    lm.quantize("int8")
+    tokens = lm.generate(prompt, stop_token_ids=None)["token_ids"]
+    given = prompt["padding_mask"] == 1
+    np.testing.assert_array_equal(tokens[given], prompt["token_ids"][given])

@@ -115,7 +115,8 @@ class ImageTextLM(CausalLM):
                 `prompts`. Without a preprocessor, of what the backbone takes.
                 Or prompts alone, as `CausalLM.generate()` takes them, if the
                 model reads such.
-            max_length: As for upstream's task.
+            max_length: As for upstream's task. Its preprocessor cuts what is
+                longer. What then has no room for a whole image is refused.
             stop_token_ids: As for `CausalLM.generate()`.
             strip_prompt: As for upstream's task.
             **further: With prompts alone, as for `CausalLM.generate()`.

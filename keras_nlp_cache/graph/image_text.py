@@ -111,6 +111,12 @@ class ImageTextBackbone(CachedBackbone):
         """Whether there is a tower of images."""
         return self.roles.images is not None
 
+    @property
+    def prefill_layers(self):
+        """The layers that no decode step calls."""
+        tower = getattr(self, self.tower_name)
+        return [] if tower is None else list(tower._flatten_layers())
+
     # === How the graph is made ===
 
     def __init__(self, inputs, outputs, **kwargs):
