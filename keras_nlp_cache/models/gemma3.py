@@ -9,11 +9,9 @@ from keras_hub.src.models.gemma3 import gemma3_layers
 
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
-from keras_nlp_cache.generate import reading
+from keras_nlp_cache.generate.image_placeholders import check_placeholders
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
-from keras_nlp_cache.graph.image_inputs import check_length
-from keras_nlp_cache.graph.image_inputs import check_rows
-from keras_nlp_cache.graph.image_inputs import known
+from keras_nlp_cache.graph.image_places import check_in_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.gemma import gemma_parts
@@ -96,97 +94,8 @@ class Gemma3Backbone(keras_hub.models.Gemma3Backbone, ImageTextBackbone):
         return super()._normalize(inputs)
 
     def check_images(self, images, text):
-        token_ids = text["token_ids"]
-        vision_mask = known(images["vision_mask"])
-        if images["vision_mask"] is not None:
-            check_rows("vision_mask", images["vision_mask"], token_ids)
-            check_length(
-                "vision_mask",
-                images["vision_mask"],
-                token_ids.shape[1],
-                token_ids,
-            )
-        if not self.roles.has_images(images):
-            if vision_mask is not None and vision_mask.any():
-                raise ValueError(
-                    "Expected `images` for the tokens that `vision_mask`, of "
-                    f"shape {vision_mask.shape}, says are of images. Received: "
-                    f"none, for {int((vision_mask != 0).sum())} such tokens."
-                )
-            return
-        if images["embeddings"] is not None:
-            check_rows("embeddings", images["embeddings"], token_ids)
-            check_length(
-                "embeddings",
-                images["embeddings"],
-                token_ids.shape[1],
-                token_ids,
-            )
-        else:
-            self._check_places(images, token_ids)
-        if vision_mask is not None:
-            self._check_whole(vision_mask != 0)
-
-    def _check_places(self, images, token_ids):
-        """Checks that each token of an image has a place in the text."""
-        missing = [
-            name for name in self.roles.beside_images if images[name] is None
-        ]
-        given = "images" if images["images"] is not None else "img_embeddings"
-        shape = tuple(images[given].shape)
-        if missing:
-            raise ValueError(
-                "Expected `vision_indices` and `vision_mask` with images, to "
-                f"say where in the text they are. Received: `{given}` of shape "
-                f"{shape}, and no {' and no '.join(missing)}."
-            )
-        indices = images["vision_indices"]
-        check_rows("vision_indices", indices, token_ids)
-        count = None
-        if given == "images":
-            check_rows(given, images[given], token_ids)
-            count = images[given].shape[1]
-        elif None not in (shape[0], token_ids.shape[0]):
-            count = shape[0] // token_ids.shape[0]
-        if count is not None:
-            check_length(
-                "vision_indices",
-                indices,
-                count * self.num_vision_tokens_per_image,
-                token_ids,
-            )
-        indices, mask = known(indices), known(images["vision_mask"])
-        if indices is None or mask is None:
-            return
-        # Those that are not needed are 0.
-        for row, (found, said) in enumerate(zip(indices, mask)):
-            said = np.flatnonzero(said)
-            if list(said) != list(found[found != 0]):
-                raise ValueError(
-                    "Expected `vision_indices` to name the tokens where "
-                    f"`vision_mask` is not 0. Received, in row {row}: "
-                    f"{found.tolist()}, and a mask that is not 0 at "
-                    f"{said.tolist()}."
-                )
-        if not mask.any():
-            raise ValueError(
-                f"Expected `vision_mask`, of shape {mask.shape}, to say where "
-                f"images are. Received: `{given}` of shape {shape}, and a mask "
-                "of zeros. Put a placeholder for each image into a prompt."
-            )
-
-    def _check_whole(self, mask):
-        """Checks that images are whole, whose tokens see each other."""
         count = self.num_vision_tokens_per_image
-        for row, inside in enumerate(mask):
-            ends = np.diff(np.pad(inside.astype(int), 1))
-            lengths = np.flatnonzero(ends == -1) - np.flatnonzero(ends == 1)
-            if (lengths % count).any():
-                raise ValueError(
-                    f"Expected each image to have {count} tokens side by side, "
-                    "all of them in one call. Received a `vision_mask` of "
-                    f"shape {mask.shape} with {lengths.tolist()} in row {row}."
-                )
+        check_in_text(images, text, self.roles, count)
 
 
 @replaces(keras_hub.models.Gemma3CausalLM)
@@ -252,23 +161,8 @@ class Gemma3CausalLM(ImageTextLM, keras_hub.models.Gemma3CausalLM):
 
     def check_images_of(self, inputs):
         placeholder = getattr(self.preprocessor, "start_of_image_token", None)
-        if placeholder is None or not isinstance(inputs, dict):
-            return
-        if "prompts" not in inputs:
-            return
-        prompts = inputs["prompts"]
-        wanted = _counts(prompts, lambda text: text.count(placeholder))
-        images = inputs.get("images")
-        if isinstance(prompts, str) and images is not None:
-            images = [images]
-        given = [0] * len(wanted or ()) if images is None else _images(images)
-        if None in (wanted, given) or list(wanted) == list(given):
-            return
-        raise ValueError(
-            f"Expected as many {placeholder!r} in each of `prompts` as there "
-            f"are `images` for it. Received: {list(wanted)} of them, for "
-            f"{list(given)} images."
-        )
+        if placeholder is not None:
+            check_placeholders(inputs, placeholder)
 
     def with_masks(self, inputs):
         mask, lengths = inputs["vision_mask"], inputs["padding_mask"]
@@ -313,22 +207,3 @@ class Gemma3CausalLM(ImageTextLM, keras_hub.models.Gemma3CausalLM):
                 "vision_indices": vision_indices,
             }
         return self.read(token_ids, cache, 0, **images)
-
-
-def _counts(prompts, count):
-    """What is counted in each of some strings, `None` if it is not known."""
-    if isinstance(prompts, str):
-        return [count(prompts)]
-    strings = reading.texts(prompts)
-    return None if strings is None else [count(text) for text in strings]
-
-
-def _images(images):
-    """How many images there are for each prompt, `None` if it is not known."""
-    found = []
-    for x in images:
-        rank = len(getattr(x, "shape", ()))
-        if not isinstance(x, (list, tuple)) and rank not in (3, 4):
-            return None
-        found.append(1 if rank == 3 else len(x))
-    return found

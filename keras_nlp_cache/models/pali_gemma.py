@@ -9,9 +9,7 @@ from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.cache.spans import PrefixSpan
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
-from keras_nlp_cache.graph.image_inputs import check_length
-from keras_nlp_cache.graph.image_inputs import check_rows
-from keras_nlp_cache.graph.image_inputs import known
+from keras_nlp_cache.graph.image_places import check_before_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.gemma import gemma_parts
@@ -92,49 +90,7 @@ class PaliGemmaBackbone(keras_hub.models.PaliGemmaBackbone, ImageTextBackbone):
         return inputs
 
     def check_images(self, images, text):
-        token_ids, index = text["token_ids"], text["cache_update_index"]
-        rows, length = token_ids.shape
-        given = [name for name, x in images.items() if x is not None]
-        for name in given:
-            check_rows(name, images[name], token_ids)
-        for name, expected in (
-            ("response_mask", length),
-            ("embeddings", length and self.before + length),
-        ):
-            if name in given:
-                check_length(name, images[name], expected, token_ids)
-        has_image = self.roles.has_images(images)
-        first = known(index)
-        shape = rows, *self.cuts.images.shape[1:]
-        wanted = (
-            f"`images` of shape {shape}, or `img_embeddings` or `embeddings` "
-            "in their place"
-        )
-        if index is None and not has_image:
-            raise ValueError(
-                f"Expected {wanted}, with `token_ids` of shape "
-                f"{tuple(token_ids.shape)}. Received none of them, and no "
-                "cache."
-            )
-        if has_image and first is not None and np.any(first != 0):
-            raise ValueError(
-                "Expected `cache_update_index` to be 0 with images, which take "
-                f"the first {self.before} slots. Received: {first}, with "
-                f"`{given[0]}` of shape {tuple(images[given[0]].shape)}."
-            )
-        if not has_image and first is not None and np.any(first < self.before):
-            raise ValueError(
-                f"Expected {wanted}, in the first call with a `cache`, whose "
-                f"first {self.before} slots they take. Received none of them, "
-                f"and `token_ids` of shape {tuple(token_ids.shape)} for the "
-                f"slots from {np.min(first)} on."
-            )
-        if images["response_mask"] is not None and not has_image:
-            raise ValueError(
-                "Expected `response_mask` in the call that reads an image, "
-                "since all of a prompt is read with it. Received one of shape "
-                f"{tuple(images['response_mask'].shape)}, and no image."
-            )
+        check_before_text(images, text, self)
 
 
 @replaces(keras_hub.models.PaliGemmaCausalLM)
