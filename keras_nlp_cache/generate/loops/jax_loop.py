@@ -123,9 +123,8 @@ class JaxLoop(CompiledLoop):
         mapping = list(zip(self.variables, values))
         with keras.StatelessScope(state_mapping=mapping):
             cache = self._read_source(token_ids, cache, source)
-        start = self.lm.read_with(source)
         return self._stateless_prefill_more(
-            weights, token_ids, length, cache, start
+            weights, token_ids, length, cache, 0
         )
 
     def _stateless_prefill_more(self, weights, token_ids, length, cache, start):
