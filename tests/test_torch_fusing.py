@@ -81,6 +81,16 @@ def test_a_norm_with_a_weight_is_one_kernel(dtype, weight_dtype):
     )
 
 
+def test_what_is_rounded_is_not_what_it_was_rounded_from():
+    x, weight = random(3, 1, 65), random(65)
+    check(
+        lambda x, w: normalized(x) * w.to(torch.bfloat16), x, weight, kernels=1
+    )
+    check(lambda x: normalized(x.to(torch.bfloat16).float()), x * 30, kernels=1)
+    silu = torch.nn.functional.silu
+    check(lambda x, y: y * silu(x.to(torch.bfloat16)).float(), x, x, kernels=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sum_is_one_kernel(dtype):
     x = random(2, 3, 33, dtype=dtype)

@@ -2,8 +2,8 @@
 
 Upstream's layers normalize in six operators, or eight of numbers of 16 bits,
 and rotate in nine, and to call an operator takes PyTorch longer than it takes
-to compute so few numbers. They are
-found by what they compute, whichever layer they are of.
+to compute so few numbers. They are found by what they compute, whichever layer
+they are of.
 """
 
 import math
@@ -123,8 +123,12 @@ def _converted(node):
 
 
 def _unwidened(node):
-    """What a tensor was converted from, if a kernel reads it as well."""
-    return node.args[0] if _is_conversion(node) else node
+    """What a tensor was widened from, which kernels do themselves.
+
+    One that was rounded is not what it was rounded from.
+    """
+    widens = _is_conversion(node) and _dtype(node) == "float32"
+    return node.args[0] if widens else node
 
 
 def _is_conversion(node):
@@ -167,14 +171,13 @@ def _rotated(module, node):
 def _gated(module, node):
     """A kernel for `silu(x) * y`."""
     for activated, y in _either_way(node, _aten.mul.Tensor):
-        x = _argument_of(_unwidened(activated), _aten.silu.default)
-        if x is None:
+        # Computed in float32, and rounded to what the numbers are.
+        rounds = _is_conversion(activated) and _dtype(activated) != "float32"
+        wide = activated.args[0] if rounds else activated
+        x = _argument_of(wide, _aten.silu.default)
+        if x is None or _dtype(x) != "float32":
             continue
-        # In float32, or as the numbers are.
-        if _unwidened(activated) is not activated:
-            x = _unwidened(x)
-        elif _dtype(x) != "float32":
-            continue
+        x = _unwidened(x) if rounds else x
         if _are_alike(x, node) and _are_alike(y, node):
             *rows, width = node.meta["val"].shape
             sizes = math.prod(rows), width, number_of(_dtype(x))
