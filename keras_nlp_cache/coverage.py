@@ -21,7 +21,6 @@ _REASONS = {
     "Gemma4": _SHARED,
     "Gemma4Assistant": "it reads the cache of another model",
     "PARSeq": "it reads images, in a decoder of two streams",
-    "PaliGemma": _IMAGES,
 }
 
 

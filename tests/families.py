@@ -54,6 +54,9 @@ SOUND = {
     .astype("float32"),
     "encoder_padding_mask": padding_mask([_SAMPLES, _SAMPLES - 768], _SAMPLES),
 }
+# What towers see.
+IMAGES = np.random.default_rng(3).uniform(size=(2, 16, 16, 3))
+IMAGES = IMAGES.astype("float32")
 
 _LLAMA = dict(
     vocabulary_size=VOCABULARY_SIZE,
@@ -160,7 +163,7 @@ class Family:
         """One of our tasks and upstream's, without a preprocessor."""
         ours = self.task(self.pair[0])
         upstream = self.upstream_task(self.pair[1])
-        if self.prefix == "Gemma3":
+        if self.name == "gemma3":
             # Upstream's returns images, of which there are none.
             normalize = upstream._normalize_generate_outputs
             upstream._normalize_generate_outputs = lambda outputs, *args: (
@@ -270,6 +273,98 @@ class FromSound(EncoderDecoder):
             keras_hub.layers.MoonshineAudioConverter(),
             self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
             decoder_sequence_length=sequence_length,
+        )
+
+
+class ImageText(Family):
+    """A family that reads images with its text."""
+
+    def inputs(self, token_ids, padding_mask):
+        """What a backbone is called with, and the same images for all.
+
+        For a batch of two, of which all tokens but the last two of a row are
+        read with its image.
+        """
+        response = np.zeros_like(padding_mask)
+        response[:, -2:] = 1
+        return {
+            "images": IMAGES,
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "response_mask": response,
+        }
+
+    def backbone(self, **kwargs):
+        backbone = super().backbone(**kwargs)
+        # For what is generated to depend on what is read.
+        for weight in backbone.weights:
+            if "token_embedding" in weight.path:
+                weight.assign(0.2 * weight)
+        return backbone
+
+    def preprocessor(self, sequence_length=16):
+        size = dict(self.config)["image_size"]
+        converter = self.upstream("ImageConverter")(image_size=(size, size))
+        return self.upstream(f"{self.kind}Preprocessor")(
+            self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
+            image_converter=converter,
+            sequence_length=sequence_length,
+        )
+
+    def upstream(self, kind):
+        if kind == "ImageConverter":
+            return getattr(keras_hub.layers, self.prefix + kind)
+        return super().upstream(kind)
+
+
+class ImagesInText(ImageText):
+    """A family in whose text images stand, and whose tower is an argument.
+
+    Each backbone has one of its own.
+    """
+
+    @property
+    def config(self):
+        tower = keras_hub.models.Gemma3VisionEncoder(
+            image_size=16,
+            patch_size=4,
+            pool_size=2,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=16,
+            intermediate_dim=24,
+            output_dim=32,
+        )
+        return (*self._config, ("vision_encoder", tower))
+
+    @config.setter
+    def config(self, given):
+        object.__setattr__(self, "_config", given)
+
+    def inputs(self, token_ids, padding_mask):
+        """What a backbone is called with, and the same images for all.
+
+        For a batch of two, with an image in each row.
+        """
+        indices = np.arange(4) + np.array([[1], [2]])
+        mask = np.zeros_like(padding_mask)
+        np.put_along_axis(mask, indices, 1, axis=1)
+        return {
+            "images": IMAGES[:, None],
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "vision_indices": indices.astype("int32"),
+            "vision_mask": mask,
+        }
+
+    def preprocessor(self, sequence_length=16):
+        converter = self.upstream("ImageConverter")(image_size=(16, 16))
+        return self.upstream(f"{self.kind}Preprocessor")(
+            self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
+            image_converter=converter,
+            sequence_length=sequence_length,
+            max_images_per_prompt=2,
+            num_vision_tokens_per_image=4,
         )
 
 
@@ -467,8 +562,41 @@ ENCODER_DECODERS = (
     ),
 )
 
+IMAGE_MODELS = (
+    _family(
+        "pali_gemma",
+        "PaliGemma",
+        _GEMMA,
+        cls=ImageText,
+        image_size=16,
+        vit_patch_size=8,
+        vit_num_heads=2,
+        vit_hidden_dim=16,
+        vit_num_layers=1,
+        vit_intermediate_dim=24,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        attention_logit_soft_cap=5.0,
+        final_logit_soft_cap=10.0,
+        use_sliding_window_attention=True,
+        sliding_window_size=7,
+    ),
+    _family(
+        "gemma3_vision",
+        "Gemma3",
+        _GEMMA,
+        cls=ImagesInText,
+        image_size=16,
+        use_query_key_norm=True,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        use_sliding_window_attention=True,
+        sliding_window_size=7,
+    ),
+)
+
 if PATCHED:
-    ENCODER_DECODERS = ()
+    ENCODER_DECODERS = IMAGE_MODELS = ()
     # Those that the patches cover.
     FAMILIES = tuple(
         x for x in FAMILIES if x.prefix in ("GPT2", "Gemma", "Llama", "Llama3")
@@ -520,14 +648,16 @@ def _taking_turns(families, **counts):
 every_family = pytest.mark.parametrize(
     "family", [_with_name(x) for x in FAMILIES]
 )
-# For what defines a family whether it has an encoder or not.
+# For what defines a family whatever it reads beside a text.
 any_family = pytest.mark.parametrize(
-    "family", [_with_name(x) for x in (*FAMILIES, *ENCODER_DECODERS)]
+    "family",
+    [_with_name(x) for x in (*FAMILIES, *ENCODER_DECODERS, *IMAGE_MODELS)],
 )
 # For what only they have.
 every_encoder_decoder = _taking_turns(ENCODER_DECODERS, jax=1, tensorflow=1)
 STATEFUL = tuple(x for x in FAMILIES if x.keeps_states)
 every_stateful = _taking_turns(STATEFUL, jax=1, tensorflow=1)
+every_image_model = _taking_turns(IMAGE_MODELS, jax=1, tensorflow=1)
 # For what comes of upstream's code and of the lines that a family has, and not
 # of a backend: all on PyTorch, which compiles nothing, and elsewhere one of
 # each kind in turn. The deep ones, and:
@@ -548,8 +678,10 @@ each_kind = _taking_turns(_EACH_KIND, jax=3, tensorflow=2)
 each_kind_that_attends = _taking_turns(
     [x for x in _EACH_KIND if not x.keeps_states], jax=3, tensorflow=2
 )
-# The same, and with an encoder.
-any_kind = _taking_turns([*_EACH_KIND, *ENCODER_DECODERS], jax=3, tensorflow=2)
+# Of each kind, those with an encoder and with images, too.
+any_kind = _taking_turns(
+    [*_EACH_KIND, *ENCODER_DECODERS, *IMAGE_MODELS], jax=3, tensorflow=2
+)
 # For what code does that does not ask which family it serves.
 deep_families = _taking_turns(DEEP, jax=1, tensorflow=1)
 # For the suites that go deepest: compositions of edits, files, quantization,

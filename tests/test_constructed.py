@@ -195,8 +195,14 @@ def test_a_gemma_3_that_sees():
         intermediate_dim=8,
         output_dim=32,
     )
-    with pytest.raises(ValueError, match="'token_ids'.*'images'"):
-        gemma3.backbone(vision_encoder=vision)
+    assert gemma3.backbone(vision_encoder=vision).sees
+    with pytest.raises(ValueError, match="returns hidden states.*pooled_"):
+        gemma3.backbone(
+            vision_encoder=vision,
+            is_embedding_model=True,
+            embedding_dim=8,
+            pooling_intermediate_dim=8,
+        )
 
 
 def test_every_attention_layer_is_found_by_its_class():
@@ -205,7 +211,7 @@ def test_every_attention_layer_is_found_by_its_class():
         for cls in drop_in.replacements()
         if issubclass(cls, CachedAttention)
     ]
-    # Llama 3 has that of Llama, OPT and BART that of GPT-2, and Qwen 3.5
-    # MoE that of Qwen 3.5. RWKV-7 has none.
+    # Llama 3 has that of Llama, OPT and BART that of GPT-2, PaliGemma that of
+    # Gemma, and Qwen 3.5 MoE that of Qwen 3.5. RWKV-7 has none.
     covered = [x for x in models.__all__ if x.endswith("Backbone")]
-    assert len(ours) == len(covered) - 5
+    assert len(ours) == len(covered) - 6

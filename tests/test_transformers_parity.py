@@ -6,6 +6,7 @@ import pytest
 
 from keras_nlp_cache import models
 from tests.families import compiled
+from tests.families import IMAGES
 from tests.families import on_one_backend
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -13,6 +14,7 @@ from tests.families import SOUND
 from tests.families import to_numpy
 from tests.transformers_models import ENCODER_DECODERS
 from tests.transformers_models import FAMILIES
+from tests.transformers_models import IMAGE_MODELS
 from tests.transformers_models import MAX_LENGTH
 from tests.transformers_models import PROMPT_LENGTH
 
@@ -112,4 +114,28 @@ def test_encoder_decoders(name, tmp_path):
     )
     np.testing.assert_array_equal(
         output["decoder_token_ids"], theirs.greedy(source, mask, token_ids)
+    )
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_image_models(name, tmp_path):
+    theirs = IMAGE_MODELS[name]
+    theirs.save(tmp_path)
+    lm = theirs.load(models, tmp_path)
+    mask = padding_mask([PROMPT_LENGTH, PROMPT_LENGTH - 7], PROMPT_LENGTH)
+    expected = theirs.logits(IMAGES, TOKEN_IDS, mask)
+    inputs = theirs.our_inputs(IMAGES, TOKEN_IDS, mask)
+    full = to_numpy(compiled(lm)(inputs))[..., : expected.shape[-1]]
+    real = mask.astype(bool)
+    np.testing.assert_allclose(full[real], expected[real], **TOLERANCE)
+    room = ((0, 0), (0, MAX_LENGTH - PROMPT_LENGTH))
+    lm.compile(sampler="greedy")
+    prompts = theirs.our_inputs(
+        IMAGES,
+        np.pad(TOKEN_IDS, room),
+        np.pad(np.ones_like(TOKEN_IDS), room),
+    )
+    output = lm.generate(prompts, stop_token_ids=None)
+    np.testing.assert_array_equal(
+        output["token_ids"], theirs.greedy(IMAGES, TOKEN_IDS)
     )

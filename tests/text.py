@@ -68,6 +68,17 @@ def _sentence_piece(prefix):
             unk_piece="<unk>",
         ),
         "T5Gemma": gemma,
+        "PaliGemma": gemma,
+        "Gemma3": dict(
+            gemma,
+            user_defined_symbols=[
+                "<img>",
+                "<start_of_image>",
+                "<end_of_image>",
+                "<end_of_turn>",
+                "\n",
+            ],
+        ),
         "Llama": dict(
             unk_id=0,
             bos_id=1,

@@ -51,12 +51,15 @@ class Family:
         model = self.auto_class.from_config(self.config)
         with torch.no_grad():
             # Its six layers would round away what is compared.
-            deep = self.config.model_type == "gemma3_text"
+            deep = self.config.model_type.startswith("gemma3")
             for name, parameter in model.named_parameters():
                 scale = 0.5 if parameter.ndim > 1 else 0.3
                 if any(x in name for x in ("embed", "wte", "wpe")):
                     # What the layers add is to outweigh the last token.
                     scale = 0.1 if deep else 0.2
+                if "vision" in name and parameter.ndim > 1:
+                    # Whose rounding is enlarged by all that follows.
+                    scale = 0.2
                 value = scale * torch.randn_like(parameter)
                 if parameter.ndim == 1 and name.endswith(".weight"):
                     value += not deep
@@ -244,6 +247,107 @@ class FromSound(EncoderDecoder):
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
         ).numpy()
+
+
+class ImageText(Family):
+    """A small model that reads images with its text."""
+
+    auto_class = transformers.AutoModelForImageTextToText
+
+    def save(self, folder):
+        super().save(folder)
+        # keras_hub reads what transformers 5 calls otherwise.
+        path = pathlib.Path(folder) / "model.safetensors"
+        tensors = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): x
+            for name, x in safetensors.torch.load_file(path).items()
+        }
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+    @property
+    def before(self):
+        """How many tokens an image takes before the text."""
+        return self.config.text_config.num_image_tokens
+
+    def our_inputs(self, images, token_ids, padding_mask):
+        return {
+            "images": images,
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "response_mask": np.zeros_like(padding_mask),
+        }
+
+    def inputs(self, images, token_ids, padding_mask):
+        """What transformers takes for images and texts that follow them."""
+        width = ((0, 0), (self.before, 0))
+        image = self.config.image_token_id
+        token_ids = np.pad(token_ids, width, constant_values=image)
+        mask = np.pad(padding_mask, width, constant_values=1)
+        return dict(
+            pixel_values=torch.tensor(images).permute(0, 3, 1, 2),
+            input_ids=torch.tensor(token_ids).long(),
+            attention_mask=torch.tensor(mask).long(),
+            # All of it is a prompt.
+            token_type_ids=torch.zeros(mask.shape).long(),
+        )
+
+    def logits(self, images, token_ids, padding_mask):
+        with torch.no_grad():
+            inputs = self.inputs(images, token_ids, padding_mask)
+            logits = self.model(**inputs).logits.numpy()
+        return logits[:, self.before :, : self.config.image_token_id]
+
+    def greedy(self, images, token_ids):
+        inputs = self.inputs(images, token_ids, np.ones_like(token_ids))
+        generated = self.model.generate(
+            **inputs,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            # Which keras_hub's has no logits for.
+            suppress_tokens=[self.config.image_token_id],
+        )
+        return generated.numpy()[:, self.before :]
+
+
+class ImagesInText(ImageText):
+    """A small model in whose text images stand."""
+
+    before = 0
+    # Where in the text of each row.
+    indices = np.arange(4) + np.array([[1], [7]])
+
+    def our_inputs(self, images, token_ids, padding_mask):
+        mask = np.zeros_like(padding_mask)
+        np.put_along_axis(mask, self.indices, 1, axis=1)
+        return {
+            "images": images[:, None],
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "vision_indices": self.indices.astype("int32"),
+            "vision_mask": mask,
+        }
+
+    def inputs(self, images, token_ids, padding_mask):
+        mask = np.zeros_like(padding_mask)
+        np.put_along_axis(mask, self.indices, 1, axis=1)
+        image = self.config.image_token_id
+        return dict(
+            pixel_values=torch.tensor(images).permute(0, 3, 1, 2),
+            input_ids=torch.tensor(np.where(mask, image, token_ids)).long(),
+            attention_mask=torch.tensor(padding_mask).long(),
+            token_type_ids=torch.tensor(mask).long(),
+        )
+
+    def greedy(self, images, token_ids):
+        generated = super().greedy(images, token_ids)
+        # Nobody looks at what stands in the place of an image.
+        np.put_along_axis(
+            generated,
+            self.indices,
+            np.take_along_axis(token_ids, self.indices, axis=1),
+            axis=1,
+        )
+        return generated
 
 
 def _t5_arguments(config):
@@ -991,6 +1095,57 @@ FAMILIES = {
             # The fourth layer is the first that does not rotate.
             **dict(_LLAMA, num_hidden_layers=4),
             rope_parameters=_ROPE,
+        ),
+    ),
+}
+
+_VISION = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=4,
+    vision_use_head=False,
+    model_type="siglip_vision_model",
+)
+IMAGE_MODELS = {
+    "pali_gemma": ImageText(
+        "PaliGemma",
+        transformers.PaliGemmaConfig(
+            text_config=dict(
+                # keras_hub has no embedding of the token for images.
+                dict(_GEMMA, vocab_size=101),
+                model_type="gemma",
+            ),
+            vision_config=dict(_VISION, projection_dim=32),
+            image_token_id=100,
+            projection_dim=32,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="eager",
+        ),
+    ),
+    "gemma3": ImagesInText(
+        "Gemma3",
+        transformers.Gemma3Config(
+            text_config=dict(
+                dict(_GEMMA, vocab_size=101),
+                num_hidden_layers=6,
+                query_pre_attn_scalar=16,
+                sliding_window=WINDOW,
+            ),
+            # Of 64 patches, four tokens.
+            vision_config=dict(_VISION, patch_size=2),
+            mm_tokens_per_image=4,
+            image_token_id=100,
+            boi_token_id=None,
+            eoi_token_id=None,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="eager",
         ),
     ),
 }

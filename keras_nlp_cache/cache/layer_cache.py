@@ -83,12 +83,14 @@ class LayerCache(typing.NamedTuple):
         Args:
             attention_mask: Tensor `(B, T, T)`, 0 where not attended.
             length: int, `T`.
-            window: Optional int. See `causal_mask()`.
+            window: Optional int. How many positions a token sees, itself and
+                those before it, or those that follow if it sees such.
         """
         distance = slot_distance(0, length, slots(0, length))
         mask = additive(attention_mask)[:, None]
         if window is not None:
-            mask = mask + causal_mask(distance, window)[:, None]
+            near = ops.absolute(distance) < window
+            mask = mask + additive(near)[:, None]
         return cls(positions=slots(0, length), mask=mask, distance=distance)
 
     def update(self, key, value):

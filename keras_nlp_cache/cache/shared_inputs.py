@@ -77,13 +77,14 @@ class Behind:
     Attributes:
         read: int32 `(B or 1, S)`. The slots that attention reads.
         in_slots: int32 `(B or 1, T, S)`. How many slots they are behind.
+        are_slots: bool. Whether positions are slots.
     """
 
     def __init__(self, positions, padding_mask, key, index, token_positions):
         length = ops.shape(positions)[1]
         self._index = 0 if index is None else index
         self._positions, self._padding_mask = positions, padding_mask
-        self._are_slots = token_positions is None
+        self.are_slots = token_positions is None
         self.read = slots(0, length)
         if key is not None:
             self.read = kept.read_slots(key, self._index, length)
@@ -91,7 +92,7 @@ class Behind:
 
     def in_positions(self):
         """How many positions of the text they are behind."""
-        if self._are_slots:
+        if self.are_slots:
             return self.in_slots
         keys = slot_positions(
             self._positions, self._padding_mask, self._index, self.read
@@ -182,13 +183,20 @@ class AttentionMask(Weightless):
         if positions is None:
             return None
         behind = Behind(positions, padding_mask, key, index, token_positions)
-        if token_positions is None:
-            mask = causal_mask(behind.in_slots, self.window)[:, None]
-        else:
-            mask = causal_mask(behind.in_slots)[:, None]
-            if self.window is not None:
-                near = behind.in_positions() < self.window
-                mask = mask + additive(near)[:, None]
+        return self.hide(
+            self.causal(behind), behind, padding_mask, key, attention_mask
+        )
+
+    def hide(self, mask, behind, padding_mask, key, attention_mask):
+        """Hides beside what a mask does what is told, and what is not kept.
+
+        Args:
+            mask: float32, `(B or 1, 1, T, S)`.
+            behind: A `Behind`.
+            padding_mask: As for `call()`, like the next two.
+            key: Optional.
+            attention_mask: Optional.
+        """
         if padding_mask is not None:
             padding_mask = _read(padding_mask, key, behind.read)
             mask = mask + additive(padding_mask)[:, None, None, :]
@@ -203,6 +211,23 @@ class AttentionMask(Weightless):
         if attention_mask is not None:
             # A softmax over infinities would not be a number.
             mask = ops.maximum(mask, 4 * MASKED)
+        return mask
+
+    def causal(self, behind):
+        """Hides what follows each token, and what is beyond a window.
+
+        Args:
+            behind: A `Behind`.
+
+        Returns:
+            float32, `(B or 1, 1, T, S)`.
+        """
+        if behind.are_slots:
+            return causal_mask(behind.in_slots, self.window)[:, None]
+        mask = causal_mask(behind.in_slots)[:, None]
+        if self.window is not None:
+            near = behind.in_positions() < self.window
+            mask = mask + additive(near)[:, None]
         return mask
 
     def compute_output_spec(

@@ -1,4 +1,4 @@
-"""What the layers of a graph need of its encoder, computed once.
+"""What the layers of a graph need of its encoder or tower, computed once.
 
 The encoder's part of a graph ends where `EncoderOutput` begins. What was
 returned there in an earlier call can be given, or is in the cache: then there
@@ -12,8 +12,33 @@ from keras_nlp_cache.cache.masks import additive
 from keras_nlp_cache.cache.shared_inputs import Weightless
 
 
+class Cut(keras.layers.Layer):
+    """Where a graph goes on with what was computed before, if that is given.
+
+    Attributes:
+        called_on_nothing: bool. It is called where what comes before it is not.
+    """
+
+    called_on_nothing = True
+
+    def __init__(self, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+
+    def call(self, x, given=None):
+        return x if given is None else given
+
+    def compute_output_spec(self, x, *args, **kwargs):
+        return keras.KerasTensor(x.shape, dtype=x.dtype)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return layer_call
+
+    def get_config(self):
+        return super().get_config()
+
+
 @keras.saving.register_keras_serializable("keras_nlp_cache")
-class EncoderOutput(keras.layers.Layer):
+class EncoderOutput(Cut):
     """Where the encoder ends, and decoder blocks begin to read.
 
     Call arguments:
@@ -25,22 +50,28 @@ class EncoderOutput(keras.layers.Layer):
         What there is of the two, `None` if there is nothing to read.
     """
 
-    called_on_nothing = True
 
-    def __init__(self, **kwargs):
-        super().__init__(autocast=False, **kwargs)
+@keras.saving.register_keras_serializable("keras_nlp_cache")
+class JoinedEmbeddings(Cut):
+    """Where a text begins, and what was embedded of images in it.
 
-    def call(self, x, given=None):
-        return x if given is None else given
+    Call arguments:
+        x: Tensor `(B, T, hidden_dim)`, both of them. `None` without images.
+        text: Tensor `(B, T, hidden_dim)`, the embeddings of the text alone.
+        given: Optional tensor `(B, T, hidden_dim)`, both of them, computed
+            before.
 
-    def compute_output_spec(self, x, given=None):
-        return keras.KerasTensor(x.shape, dtype=x.dtype)
+    Returns:
+        What there is of the three.
+    """
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        return layer_call
+    def call(self, x, text=None, given=None):
+        x = super().call(x, given)
+        return text if x is None else x
 
-    def get_config(self):
-        return super().get_config()
+    def compute_output_spec(self, x, text=None, given=None):
+        # Upstream's may say that it is as long as an image.
+        return keras.KerasTensor((x.shape[0], None, x.shape[-1]), dtype=x.dtype)
 
 
 @keras.saving.register_keras_serializable("keras_nlp_cache")

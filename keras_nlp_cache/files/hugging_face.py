@@ -85,6 +85,15 @@ def arguments(config):
         # They are for training, and in the way of everything else.
         config["output_router_logits"] = False
     told = _scaled_positions(config)
+    if kind == "paligemma":
+        _check(text, "model_type", ("gemma",))
+        # Upstream's takes the number of image tokens for it.
+        told["head_dim"] = text.get("head_dim") or 256
+    if kind == "gemma3" and "vision_config" in config:
+        vision = config["vision_config"]
+        # Of what the tower returns, upstream's converter makes one of 16.
+        side = vision["image_size"] // vision["patch_size"] // 4
+        _check(config, "mm_tokens_per_image", (side**2,))
     if kind.startswith("qwen"):
         told.update(_qwen(config))
     for model_type, key, name in (

@@ -171,6 +171,42 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         )
         return hidden_states, cache
 
+    def read_source(self, token_ids, cache, source):
+        """Begins to read a text, with what is not of it.
+
+        Args:
+            token_ids: int tensor `(B, S)`, all of the text.
+            cache: An empty cache.
+            source: Dictionary of further inputs of the backbone. See
+                `Roles.of_prefill`.
+
+        Returns:
+            The cache.
+        """
+        return self.read(token_ids[:, :1], cache, 0, **source)[1]
+
+    def read_with(self, source):
+        """How many tokens need not be read again after `read_source()`.
+
+        Args:
+            source: Dictionary, empty if that is not called.
+        """
+        return 0
+
+    def fitted_source(self, source, length, slots, chunk):
+        """What `read_source()` is to read of a text of some length.
+
+        Args:
+            source: Dictionary of arrays.
+            length: int. How many tokens the text has.
+            slots: int. For how many there is a place.
+            chunk: int. `read_with()` is to be a multiple of it.
+
+        Returns:
+            The dictionary, with arrays.
+        """
+        return source
+
     def overridden(self, *names):
         """Which methods are not those of this package.
 
@@ -208,14 +244,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
         Otherwise it calls it only for samplers with a loop of their own.
         """
-        if self.backbone.takes_generated:
-            raise ValueError(
-                "Expected a sampler that picks one token at a time, such as "
-                '"greedy", and no override of `generate_step()`, for a model '
-                "that is steered at generated tokens only. Received: "
-                f"{type(self.sampler).__name__}, on a loop that does not say "
-                "which tokens these are. Apply the control vector to all."
-            )
+        self.refuse_partial_steering()
         if self.backbone.has_states:
             raise ValueError(
                 "Expected a sampler that picks one token at a time, such as "
@@ -228,6 +257,17 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             return super().generate_step(inputs, stop_token_ids)
         with accessing(loop_access()):
             return super().generate_step(inputs, stop_token_ids)
+
+    def refuse_partial_steering(self):
+        """Raises a `ValueError` if it matters which tokens are generated."""
+        if self.backbone.takes_generated:
+            raise ValueError(
+                "Expected a sampler that picks one token at a time, such as "
+                '"greedy", and no override of `generate_step()`, for a model '
+                "that is steered at generated tokens only. Received: "
+                f"{type(self.sampler).__name__}, on a loop that does not say "
+                "which tokens these are. Apply the control vector to all."
+            )
 
     def compile(self, *args, cache_dtype=None, cache_policy=None, **kwargs):
         """Configures training and generation.

@@ -27,7 +27,17 @@ def encode(preprocessor, text):
 
     Returns:
         int32 array `(T,)`.
+
+    Raises:
+        ValueError: If the text says that there is an image.
     """
+    image = getattr(preprocessor, "start_of_image_token", None)
+    if image is not None and image in text:
+        raise ValueError(
+            f"Expected a text without {image!r}, which stands for an image. "
+            f"Received: {text!r}, and no image. Call `generate()` with "
+            "`images` and `prompts` in a dictionary."
+        )
     # A token is a byte or more, as a rule, and one or two are added.
     size = len(text.encode()) + 3
     while True:
@@ -131,8 +141,10 @@ class Call:
     def _normalize_generate_inputs(self, inputs):
         batches, is_scalar = self._lm._normalize_generate_inputs(inputs)
         if self.preprocessor is None and self._max_length is not None:
+            masks = self._lm.backbone.roles.beside_images[-1:]
             batches = [
-                fitted(x, self._max_length, self._truncation) for x in batches
+                fitted(x, self._max_length, self._truncation, masks)
+                for x in batches
             ]
         return batches, is_scalar
 
@@ -195,7 +207,7 @@ class _Reader:
         return {**read, "token_ids": ops.convert_to_tensor(token_ids)}
 
 
-def fitted(inputs, max_length, truncation):
+def fitted(inputs, max_length, truncation, masks=()):
     """Prompts that are token ids, padded to some length.
 
     Args:
@@ -203,6 +215,8 @@ def fitted(inputs, max_length, truncation):
             padded at their end. Anything else is returned as it is.
         max_length: int. How many tokens each row is to have.
         truncation: str, as for `CausalLM.generate()`.
+        masks: Names of what else may have a column for each token. Nothing is
+            cut then.
 
     Returns:
         The dictionary, with arrays `(B, max_length)`.
@@ -226,12 +240,18 @@ def fitted(inputs, max_length, truncation):
     ):
         return inputs  # To be refused, or the business of a user's own step.
     too_long = {i: lengths[i] for i in np.flatnonzero(lengths > max_length)}
-    if too_long and truncation == "error":
+    masks = [name for name in masks if inputs.get(name) is not None]
+    if too_long and (masks or truncation == "error"):
         raise _too_long(too_long, max_length)
     padding = ((0, 0), (0, max(0, max_length - mask.shape[1])))
     fitting = np.pad(token_ids, padding)[:, :max_length]
     for i, length in too_long.items():
         fitting[i] = cut(token_ids[i, :length], max_length, truncation)
+    inputs = dict(inputs)
+    for name in masks:
+        mask = ops.convert_to_numpy(inputs[name])
+        if mask.shape == token_ids.shape:
+            inputs[name] = np.pad(mask, padding)[:, :max_length]
     return {
         **inputs,
         "token_ids": fitting,

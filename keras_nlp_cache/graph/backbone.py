@@ -391,7 +391,8 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             calls = operation._inbound_nodes
             if calls[0] not in nodes:
                 continue
-            calls.sort(key=lambda node: node in nodes)
+            # No `sort()`, which the list that TensorFlow tracks has not.
+            calls[:] = sorted(calls, key=lambda node: node in nodes)
             for i, node in enumerate(calls):
                 for j, x in enumerate(node.outputs):
                     x._keras_history = KerasHistory(operation, i, j)

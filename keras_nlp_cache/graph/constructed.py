@@ -27,7 +27,7 @@ def check_graph(backbone, inputs, outputs):
             f"Expected a {type(backbone).__name__!r} that takes "
             f"{sorted(expected)} and returns hidden states, which is what this "
             f"package gives a cache. Received one with {received}. Models of "
-            "images and of embeddings are keras_hub's."
+            "embeddings are keras_hub's."
         )
 
 

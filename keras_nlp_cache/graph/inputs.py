@@ -32,7 +32,9 @@ _HOW_TO_MAKE_A_CACHE = (
 )
 
 
-def normalize(inputs, cache_spec, max_positions=None, further=(), roles=TEXT):
+def normalize(
+    inputs, cache_spec, max_positions=None, further=(), roles=TEXT, before=0
+):
     """Completes the inputs of a backbone, as tensors.
 
     Args:
@@ -45,6 +47,7 @@ def normalize(inputs, cache_spec, max_positions=None, further=(), roles=TEXT):
         further: Names of optional inputs `(B, T)` that this model has beyond
             those of all models.
         roles: `Roles`, what inputs are called.
+        before: int. How many places something else takes before the tokens.
 
     Returns:
         A dictionary with all keys. `"cache"` has one pair per block, of `None`
@@ -65,6 +68,9 @@ def normalize(inputs, cache_spec, max_positions=None, further=(), roles=TEXT):
             f"Expected `{name}` to hold at least one token per row. "
             f"Received shape: {tuple(token_ids.shape)}."
         )
+    padded_length = length
+    if isinstance(length, int):
+        length += before
 
     cache = inputs.get("cache")
     index = inputs.get("cache_update_index")
@@ -79,14 +85,14 @@ def normalize(inputs, cache_spec, max_positions=None, further=(), roles=TEXT):
             )
     else:
         cache = _check_cache(cache, cache_spec, batch)
-        max_length = _slots(cache)
+        padded_length = max_length = _slots(cache)
         index = _check_index(index, batch, length, max_length)
 
     padding_mask = inputs.get(roles.padding_mask)
     if padding_mask is not None:
         padding_mask = as_tensor(roles.padding_mask, padding_mask, "int32")
         check_shape(
-            roles.padding_mask, padding_mask, batch=batch, slots=max_length
+            roles.padding_mask, padding_mask, batch=batch, slots=padded_length
         )
         if max_length is None and index is not None:
             _check_columns(roles.padding_mask, padding_mask, index, length)

@@ -12,6 +12,11 @@ class Roles(typing.NamedTuple):
         source_ids: What an encoder reads, `None` without an encoder.
         source_mask: Which of that is padding.
         source: The output of the encoder. Given, the encoder does not run.
+        images: What a tower of layers sees, `None` without one.
+        beside_images: Names of what upstream's backbone takes with them. The
+            last one has a column for each token of the text.
+        image_embeddings: The output of the tower.
+        embeddings: That and the embedded text, as one sequence.
     """
 
     token_ids: str = "token_ids"
@@ -19,11 +24,20 @@ class Roles(typing.NamedTuple):
     source_ids: str | None = None
     source_mask: str | None = None
     source: str | None = None
+    images: str | None = None
+    beside_images: tuple = ()
+    image_embeddings: str | None = None
+    embeddings: str | None = None
 
     @property
     def of_upstream(self):
         """The inputs that upstream's backbone has, too, in its order."""
-        return (*self.of_source[:2], self.token_ids, self.padding_mask)
+        return (
+            *self.of_source[:2],
+            self.token_ids,
+            self.padding_mask,
+            *self.of_images[:-2],
+        )
 
     @property
     def of_source(self):
@@ -31,6 +45,30 @@ class Roles(typing.NamedTuple):
         if self.source is None:
             return ()
         return self.source_ids, self.source_mask, self.source
+
+    @property
+    def of_images(self):
+        """The inputs of images, or in their place. Empty without any."""
+        if self.images is None:
+            return ()
+        return (
+            self.images,
+            *self.beside_images,
+            self.image_embeddings,
+            self.embeddings,
+        )
+
+    def has_images(self, inputs):
+        """Whether there are images among inputs, or what they became."""
+        if self.images is None:
+            return False
+        names = self.images, self.image_embeddings, self.embeddings
+        return any(inputs.get(name) is not None for name in names)
+
+    @property
+    def of_prefill(self):
+        """What a prefill takes beside the text."""
+        return (*self.of_source, *self.of_images)
 
 
 TEXT = Roles()

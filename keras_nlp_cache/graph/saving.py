@@ -68,7 +68,7 @@ def describe(backbone):
     sites = backbone.sites
     tensors = {id(x): TensorOf(name) for name, x in backbone.input.items()}
     tensors[id(backbone._positions)] = TensorOf("positions")
-    for name in ("generated", backbone.roles.source):
+    for name in ("generated", backbone.roles.source, *backbone.roles.of_images):
         if name in backbone._inputs_struct:
             tensors[id(backbone._inputs_struct[name])] = TensorOf(name)
     for i, site in enumerate(sites):

@@ -65,15 +65,7 @@ class Wiring:
         self._distance = self._real = None
         self.blocks = []
         self.inputs = {
-            **{
-                name: keras.Input(
-                    (None,),
-                    dtype="int32",
-                    name=name,
-                    optional=name != roles.token_ids,
-                )
-                for name in roles.of_upstream
-            },
+            **{name: self._new_input(name) for name in roles.of_upstream},
             "cache_update_index": keras.Input(
                 batch_shape=(),
                 dtype="int32",
@@ -93,8 +85,20 @@ class Wiring:
                 if name != roles.token_ids:
                     given[name]._keras_history.operation.optional = True
             self.inputs.update(given)
-        self.positions = Positions(dtype=dtype, name="positions")(
-            self.inputs[roles.token_ids],
+        self.positions = self._new_positions()
+
+    def _new_input(self, name):
+        """An input that upstream's backbone has, too."""
+        return keras.Input(
+            (None,),
+            dtype="int32",
+            name=name,
+            optional=name != self._roles.token_ids,
+        )
+
+    def _new_positions(self):
+        return Positions(dtype=self._dtype, name="positions")(
+            self.inputs[self._roles.token_ids],
             index=self.inputs["cache_update_index"],
             token_positions=self.inputs["token_positions"],
             attention_mask=self.inputs["attention_mask"],
@@ -257,10 +261,9 @@ class Wiring:
             if window is not None:
                 name = f"mask_of_window_{window}"
                 positions = self.inputs["token_positions"]
-            self._masks[window] = AttentionMask(
-                window, dtype=self._dtype, name=name
-            )(
-                self.positions,
+            self._masks[window] = self._new_mask(
+                window,
+                name,
                 padding_mask=self.inputs[self._roles.padding_mask],
                 key=key,
                 index=self.inputs["cache_update_index"],
@@ -268,6 +271,10 @@ class Wiring:
                 token_positions=positions,
             )
         return self._masks[window]
+
+    def _new_mask(self, window, name, **arguments):
+        mask = AttentionMask(window, dtype=self._dtype, name=name)
+        return mask(self.positions, **arguments)
 
     def graph(self, hidden_states, *further):
         """The inputs and outputs of the wired graph.

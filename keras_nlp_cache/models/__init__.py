@@ -30,6 +30,8 @@ from keras_nlp_cache.models.moonshine import MoonshineAudioToText
 from keras_nlp_cache.models.moonshine import MoonshineBackbone
 from keras_nlp_cache.models.opt import OPTBackbone
 from keras_nlp_cache.models.opt import OPTCausalLM
+from keras_nlp_cache.models.pali_gemma import PaliGemmaBackbone
+from keras_nlp_cache.models.pali_gemma import PaliGemmaCausalLM
 from keras_nlp_cache.models.phi3 import Phi3Backbone
 from keras_nlp_cache.models.phi3 import Phi3CausalLM
 from keras_nlp_cache.models.qwen import QwenBackbone
@@ -85,6 +87,8 @@ __all__ = [
     "MoonshineBackbone",
     "OPTBackbone",
     "OPTCausalLM",
+    "PaliGemmaBackbone",
+    "PaliGemmaCausalLM",
     "Phi3Backbone",
     "Phi3CausalLM",
     "Qwen3Backbone",

@@ -37,9 +37,11 @@ def find_weights(model):
     if availability.why_not() is not None:
         return None
     found = {}
+    backbone = getattr(model, "backbone", None)
+    only_in_prefill = {id(x) for x in getattr(backbone, "prefill_layers", ())}
     for layer in model._flatten_layers():
         weight = None
-        if not layer.built:
+        if not layer.built or id(layer) in only_in_prefill:
             continue
         if is_exactly(layer, keras.layers.Dense) or is_exactly(
             layer, keras.layers.EinsumDense

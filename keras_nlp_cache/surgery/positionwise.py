@@ -431,10 +431,12 @@ def _run(model, token_ids, noise, positions, kept):
         List of tensors.
     """
     results = {}
-    count = 0
+    sites = model.sites
+    # Not all are called: of a tower of images, nothing is.
+    places = {site.name: i for i, site in enumerate(sites)}
 
     def call(site, *args, **kwargs):
-        nonlocal count, noise
+        nonlocal noise
         if not site.is_block and not isinstance(site.layer, Positionwise):
             x = site.layer(*args, **kwargs)
         else:
@@ -443,28 +445,26 @@ def _run(model, token_ids, noise, positions, kept):
             if not site.in_encoder:
                 x = x + ops.cast(noise, x.dtype)
                 noise = None
-        if count in kept:
-            results[count] = x
-        count += 1
+        if places[site.name] in kept:
+            results[places[site.name]] = x
         return x
 
     inputs = dict.fromkeys(model._inputs_struct)
     inputs["cache"] = [None] * len(model.cache_spec) * 2
     roles = model.roles
     inputs[roles.token_ids] = ops.convert_to_tensor(token_ids, dtype="int32")
-    # No call is left out, for those that are counted.
+    # For what is called on it not to be left out.
     inputs[roles.padding_mask] = ops.ones(positions.shape, "int32")
     if roles.source_ids is not None:
         inputs |= model.anything_to_read(len(positions))
     positions = ops.convert_to_tensor(positions, dtype="int32")
     x, taps = model.replay(inputs, positions, call)
     x = model.hidden_states_of(x)
-    of_encoder = {site.name for site in model.sites if site.in_encoder}
+    of_encoder = {site.name for site in sites if site.in_encoder}
     taps = {k: x if k in of_encoder else y for k, y in taps.items()}
-    for output in (x, *taps.values()):
-        if count in kept:
-            results[count] = output
-        count += 1
+    for i, output in enumerate((x, *taps.values()), start=len(sites)):
+        if i in kept:
+            results[i] = output
     return [results[i] for i in kept]
 
 

@@ -9,6 +9,7 @@ from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.layers.block_call import collecting_taps
 from keras_nlp_cache.layers.block_call import first_argument
+from keras_nlp_cache.layers.block_call import sequence_first
 from keras_nlp_cache.surgery.positionwise import check_positionwise
 
 
@@ -104,6 +105,10 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
     taps = {}
 
     def call(site, *args, **kwargs):
+        first, *_ = (*getattr(site.layer, "call_signature_parameters", ()), "")
+        if not args and first in kwargs:
+            # Upstream calls some layers by keyword alone.
+            args, kwargs = sequence_first(site.layer, args, kwargs)
         try:
             with collecting_taps() as inside:
                 x = call_function(site, *args, **kwargs)

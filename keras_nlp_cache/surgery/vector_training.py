@@ -86,7 +86,9 @@ def _check_trainable(lm):
             f"Received an instance of {type(lm).__module__}."
             f"{type(lm).__name__}."
         )
-    if lm.backbone.roles.of_source:
+    if lm.backbone.roles.of_source or getattr(
+        lm.backbone, "needs_images", False
+    ):
         raise ValueError(
             "Expected a model without an encoder, whose prompts are one text. "
             f"Received: a {type(lm).__name__!r}. Make a `ControlVector` of "

@@ -55,14 +55,25 @@ class CompiledLoop(Loop):
         del spare  # Before there are two.
         return backbone.make_cache(*arguments, zeros=self._new_tensor)
 
+    def _chunk_of_prefill(self, slots):
+        lm = self.lm
+        cache = lm.backbone.make_cache(
+            1, slots, lm.cache_dtype, lm.cache_policy, zeros=_spec
+        )
+        return self._chunk_for(cache, slots)
+
+    def _chunk_for(self, cache, slots):
+        """How many tokens a prefill reads at a time."""
+        chunk = min(self.chunk, slots)
+        # What it writes past the prompt takes no place that is needed.
+        return min(chunk, spare(cache) or chunk)
+
     def _fill(self, token_ids, length, cache, start=0):
         """Prefills, to be compiled: `length` and `start` may be tensors."""
         if self.lm.backbone.has_states:
             return self._fill_states(token_ids, length, cache, start)
         batch, slots = ops.shape(token_ids)
-        chunk = min(self.chunk, slots)
-        # What it writes past the prompt takes no place that is needed.
-        chunk = min(chunk, spare(cache) or chunk)
+        chunk = self._chunk_for(cache, slots)
 
         def body(i, cache):
             # The last chunk may overlap the one before, and writes the same.

@@ -316,15 +316,27 @@ class Loop:
                 "read past the end of one would change its state. Generate "
                 "those of each length for themselves."
             )
-        if as_one or source or alike:
+        # The length of what an encoder has read, a new cache does not know.
+        as_one |= bool(self.lm.backbone.roles.of_source)
+        if as_one or alike:
             cache = self.read(
                 token_ids, int(lengths.max()), slots, cache, start, source
             )
         else:
             cache, row_cache = self.new_cache(batch, slots), None
             for row, length in enumerate(lengths):
+                of_row = None
+                if source:
+                    of_row = {k: x[row : row + 1] for k, x in source.items()}
+                    if row_cache is not None:
+                        self.keep(row_cache)
+                        row_cache = None
                 row_cache = self.read(
-                    token_ids[row, :length], int(length), slots, row_cache
+                    token_ids[row, :length],
+                    int(length),
+                    slots,
+                    row_cache,
+                    source=of_row,
                 )
                 cache = self.put_row(cache, row, row_cache)
             self.keep(row_cache)
@@ -342,8 +354,8 @@ class Loop:
             start: int. How many slots of `cache` are filled with what
                 `token_ids` begins with.
             source: Optional dictionary of arrays, inputs of the backbone that
-                are not of the text: what an encoder is to read. For a new
-                cache. Later calls find in it what became of them.
+                are not of the text: what an encoder is to read, or images. For
+                a new cache. Later calls find in it what became of them.
 
         Returns:
             A cache of as many rows.
@@ -352,6 +364,9 @@ class Loop:
         padded = np.zeros((len(token_ids), slots), "int32")
         padded[:, : token_ids.shape[1]] = token_ids
         if cache is None:
+            if source:
+                chunk = self._chunk_of_prefill(slots)
+                source = self.lm.fitted_source(source, length, slots, chunk)
             return self._prefill(padded, np.int32(length), source or {})
         return self._prefill_more(
             padded, np.int32(length), cache, np.int32(start)
@@ -543,17 +558,22 @@ class Loop:
             logits = ops.reshape(logits, (batch, count, size))
         return sampling.pick(self.sampler, logits, generation.stream)
 
+    def _chunk_of_prefill(self, slots):
+        """Of how many tokens what is read has to be a multiple."""
+        return 1
+
     def _prefill(self, token_ids, length, source):
         cache = self.new_cache(*token_ids.shape)
         cache = self._read_source(token_ids, cache, source)
-        return self._prefill_more(token_ids, length, cache, 0)
+        start = self.lm.read_with(source)
+        return self._prefill_more(token_ids, length, cache, start)
 
     def _read_source(self, token_ids, cache, source):
-        """Reads what is not of the text, and the first token with it."""
+        """Reads what is not of the text, and the first tokens with it."""
         if not source:
             return cache
         with accessing(self.access):
-            return self.lm.read(token_ids[:, :1], cache, 0, **source)[1]
+            return self.lm.read_source(token_ids, cache, source)
 
     def _prefill_more(self, token_ids, length, cache, start):
         with accessing(self.access):

@@ -123,8 +123,9 @@ class JaxLoop(CompiledLoop):
         mapping = list(zip(self.variables, values))
         with keras.StatelessScope(state_mapping=mapping):
             cache = self._read_source(token_ids, cache, source)
+        start = self.lm.read_with(source)
         return self._stateless_prefill_more(
-            weights, token_ids, length, cache, 0
+            weights, token_ids, length, cache, start
         )
 
     def _stateless_prefill_more(self, weights, token_ids, length, cache, start):

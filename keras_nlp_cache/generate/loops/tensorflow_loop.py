@@ -74,7 +74,8 @@ class TensorFlowLoop(CompiledLoop):
                 variable.assign(tf.zeros_like(variable))
         if source:
             cache = self._read_source_into(token_ids, cache, source)
-        return self._prefill_more(token_ids, length, cache, np.int32(0))
+        start = np.int32(self.lm.read_with(source))
+        return self._prefill_more(token_ids, length, cache, start)
 
     def _prefill_more(self, token_ids, length, cache, start):
         _call(

@@ -1,0 +1,51 @@
+"""Checks that prompts have a placeholder for each of their images."""
+
+from keras_nlp_cache.generate import reading
+
+
+def check_placeholders(inputs, placeholder):
+    """Compares prompts with their images, before a preprocessor sees them.
+
+    Args:
+        inputs: Dictionary of `prompts`, strings, and of `images`. Of what is
+            counted otherwise, nothing is said.
+        placeholder: str, what stands for an image.
+
+    Raises:
+        ValueError: If there are more of the ones than of the others.
+    """
+    prompts, images = inputs.get("prompts"), inputs.get("images")
+    if prompts is None:
+        return
+    wanted = _counts(prompts, placeholder)
+    if isinstance(prompts, str) and images is not None:
+        images = [images]
+    given = [0] * len(wanted or ()) if images is None else _images(images)
+    if None in (wanted, given) or list(wanted) == list(given):
+        return
+    raise ValueError(
+        f"Expected as many {placeholder!r} in each of `prompts` as there are "
+        f"`images` for it. Received: {list(wanted)} of them, for "
+        f"{list(given)} images."
+    )
+
+
+def _counts(prompts, placeholder):
+    """How many there are in each of some strings, `None` if it is not known."""
+    if isinstance(prompts, str):
+        return [prompts.count(placeholder)]
+    strings = reading.texts(prompts)
+    if strings is None:
+        return None
+    return [text.count(placeholder) for text in strings]
+
+
+def _images(images):
+    """How many images there are for each prompt, `None` if it is not known."""
+    found = []
+    for x in images:
+        rank = len(getattr(x, "shape", ()))
+        if not isinstance(x, (list, tuple)) and rank not in (3, 4):
+            return None
+        found.append(1 if rank == 3 else len(x))
+    return found

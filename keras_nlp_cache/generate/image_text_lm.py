@@ -1,0 +1,321 @@
+"""The task that generates from images and text."""
+
+import contextlib
+
+import numpy as np
+from keras import ops
+from keras_hub.src.utils.tensor_utils import any_equal
+
+from keras_nlp_cache.cache.access import accessing
+from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.generate import prompts
+from keras_nlp_cache.generate.causal_lm import CausalLM
+from keras_nlp_cache.generate.loops.access import loop_access
+from keras_nlp_cache.generate.loops.batch import generate_batch
+from keras_nlp_cache.graph.image_inputs import known
+
+
+class ImageTextLM(CausalLM):
+    """Base of the tasks that generate from images and text.
+
+    Images are read in the prefill, once, by one call with all of the tokens
+    that see each other, and so are rows of different lengths, one after the
+    other. What became of the images is then in the cache, with the text, and a
+    decode step is `call_with_cache()` as for any other model.
+
+    Args:
+        backbone: An `ImageTextBackbone` of this package.
+        preprocessor: What upstream's task takes, or `None` to pass images and
+            token ids as its backbone takes them.
+
+    Example:
+    ```python
+    backbone = PaliGemmaBackbone(
+        vocabulary_size=100, image_size=16, num_layers=2, num_query_heads=4,
+        num_key_value_heads=1, hidden_dim=32, intermediate_dim=64, head_dim=8,
+        vit_patch_size=8, vit_num_heads=2, vit_hidden_dim=16, vit_num_layers=1,
+        vit_intermediate_dim=32,
+    )
+    lm = PaliGemmaCausalLM(backbone=backbone, preprocessor=None)
+    lm.compile(sampler="greedy")
+    prompt = {
+        "images": np.ones((1, 16, 16, 3)),
+        "token_ids": np.array([[5, 6, 7, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0, 0, 0]]),
+    }
+    lm.generate(prompt, stop_token_ids=None)
+    ```
+    """
+
+    # === Reading ===
+
+    def read_source(self, token_ids, cache, source):
+        tokens = token_ids[:, self.backbone.before : self.read_with(source)]
+        return self.read(tokens, cache, 0, **source)[1]
+
+    def read_with(self, source):
+        if not source:
+            return 0
+        return self.backbone.before + self._mask_of(source).shape[1]
+
+    def _mask_of(self, source):
+        """Of what is read with images, what has a column for each token."""
+        return source[self.backbone.roles.beside_images[-1]]
+
+    def fitted_source(self, source, length, slots, chunk):
+        *_, name = self.backbone.roles.beside_images
+        needed = self.needed_with_images(source[name], length)
+        if not needed:
+            return {}
+        count = -(-needed // chunk) * chunk
+        last = count + max(0, -(-(length - 1 - count) // chunk)) * chunk
+        if last > slots:
+            # Chunks after it would overlap it.
+            count = slots
+        count -= self.backbone.before
+        mask = source[name][:, :count]
+        mask = np.pad(
+            mask,
+            ((0, 0), (0, count - mask.shape[1])),
+            constant_values=self.mask_of_text,
+        )
+        return {**source, name: mask}
+
+    # What a mask says of tokens that are in no span.
+    mask_of_text = 0
+
+    def needed_with_images(self, mask, length):
+        """Up to which slot all has to be read with images.
+
+        Args:
+            mask: int array `(B, T)`, the last of `Roles.beside_images`.
+            length: int. How many slots prompts take.
+
+        Returns:
+            int, 0 if there is no image.
+        """
+        raise NotImplementedError
+
+    # === Generating ===
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        **further,
+    ):
+        """Generates text after images and prompts.
+
+        Upstream's method, with its arguments and its results.
+
+        Args:
+            inputs: As for upstream's task: a dictionary of `images` and
+                `prompts`. Without a preprocessor, of what the backbone takes.
+                Or prompts alone, as `CausalLM.generate()` takes them, if the
+                model reads such.
+            max_length: As for upstream's task. Its preprocessor cuts what is
+                longer. What then has no room for a whole image is refused.
+            stop_token_ids: As for `CausalLM.generate()`.
+            strip_prompt: As for upstream's task.
+            **further: With prompts alone, as for `CausalLM.generate()`.
+
+        Raises:
+            ValueError: If images do not fit the prompts, if prompts have no
+                tokens or ids that are not in the vocabulary, or if there is a
+                further argument with images.
+        """
+        if isinstance(inputs, dict):
+            inputs = dict(inputs)  # Upstream writes into it.
+            if further:
+                raise ValueError(
+                    "Expected `inputs`, `max_length`, `stop_token_ids` and "
+                    "`strip_prompt`, which is what goes with a dictionary of "
+                    f"{sorted(inputs)}. Received also: "
+                    f"{', '.join(sorted(further))}."
+                )
+        if self.backbone.sees and self.preprocessor is not None:
+            texts = isinstance(inputs, (str, list, tuple))
+            self.check_images_of({"prompts": inputs} if texts else inputs)
+        return super().generate(
+            inputs,
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            strip_prompt=strip_prompt,
+            **further,
+        )
+
+    def check_images_of(self, inputs):
+        """Checks images and prompts before a preprocessor sees them."""
+
+    def _generate(self, inputs, stop_token_ids=None):
+        if self.overridden("generate_step"):
+            return super()._generate(inputs, stop_token_ids)
+        images = self._images_in(inputs)
+        if images is None:
+            self._check_text_alone(inputs)
+            return super()._generate(inputs, stop_token_ids)
+        stops = prompts.stop_tokens(stop_token_ids)
+        prompts.check_tokens(inputs, self.backbone)
+        inputs = self._as_arrays({**inputs, self.backbone.roles.images: images})
+        self._check_images(inputs)
+        inputs = self.with_masks(inputs)
+        before = 0
+        if self._has_loop():
+            before = self.backbone.before
+            outputs = generate_batch(self, self._in_slots(inputs), stops)
+        else:
+            outputs = self._in_groups(inputs, stops)
+        return {
+            "token_ids": outputs["token_ids"][:, before:],
+            "padding_mask": outputs["padding_mask"][:, before:],
+            "images": images,
+        }
+
+    def with_masks(self, inputs):
+        """A batch of prompts, with all that `Roles.beside_images` names."""
+        return inputs
+
+    def _images_in(self, inputs):
+        """The images of a batch of prompts, with its axis, or `None`."""
+        if not self.backbone.sees or not isinstance(inputs, dict):
+            return None
+        images = inputs.get(self.backbone.roles.images)
+        if images is None:
+            return None
+        if not ops.is_tensor(images):
+            images = np.asarray(images)
+        rank = len(self.backbone.cuts.images.shape)
+        if len(images.shape) == rank - 1:
+            images = images[None]
+        if len(images.shape) > 1 and images.shape[1] == 0:
+            return None
+        return images
+
+    def _check_text_alone(self, inputs):
+        """Raises a `ValueError` for prompts that lack their images."""
+        if not isinstance(inputs, dict):
+            return
+        roles = self.backbone.roles
+        if self.backbone.needs_images:
+            shape = self.backbone.cuts.images.shape[1:]
+            raise ValueError(
+                f"Expected prompts with `{roles.images}` of shape "
+                f"{('batch', *shape)}. Received the keys {sorted(inputs)}."
+            )
+        for name in roles.beside_images:
+            given = known(inputs.get(name))
+            if given is not None and given.any():
+                raise ValueError(
+                    f"Expected `{roles.images}` with `{name}`. Received no "
+                    f"images, and `{name}` of shape {given.shape} that is not "
+                    "0 for some tokens."
+                )
+
+    def _as_arrays(self, inputs):
+        names = "token_ids", "padding_mask", *self.backbone.roles.of_images[:-2]
+        return {
+            name: np.asarray(ops.convert_to_numpy(inputs[name]))
+            for name in names
+            if inputs.get(name) is not None
+        }
+
+    def _check_images(self, inputs):
+        """Has the backbone look at what it is going to read."""
+        names = self.backbone.roles.of_images[:-2]
+        images = {name: inputs.get(name) for name in names}
+        self.backbone._normalize({"token_ids": inputs["token_ids"], **images})
+
+    def _in_slots(self, inputs):
+        """Prompts with a token for each slot that an image takes."""
+        width = ((0, 0), (self.backbone.before, 0))
+        return {
+            **inputs,
+            "token_ids": np.pad(inputs["token_ids"], width),
+            "padding_mask": np.pad(
+                inputs["padding_mask"].astype("int32"), width, constant_values=1
+            ),
+        }
+
+    # === For samplers with a loop of their own ===
+
+    def _in_groups(self, inputs, stops):
+        """Generates for prompts of each length by themselves.
+
+        A step of such a loop is in one slot for all rows, and would read the
+        last tokens of longer prompts again, without what follows them.
+        """
+        lengths = inputs["padding_mask"].astype(bool).sum(axis=1)
+        rows = [np.flatnonzero(lengths == x) for x in np.unique(lengths)]
+        found = [
+            super(ImageTextLM, self)._generate(
+                {name: x[group] for name, x in inputs.items()}, stops
+            )
+            for group in rows
+        ]
+        order = np.argsort(np.concatenate(rows))
+        return {
+            name: np.concatenate(
+                [ops.convert_to_numpy(x[name]) for x in found]
+            )[order]
+            for name in ("token_ids", "padding_mask")
+        }
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """Upstream's method, for prompts of one length.
+
+        Upstream's calls the tower of its backbone, this one the graph.
+        """
+        self.refuse_partial_steering()
+        images = self._images_in(inputs)
+        if images is None:
+            self._check_text_alone(inputs)
+        own = self.overridden("_build_cache", "call_with_cache")
+        with contextlib.nullcontext() if own else accessing(loop_access()):
+            return self._step_with(inputs, images, stop_token_ids)
+
+    def _step_with(self, inputs, images, stop_token_ids):
+        token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
+        padding_mask = ops.cast(padding_mask, "bool")
+        before = 0 if images is None else self.backbone.before
+        if images is not None:
+            images = self.backbone.encode_images(images)
+        hidden_states, cache = self.build_cache_of(inputs, images)
+
+        def next(prompt, cache, index):
+            shape = ops.shape(prompt)[0], 1
+            logits, hidden_states, cache = self.call_with_cache(
+                ops.slice(prompt, start_at(0, index - 1), shape),
+                cache,
+                index - 1 + before,
+            )
+            return logits[:, 0], hidden_states[:, 0], cache
+
+        token_ids = self.sampler(
+            next=next,
+            prompt=token_ids,
+            cache=cache,
+            index=ops.min(ops.sum(ops.cast(padding_mask, "int32"), axis=1)),
+            mask=padding_mask,
+            stop_token_ids=stop_token_ids,
+            hidden_states=hidden_states,
+            model=self,
+        )
+        mask = ops.ones_like(padding_mask)
+        if stop_token_ids is not None:
+            ends = any_equal(
+                token_ids, stop_token_ids, ops.logical_not(padding_mask)
+            )
+            ends = ops.cast(ends, "int32")
+            mask = ops.equal(ops.cumsum(ends, axis=1) - ends, 0)
+        return {"token_ids": token_ids, "padding_mask": mask}
+
+    def build_cache_of(self, inputs, img_embeddings):
+        """Calls upstream's `_build_cache()` with what it takes.
+
+        Args:
+            inputs: Dictionary of tensors, as for `generate_step()`.
+            img_embeddings: What the tower returned, or `None`.
+        """
+        raise NotImplementedError

@@ -1,0 +1,100 @@
+"""Checks and completes what a user passes of images."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_nlp_cache.graph.inputs import as_tensor
+from keras_nlp_cache.graph.inputs import check_shape
+
+
+def normalize_images(inputs, backbone, text):
+    """Completes the inputs of images, and in place of images, as tensors.
+
+    Args:
+        inputs: Dictionary of what was passed for each of `Roles.of_images`, or
+            `None`.
+        backbone: An `ImageTextBackbone` that sees.
+        text: What `normalize()` made of all other inputs. `None` if there is
+            no text.
+
+    Returns:
+        The dictionary, with tensors.
+
+    Raises:
+        ValueError: If a shape does not fit the model or the text, if there are
+            images and what they became, or if there are none where there have
+            to be some.
+    """
+    roles, cuts = backbone.roles, backbone.cuts
+    found = dict.fromkeys(roles.of_images)
+    given = [
+        name
+        for name in (roles.images, roles.image_embeddings, roles.embeddings)
+        if inputs.get(name) is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(
+            f"Expected `{roles.images}`, or `{roles.image_embeddings}` or "
+            f"`{roles.embeddings}`, which were computed of some before. "
+            f"Received: {' and '.join(given)}."
+        )
+    for name, like in zip(
+        (roles.images, roles.image_embeddings, roles.embeddings), cuts.inputs
+    ):
+        if name in given:
+            found[name] = as_tensor(name, inputs[name], like.dtype, "iuf")
+            names = _AXES[len(like.shape)]
+            check_shape(name, found[name], **dict(zip(names, like.shape)))
+    for name in roles.beside_images:
+        if inputs.get(name) is not None:
+            found[name] = as_tensor(name, inputs[name], "int32")
+            check_shape(name, found[name], batch=None, length=None)
+    if text is not None:
+        backbone.check_images(found, text)
+    return found
+
+
+# What the axes of images and of embeddings are.
+_AXES = {
+    3: ("batch", "length", "hidden_dim"),
+    4: ("batch", "height", "width", "channels"),
+    5: ("batch", "images", "height", "width", "channels"),
+}
+
+
+def known(x):
+    """An array of what a tensor holds, `None` if there is none to be seen."""
+    if x is None or isinstance(x, keras.KerasTensor):
+        return None
+    try:
+        return np.asarray(ops.convert_to_numpy(x))
+    except (TypeError, NotImplementedError, RuntimeError, AttributeError):
+        return None  # While it is being traced.
+
+
+def check_rows(name, x, token_ids):
+    """Raises a `ValueError` for something with other rows than a text."""
+    rows = token_ids.shape[0]
+    if None not in (rows, x.shape[0]) and x.shape[0] != rows:
+        raise ValueError(
+            f"Expected `{name}` to have one row for each of `token_ids`, of "
+            f"shape {tuple(token_ids.shape)}. Received shape: "
+            f"{tuple(x.shape)}."
+        )
+
+
+def check_length(name, x, length, token_ids):
+    """Raises a `ValueError` for something longer or shorter than it should be.
+
+    Args:
+        name: str, what it is called.
+        x: Tensor `(B, length, ...)`.
+        length: int, or `None`.
+        token_ids: Tensor `(B, T)`, the text that it goes with.
+    """
+    if None not in (length, x.shape[1]) and x.shape[1] != length:
+        raise ValueError(
+            f"Expected `{name}` of length {length}, for `token_ids` of shape "
+            f"{tuple(token_ids.shape)}. Received shape: {tuple(x.shape)}."
+        )

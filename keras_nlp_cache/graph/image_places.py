@@ -1,0 +1,163 @@
+"""Checks that images are where a text has places for them."""
+
+import numpy as np
+
+from keras_nlp_cache.graph.image_inputs import check_length
+from keras_nlp_cache.graph.image_inputs import check_rows
+from keras_nlp_cache.graph.image_inputs import known
+
+
+def check_before_text(images, text, backbone):
+    """Checks images that take the first slots, before those of the text.
+
+    Args:
+        images: Dictionary of tensors, or `None`, for `Roles.of_images`, of
+            which one is beside images: which tokens are no prompt.
+        text: What `normalize()` made of all other inputs.
+        backbone: An `ImageTextBackbone`.
+
+    Raises:
+        ValueError: If a shape does not fit the text, or if there are images in
+            another call than the first one, or none in that.
+    """
+    roles, before = backbone.roles, backbone.before
+    token_ids, index = text[roles.token_ids], text["cache_update_index"]
+    rows, length = token_ids.shape
+    (response,) = roles.beside_images
+    given = [name for name, x in images.items() if x is not None]
+    for name in given:
+        check_rows(name, images[name], token_ids)
+    for name, expected in (
+        (response, length),
+        (roles.embeddings, length and before + length),
+    ):
+        if name in given:
+            check_length(name, images[name], expected, token_ids)
+    has_image = roles.has_images(images)
+    first = known(index)
+    shape = rows, *backbone.cuts.images.shape[1:]
+    wanted = (
+        f"`{roles.images}` of shape {shape}, or `{roles.image_embeddings}` or "
+        f"`{roles.embeddings}` in their place"
+    )
+    if index is None and not has_image:
+        raise ValueError(
+            f"Expected {wanted}, with `token_ids` of shape "
+            f"{tuple(token_ids.shape)}. Received none of them, and no "
+            "cache."
+        )
+    if has_image and first is not None and np.any(first != 0):
+        raise ValueError(
+            "Expected `cache_update_index` to be 0 with images, which take "
+            f"the first {before} slots. Received: {first}, with "
+            f"`{given[0]}` of shape {tuple(images[given[0]].shape)}."
+        )
+    if not has_image and first is not None and np.any(first < before):
+        raise ValueError(
+            f"Expected {wanted}, in the first call with a `cache`, whose "
+            f"first {before} slots they take. Received none of them, "
+            f"and `token_ids` of shape {tuple(token_ids.shape)} for the "
+            f"slots from {np.min(first)} on."
+        )
+    if images[response] is not None and not has_image:
+        raise ValueError(
+            f"Expected `{response}` in the call that reads an image, since all "
+            "of a prompt is read with it. Received one of shape "
+            f"{tuple(images[response].shape)}, and no image."
+        )
+
+
+def check_in_text(images, text, roles, count):
+    """Checks images that stand in the place of tokens.
+
+    Args:
+        images: Dictionary of tensors, or `None`, for `Roles.of_images`, of
+            which two are beside images: where tokens of images are, and a mask
+            that is not 0 there.
+        text: What `normalize()` made of all other inputs.
+        roles: `Roles`.
+        count: int. How many tokens an image has.
+
+    Raises:
+        ValueError: If a shape does not fit the text, if there are images and no
+            places or the other way round, or if an image is not whole.
+    """
+    token_ids = text[roles.token_ids]
+    length = token_ids.shape[1]
+    *_, name = roles.beside_images
+    mask = known(images[name])
+    if images[name] is not None:
+        check_rows(name, images[name], token_ids)
+        check_length(name, images[name], length, token_ids)
+    if not roles.has_images(images):
+        if mask is not None and mask.any():
+            raise ValueError(
+                f"Expected `{roles.images}` for the tokens that `{name}`, of "
+                f"shape {mask.shape}, says are of images. Received: none, for "
+                f"{int((mask != 0).sum())} such tokens."
+            )
+        return
+    embeddings = images[roles.embeddings]
+    if embeddings is not None:
+        check_rows(roles.embeddings, embeddings, token_ids)
+        check_length(roles.embeddings, embeddings, length, token_ids)
+    else:
+        _check_places(images, token_ids, roles, count)
+    if mask is not None:
+        _check_whole(name, mask != 0, count)
+
+
+def _check_places(images, token_ids, roles, count):
+    """Checks that each token of an image has a place in the text."""
+    places, name = roles.beside_images
+    missing = [x for x in roles.beside_images if images[x] is None]
+    given = roles.images
+    if images[given] is None:
+        given = roles.image_embeddings
+    shape = tuple(images[given].shape)
+    if missing:
+        raise ValueError(
+            f"Expected `{places}` and `{name}` with images, to say where in "
+            f"the text they are. Received: `{given}` of shape {shape}, and no "
+            f"{' and no '.join(missing)}."
+        )
+    check_rows(places, images[places], token_ids)
+    number = None
+    if given == roles.images:
+        check_rows(given, images[given], token_ids)
+        number = shape[1]
+    elif None not in (shape[0], token_ids.shape[0]):
+        number = shape[0] // token_ids.shape[0]
+    if number is not None:
+        check_length(places, images[places], number * count, token_ids)
+    indices, mask = known(images[places]), known(images[name])
+    if indices is None or mask is None:
+        return
+    # Those that are not needed are 0.
+    for row, (found, said) in enumerate(zip(indices, mask)):
+        said = np.flatnonzero(said)
+        if list(said) != list(found[found != 0]):
+            raise ValueError(
+                f"Expected `{places}` to name the tokens where `{name}` is not "
+                f"0. Received, in row {row}: {found.tolist()}, and a mask that "
+                f"is not 0 at {said.tolist()}."
+            )
+    if not mask.any():
+        raise ValueError(
+            f"Expected `{name}`, of shape {mask.shape}, to say where images "
+            f"are. Received: `{given}` of shape {shape}, and a mask of zeros. "
+            "Put a placeholder for each image into a prompt."
+        )
+
+
+def _check_whole(name, mask, count):
+    """Checks that images are whole, whose tokens see each other."""
+    for row, inside in enumerate(mask):
+        ends = np.diff(np.pad(inside.astype(int), 1))
+        lengths = np.flatnonzero(ends == -1) - np.flatnonzero(ends == 1)
+        if (lengths % count).any():
+            raise ValueError(
+                f"Expected each image to have {count} tokens side by side, "
+                f"all of them in one call. Received a `{name}` of shape "
+                f"{mask.shape} with {lengths.tolist()} in row {row}."
+            )

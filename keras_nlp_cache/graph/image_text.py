@@ -1,0 +1,272 @@
+"""A backbone that reads images with its text.
+
+What an image becomes stands in the text, as if there were tokens for it: before
+all others, or in the place of some. So a cache has slots for it like any other,
+and where images are read once, nothing of them is needed any more. What is
+different is the call that reads them: some of its tokens see what follows them
+(`cache/spans.py`), so it has to have all of these, and the graph can be given
+what was computed of images before (`image_wiring.py`).
+"""
+
+import typing
+
+import keras
+
+from keras_nlp_cache.cache.source_inputs import EncoderOutput
+from keras_nlp_cache.cache.source_inputs import JoinedEmbeddings
+from keras_nlp_cache.cache.spans import ImageSpans
+from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.graph.calling import flatten
+from keras_nlp_cache.graph.image_inputs import normalize_images
+from keras_nlp_cache.graph.image_wiring import ImageWiring
+from keras_nlp_cache.graph.inputs import normalize
+from keras_nlp_cache.graph.roles import TEXT
+from keras_nlp_cache.quantization.quantizing import floating_policy
+
+
+class Cuts(typing.NamedTuple):
+    """Symbolic tensors of upstream's graph, at which ours is cut.
+
+    Args:
+        images: What goes into the tower.
+        tower: What comes out of it.
+        joined: What the first decoder block is called with.
+    """
+
+    images: typing.Any
+    tower: typing.Any
+    joined: typing.Any
+
+    @property
+    def inputs(self):
+        """What can be given there, of texts of any length."""
+        joined = self.joined
+        shape = joined.shape[0], None, joined.shape[-1]
+        return self.images, self.tower, keras.KerasTensor(shape, joined.dtype)
+
+
+class ImageTextBackbone(CachedBackbone):
+    """Base of backbones whose graph reads images.
+
+    Four calls are possible, by what is passed beside `"token_ids"`:
+
+    - with `"images"`, all of the graph runs,
+    - with `"img_embeddings"` in their place, all but the tower that sees them,
+    - with `"embeddings"`, only what comes after images and text are embedded,
+    - with none of these, what is read is text.
+
+    Images are read by one call, with all of the tokens that see each other. All
+    later ones find in the cache what became of them.
+
+    Attributes:
+        image_roles: `Roles` of a model that sees.
+        tower_name: Name of the attribute that holds the tower.
+        before: int. How many slots an image takes before those of the text.
+        needs_images: bool. Whether no text stands alone.
+
+    Call arguments:
+        inputs: A dictionary. Beyond what `CachedBackbone` takes, what
+            upstream's backbone does with images, and in their place:
+
+            - `"img_embeddings"`: `(images, tokens, hidden_dim)`, what
+              `encode_images()` returns.
+            - `"embeddings"`: `(B, T, hidden_dim)`, what `embed()` returns.
+
+    Example:
+    ```python
+    backbone = PaliGemmaBackbone(
+        vocabulary_size=100, image_size=16, num_layers=2, num_query_heads=4,
+        num_key_value_heads=1, hidden_dim=32, intermediate_dim=64, head_dim=8,
+        vit_patch_size=8, vit_num_heads=2, vit_hidden_dim=16, vit_num_layers=1,
+        vit_intermediate_dim=32,
+    )
+    cache = backbone.make_cache(batch_size=1, max_length=16)
+    _, cache = backbone({
+        "images": np.ones((1, 16, 16, 3)),
+        "token_ids": [[5, 6, 7]],
+        "cache": cache,
+        "cache_update_index": 0,
+    })
+    hidden_states, cache = backbone({
+        "token_ids": [[8]],
+        "cache": cache,
+        "cache_update_index": backbone.before + 3,
+    })
+    ```
+    """
+
+    image_roles = TEXT
+    tower_name = "vision_encoder"
+    before = 0
+    needs_images = False
+    _roles = TEXT
+
+    @property
+    def roles(self):
+        """What inputs are called. A model without a tower reads text."""
+        return self._roles
+
+    @property
+    def sees(self):
+        """Whether there is a tower of images."""
+        return self.roles.images is not None
+
+    @property
+    def prefill_layers(self):
+        """The layers that no decode step calls."""
+        tower = getattr(self, self.tower_name)
+        return [] if tower is None else list(tower._flatten_layers())
+
+    # === How the graph is made ===
+
+    def __init__(self, inputs, outputs, **kwargs):
+        if getattr(self, self.tower_name) is not None:
+            self._roles = self.image_roles
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def _output_of_encoder(self, outputs):
+        if not self.sees:
+            return None
+        node = getattr(self, self.tower_name)._inbound_nodes[-1]
+        block = self.blocks[0]._inbound_nodes[-1]
+        return Cuts(
+            node.input_tensors[0], node.outputs[0], block.input_tensors[0]
+        )
+
+    @property
+    def cuts(self):
+        """Where the graph is cut, as `Cuts`."""
+        return self._source
+
+    def new_wiring(self, graph=None):
+        if not self.sees:
+            return super().new_wiring(graph)
+        dtype = floating_policy(self.blocks[0])
+        return ImageWiring(dtype, graph, self.roles, self)
+
+    def _set_graph(self, wiring, *args, **kwargs):
+        if isinstance(wiring, ImageWiring):
+            self._roles = self.image_roles
+        super()._set_graph(wiring, *args, **kwargs)
+
+    def with_graph(self, wiring, *args, **kwargs):
+        new = super().with_graph(wiring, *args, **kwargs)
+        if self.sees:
+            self._check_cuts(new)
+        return new
+
+    def _check_cuts(self, edited):
+        """Raises a `ValueError` if text alone would not go through an edit."""
+        join = self.cuts.joined._keras_history.operation
+        # Of a model that is loaded, it is another one of the same class.
+        kind = type(join)
+        joined = [x for x in edited.sites if type(x.layer) is JoinedEmbeddings]
+        towers = [x for x in edited.sites if type(x.layer) is EncoderOutput]
+        before = [
+            x.node.input_tensors[0]._keras_history.operation for x in joined
+        ]
+        if [type(x) for x in before] == [kind] and len(towers) == 1:
+            return
+        raise ValueError(
+            "Expected an edit that leaves 'image_encoder_output' and "
+            f"'joined_embeddings' in the graph, and {join.name!r} right before "
+            "the latter, where text goes on alone if there are no images. "
+            f"Received: {[x.name for x in (*towers, *joined)]}, after "
+            f"{[x.name for x in before]}. Insert layers after "
+            "'joined_embeddings'."
+        )
+
+    def new_spans(self, inputs, **kwargs):
+        """The symbolic spans of a call, int32 `(B, T)`.
+
+        Args:
+            inputs: Dictionary of the symbolic inputs of a graph.
+            **kwargs: Arguments of the layer that numbers them.
+        """
+        *_, mask = self.roles.beside_images
+        return ImageSpans(**kwargs)(inputs[mask])
+
+    # === How it is called ===
+
+    def encode_images(self, images):
+        """Runs the tower alone.
+
+        Args:
+            images: As upstream's backbone takes them.
+
+        Returns:
+            Tensor `(images, tokens, hidden_dim)`, to be passed as
+            `"img_embeddings"`.
+        """
+        given = normalize_images({self.roles.images: images}, self, None)
+        return self._computed(given, EncoderOutput)
+
+    def embed(self, inputs):
+        """Embeds images and text.
+
+        Args:
+            inputs: Dictionary, as the backbone is called with, without a cache.
+
+        Returns:
+            Tensor `(B, T, hidden_dim)`, to be passed as `"embeddings"`.
+        """
+        return self._computed(self._normalize(inputs), JoinedEmbeddings)
+
+    def _computed(self, inputs, kind):
+        """What the layer of a class returns, without what comes after it."""
+        (node,) = (
+            node
+            for nodes in self._nodes_by_depth.values()
+            for node in nodes
+            if type(node.operation) is kind
+        )
+        inputs = {**dict.fromkeys(self._inputs_struct), **inputs}
+        inputs["cache"] = ((None, None),) * len(self.cache_spec)
+        values = dict(zip(map(id, self._inputs), flatten(inputs)))
+        return self._value_of(node.outputs[0], values)
+
+    def _value_of(self, x, values):
+        """Computes a tensor of the graph, and nothing that follows it.
+
+        Args:
+            x: Symbolic tensor.
+            values: Dictionary from the `id()` of symbolic tensors to what they
+                are. Gets what is computed.
+        """
+        if id(x) not in values:
+            history = x._keras_history
+            node = history.operation._inbound_nodes[history.node_index]
+            first, *_ = [self._value_of(y, values) for y in node.input_tensors]
+            outputs = [None] * len(node.outputs)
+            if first is not None or hasattr(
+                history.operation, "called_on_nothing"
+            ):
+                args, kwargs = node.arguments.fill_in(values)
+                outputs = flatten(history.operation(*args, **kwargs))
+            values.update(zip(map(id, node.outputs), outputs))
+        return values[id(x)]
+
+    def _normalize(self, inputs):
+        if not self.sees or not isinstance(inputs, dict):
+            return super()._normalize(inputs)
+        roles = self.roles
+        text = {k: x for k, x in inputs.items() if k not in roles.of_images}
+        text = normalize(
+            text,
+            self.cache_spec,
+            self.max_positions,
+            ("generated",) if self.takes_generated else (),
+            roles,
+            self.before if roles.has_images(inputs) else 0,
+        )
+        images = {name: inputs.get(name) for name in roles.of_images}
+        return {**text, **normalize_images(images, self, text)}
+
+    def _output_spec(self, inputs, x):
+        spec = super()._output_spec(inputs, x)
+        batch, length, *further = spec.shape
+        if length is None or not self.roles.has_images(inputs):
+            return spec
+        return keras.KerasTensor(
+            (batch, length + self.before, *further), dtype=spec.dtype
+        )

@@ -1,0 +1,102 @@
+"""How a cache is threaded through a graph that reads images, too.
+
+The graph is cut twice. Where the tower of images ends, `EncoderOutput` takes
+what it returned in an earlier call. Where the text begins, `JoinedEmbeddings`
+takes the embeddings of images and text together, and goes on with the text
+alone if there are no images. So a decode step calls nothing of the tower.
+"""
+
+import keras
+from keras import tree
+
+from keras_nlp_cache.cache.source_inputs import EncoderOutput
+from keras_nlp_cache.cache.source_inputs import JoinedEmbeddings
+from keras_nlp_cache.cache.spans import PositionsAfter
+from keras_nlp_cache.cache.spans import SpanMask
+from keras_nlp_cache.graph.wiring import Wiring
+
+
+class ImageWiring(Wiring):
+    """The inputs of one graph, and what is threaded through it.
+
+    Args:
+        dtype: As for `Wiring`, like the next two.
+        graph: Optional `keras.Function`.
+        roles: `Roles`.
+        backbone: An `ImageTextBackbone`, which says what inputs look like,
+            where the graph is cut, and what spans there are.
+    """
+
+    def __init__(self, dtype, graph, roles, backbone):
+        self._backbone = backbone
+        self._spans = self._tower_output = None
+        # What the last block was called with.
+        self._arguments = {}
+        self._cuts = backbone.cuts
+        super().__init__(dtype, graph, roles)
+
+    def _new_input(self, name):
+        if name != self._roles.images:
+            return super()._new_input(name)
+        return _input_like(self._cuts.inputs[0], name)
+
+    def _new_positions(self):
+        names = self._roles.image_embeddings, self._roles.embeddings
+        for name, x in zip(names, self._cuts.inputs[1:]):
+            self.inputs[name] = _input_like(x, name)
+        positions = PositionsAfter(
+            self._backbone.before, dtype=self._dtype, name="positions"
+        )
+        return positions(
+            self.inputs[self._roles.token_ids],
+            index=self.inputs["cache_update_index"],
+            token_positions=self.inputs["token_positions"],
+            attention_mask=self.inputs["attention_mask"],
+            images=self.inputs[self._roles.images],
+            image_embeddings=self.inputs[self._roles.image_embeddings],
+            embeddings=self.inputs[self._roles.embeddings],
+        )
+
+    def _new_mask(self, window, name, **arguments):
+        if self._spans is None:
+            self._spans = self._backbone.new_spans(
+                self.inputs, dtype=self._dtype, name="spans"
+            )
+        mask = SpanMask(
+            window, self._backbone.before, dtype=self._dtype, name=name
+        )
+        return mask(self.positions, spans=self._spans, **arguments)
+
+    def call_block(self, block, args, kwargs):
+        """Calls a decoder block, as `Wiring` does.
+
+        All that the block before was called with may be left out.
+        """
+        kwargs = {**self._of_signature(block, self._arguments), **kwargs}
+        self._arguments = kwargs
+        return super().call_block(block, args, kwargs)
+
+    def call_operation(self, operation, args, kwargs):
+        x = super().call_operation(operation, args, kwargs)
+        if operation is self._cuts.tower._keras_history.operation:
+            self._tower_output = EncoderOutput(
+                dtype=self._dtype, name="image_encoder_output"
+            )(x, given=self.inputs[self._roles.image_embeddings])
+            return self._tower_output
+        if operation is not self._cuts.joined._keras_history.operation:
+            return x
+        # Two sequences are joined. One of them is of images.
+        (text,) = (
+            y
+            for y in tree.flatten((args, kwargs))
+            if isinstance(y, keras.KerasTensor)
+            and y is not self._tower_output
+            and len(y.shape) == 3
+        )
+        return JoinedEmbeddings(dtype=self._dtype, name="joined_embeddings")(
+            x, text=text, given=self.inputs[self._roles.embeddings]
+        )
+
+
+def _input_like(x, name):
+    return keras.Input(x.shape[1:], dtype=x.dtype, name=name, optional=True)

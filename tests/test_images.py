@@ -1,0 +1,732 @@
+"""A decoder reads images: once, with all that they are seen by, or cached."""
+
+import copy
+import functools
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_nlp_cache
+from keras_nlp_cache import device
+from keras_nlp_cache import models
+from keras_nlp_cache import surgery
+from tests.edits import EDITS
+from tests.families import compiled
+from tests.families import every_image_model
+from tests.families import IMAGE_MODELS
+from tests.families import IMAGES
+from tests.families import on_one_backend
+from tests.families import padding_mask
+from tests.families import random_tokens
+from tests.families import to_numpy
+from tests.families import XLA
+
+LENGTH = 16
+TOKENS = random_tokens(2, 10)
+MASK = np.ones_like(TOKENS)
+# Of what is not part of the text, nobody says anything in a decode step.
+TEXT = ("token_ids", "padding_mask")
+PALI_GEMMA = IMAGE_MODELS[0]
+PALI_GEMMA_ALONE = pytest.mark.parametrize(
+    "family", [pytest.param(PALI_GEMMA, id=PALI_GEMMA.name)]
+)
+
+
+def prompts(family, given):
+    """What a task is called with, for prompts of some lengths."""
+    mask = padding_mask(given, LENGTH)
+    inputs = family.inputs(random_tokens(2, LENGTH, seed=1) * mask, mask)
+    inputs.pop("response_mask", None)
+    return inputs
+
+
+def full_forward(backbone, family, **changes):
+    """What becomes of images and text without a cache."""
+    outputs = backbone({**family.inputs(TOKENS, MASK), **changes})
+    return to_numpy(outputs[0] if isinstance(outputs, tuple) else outputs)
+
+
+def first_call(family, count, inputs=None):
+    """The inputs that read images and the first tokens."""
+    inputs = dict(inputs or family.inputs(TOKENS, MASK))
+    inputs.pop("padding_mask")
+    for name, x in inputs.items():
+        if getattr(x, "shape", ())[1:] == TOKENS.shape[1:]:
+            inputs[name] = x[:, :count]
+    return inputs
+
+
+def cached_forward(backbone, family, sizes=(8, 1, 1), call=None, **changes):
+    """The same through a cache, of which only the first call reads images."""
+    before = backbone.before
+    cache, index = backbone.make_cache(2, before + TOKENS.shape[1]), 0
+    found = []
+    for size in sizes:
+        now = {"token_ids": TOKENS[:, index : index + size]}
+        if index == 0:
+            now = {**first_call(family, size), **changes}
+        slot = index and before + index
+        now |= {"cache": cache, "cache_update_index": slot}
+        output, cache, *_ = (call or backbone)(now)
+        found.append(to_numpy(output))
+        index += size
+    return np.concatenate(found, axis=1)
+
+
+def assert_sound(backbone, family):
+    """The graph is the same with its cache. Returns what it returns."""
+    full = full_forward(backbone, family)
+    np.testing.assert_allclose(
+        cached_forward(backbone, family), full, atol=1e-4, rtol=1e-3
+    )
+    return full
+
+
+def assert_greedy_after(family, prompt, generated, lm):
+    """Each token is the likeliest after an image and those before it.
+
+    Each row alone, all at once and without a cache.
+    """
+    token_ids = generated["token_ids"]
+    given = prompt["padding_mask"] == 1
+    np.testing.assert_array_equal(token_ids[given], prompt["token_ids"][given])
+    for row in range(len(token_ids)):
+        inputs = {k: x[row : row + 1] for k, x in prompt.items()}
+        inputs["token_ids"] = token_ids[row : row + 1]
+        inputs["padding_mask"] = np.ones_like(inputs["token_ids"])
+        if family.prefix == "PaliGemma":
+            inputs["response_mask"] = 1 - prompt["padding_mask"][row : row + 1]
+        likeliest = to_numpy(lm(inputs))[0].argmax(axis=-1)
+        new = ~given[row, 1:]
+        np.testing.assert_array_equal(
+            token_ids[row, 1:][new], likeliest[:-1][new]
+        )
+
+
+# === The graph ===
+
+
+@every_image_model
+@pytest.mark.parametrize("sizes", [(10,), (8, 1, 1), (8, 2)])
+def test_prefill_and_steps(family, sizes):
+    backbone, _ = family.pair
+    full = full_forward(backbone, family)
+    cached = cached_forward(backbone, family, sizes, call=compiled(backbone))
+    np.testing.assert_allclose(cached, full, atol=1e-4, rtol=1e-4)
+    # What it sees matters, and so does what follows in a span.
+    images = family.inputs(TOKENS, MASK)["images"]
+    other = full_forward(backbone, family, images=images[::-1])
+    assert np.abs(other - full).max() > 1e-2
+
+
+@every_image_model
+def test_what_follows_in_a_span_is_seen(family):
+    backbone, _ = family.pair
+    inputs = family.inputs(TOKENS, MASK)
+    full = full_forward(backbone, family)
+    *_, name = backbone.roles.beside_images
+    causal = 1 if family.prefix == "PaliGemma" else 0
+    narrow = {**inputs, name: np.full_like(inputs[name], causal)}
+    if family.prefix == "PaliGemma":
+        other = to_numpy(backbone(narrow))
+        # All but the tokens of the image, which see each other.
+        seen = np.abs(other - full).max(axis=-1)[:, backbone.before :]
+        assert (seen[:, :7] > 1e-3).all()
+
+
+@every_image_model
+def test_parts_of_the_graph(family):
+    backbone, _ = family.pair
+    full = full_forward(backbone, family)
+    tower = getattr(backbone, backbone.tower_name)
+    images = family.inputs(TOKENS, MASK)["images"]
+    seen = backbone.encode_images(images)
+    np.testing.assert_array_equal(to_numpy(seen), to_numpy(tower(images)))
+    embeddings = backbone.embed(family.inputs(TOKENS, MASK))
+    for given in ({"img_embeddings": seen}, {"embeddings": embeddings}):
+        np.testing.assert_allclose(
+            full_forward(backbone, family, images=None, **given),
+            full,
+            atol=1e-5,
+        )
+    cached = cached_forward(backbone, family, images=None, img_embeddings=seen)
+    np.testing.assert_allclose(cached, full, atol=1e-4, rtol=1e-4)
+
+
+@every_image_model
+def test_rows_stand_at_places_of_their_own(family):
+    backbone, _ = family.pair
+    before, index = backbone.before, np.array([8, 9])
+    _, cache = backbone(
+        {
+            **first_call(family, 10),
+            "cache": backbone.make_cache(2, before + LENGTH),
+            "cache_update_index": 0,
+        }
+    )
+    output, _ = backbone(
+        {
+            "token_ids": TOKENS[[0, 1], index][:, None],
+            "cache": cache,
+            "cache_update_index": before + index,
+        }
+    )
+    np.testing.assert_allclose(
+        to_numpy(output)[:, 0],
+        full_forward(backbone, family)[[0, 1], before + index],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+@every_image_model
+def test_inputs_that_all_backbones_take(family):
+    """Positions and a mask that say what is so anyway change nothing."""
+    backbone, _ = family.pair
+    mask = padding_mask([10, 9], 10)
+    inputs = family.inputs(TOKENS, mask)
+    full = to_numpy(backbone(inputs))
+    length = full.shape[1]
+    positions = np.broadcast_to(np.arange(length), (2, length))
+    given = to_numpy(
+        backbone(
+            {
+                **inputs,
+                "attention_mask": np.ones((2, length, length), bool),
+                "token_positions": positions,
+            }
+        )
+    )
+    real = np.pad(mask, ((0, 0), (backbone.before, 0)), constant_values=1) == 1
+    np.testing.assert_allclose(given[real], full[real], atol=1e-4, rtol=1e-4)
+
+
+# === Generating ===
+
+
+@every_image_model
+def test_greedy(family):
+    lm, upstream = family.lm_pair
+    for x in (lm, upstream):
+        x.compile(sampler="greedy", **XLA)
+    prompt = prompts(family, [8, 8])
+    generated = lm.generate(prompt, stop_token_ids=None)
+    expected = upstream.generate(prompt, stop_token_ids=None)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(generated[name], ops.convert_to_numpy(x))
+    assert len(np.unique(generated["token_ids"][:, 8:])) > 3
+    assert_greedy_after(family, prompt, generated, lm)
+    # They end with a stop token each.
+    stop = int(generated["token_ids"][0, 11])
+    ended, expected = (
+        x.generate(prompt, stop_token_ids=[stop]) for x in (lm, upstream)
+    )
+    mask = ops.convert_to_numpy(expected["padding_mask"])
+    np.testing.assert_array_equal(ended["padding_mask"], mask)
+
+
+@every_image_model
+def test_prompts_of_different_lengths(family):
+    """Rows together are what they are alone, and without a cache."""
+    lm, _ = family.lm_pair
+    prompt = prompts(family, [8, 11])
+    # What follows an image is read in pieces, as few as there may be.
+    device.set_constants(compiled_chunk=2, eager_chunk=2)
+    try:
+        for policy in ("rotating", "full"):
+            lm.compile(sampler="greedy", cache_policy=policy, **XLA)
+            generated = lm.generate(prompt, stop_token_ids=None)
+            assert_greedy_after(family, prompt, generated, lm)
+    finally:
+        device.set_constants()
+
+
+@pytest.mark.parametrize(
+    "length, chunk, expected",
+    [
+        (9, 1, 6),
+        (9, 4, 8),
+        # In chunks of 100 from there, more than 256 slots would be written.
+        (250, 100, 256),
+    ],
+)
+def test_how_much_is_read_with_images(length, chunk, expected):
+    family = IMAGE_MODELS[1]
+    lm, _ = family.lm_pair
+    inputs = family.inputs(TOKENS, MASK)
+    source = {k: x for k, x in inputs.items() if k not in TEXT}
+    fitted = lm.fitted_source(source, length, 256, chunk)
+    mask = fitted["vision_mask"]
+    assert lm.read_with(fitted) == mask.shape[1] == expected
+    seen = min(expected, mask.shape[1], 10)
+    np.testing.assert_array_equal(
+        mask[:, :seen], source["vision_mask"][:, :seen]
+    )
+    assert not mask[:, seen:].any()
+    none = {**source, "vision_mask": 0 * source["vision_mask"]}
+    assert lm.fitted_source(none, length, 256, chunk) == {}
+    assert lm.read_with({}) == 0
+
+
+@every_image_model
+def test_beams(family):
+    lm, upstream = family.lm_pair
+    beams = 2
+    if family.prefix == "Gemma3":
+        # Upstream's has no mask for each beam.
+        beams, upstream = 1, lm
+    prompt = prompts(family, [8, 8])
+    samplers = [keras_hub.samplers.BeamSampler(num_beams=beams)] * 2
+    if upstream is lm:
+        samplers[1] = "greedy"
+    generated, expected = (
+        _compiled(x, sampler).generate(prompt, stop_token_ids=None)
+        for x, sampler in zip((lm, upstream), samplers)
+    )
+    np.testing.assert_array_equal(
+        generated["token_ids"], ops.convert_to_numpy(expected["token_ids"])
+    )
+
+
+def _compiled(lm, sampler):
+    lm.compile(sampler=sampler, **XLA)
+    return lm
+
+
+@on_one_backend("prompts are grouped before a backend sees them")
+@every_image_model
+def test_beams_of_prompts_of_different_lengths(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
+    prompt = prompts(family, [8, 11])
+    generated = lm.generate(prompt, stop_token_ids=None)
+    for row in range(2):
+        alone = {name: x[row : row + 1] for name, x in prompt.items()}
+        np.testing.assert_array_equal(
+            lm.generate(alone, stop_token_ids=None)["token_ids"][0],
+            generated["token_ids"][row],
+        )
+
+
+@PALI_GEMMA_ALONE
+def test_responses_are_read_as_in_training(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy", **XLA)
+    prompt = prompts(family, [8, 10])
+    response = padding_mask([8, 10], LENGTH) - padding_mask([5, 6], LENGTH)
+    generated = lm.generate(
+        {**prompt, "response_mask": response}, stop_token_ids=None
+    )
+    plain = lm.generate(prompt, stop_token_ids=None)
+    assert (plain["token_ids"] != generated["token_ids"]).any()
+    token_ids = generated["token_ids"]
+    likeliest = to_numpy(
+        lm(
+            {
+                **prompt,
+                "token_ids": token_ids,
+                "padding_mask": np.ones_like(token_ids),
+                "response_mask": 1 - padding_mask([5, 6], LENGTH),
+            }
+        )
+    ).argmax(axis=-1)
+    new = prompt["padding_mask"][:, 1:] == 0
+    np.testing.assert_array_equal(token_ids[:, 1:][new], likeliest[:, :-1][new])
+
+
+@on_one_backend("calls are counted")
+@every_image_model
+def test_images_are_seen_once(family, monkeypatch):
+    lm = family.task(family.backbone())
+    lm.compile(sampler="greedy", run_eagerly=True)
+    tower = getattr(lm.backbone, lm.backbone.tower_name)
+    layer = tower.get_layer("image_encoder")
+    calls = []
+    for part in (layer, *lm.backbone.blocks):
+        call = part.call
+
+        def counted(x, *args, call=call, name=part.name, **kwargs):
+            calls.append((name, x.shape[0]))
+            return call(x, *args, **kwargs)
+
+        monkeypatch.setattr(part, "call", counted)
+    lm.generate(prompts(family, [8, 11]), stop_token_ids=None)
+    assert sum(count for name, count in calls if name == layer.name) == 2
+    names = [name for name, _ in calls]
+    for block in lm.backbone.blocks:
+        # One step at least for each token of the row that is shorter.
+        assert names.count(block.name) >= LENGTH - 8
+
+
+@on_one_backend("operators are counted")
+@every_image_model
+def test_a_step_is_that_of_a_model_without_images(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    lm.generate(prompts(family, [8, 8]), stop_token_ids=None)
+    ((_, step),) = lm.generation_loop._captured.values()
+    counts = [len(list(step.graph.nodes))]
+    config = dict(family.config)
+    plain = {
+        k: x
+        for k, x in config.items()
+        if k.split("_")[0] not in ("vit", "vision", "image")
+    }
+    prefix = {"PaliGemma": "Gemma"}.get(family.prefix, family.prefix)
+    if prefix == "Gemma3":
+        plain["image_size"] = 16
+    text_lm = getattr(models, f"{prefix}CausalLM")(
+        backbone=getattr(models, f"{prefix}Backbone")(**plain),
+        preprocessor=None,
+    )
+    text_lm.compile(sampler="greedy")
+    prompt = prompts(family, [8, 8])
+    text_lm.generate({k: prompt[k] for k in TEXT}, stop_token_ids=None)
+    ((_, step),) = text_lm.generation_loop._captured.values()
+    counts.append(len(list(step.graph.nodes)))
+    assert counts[0] == counts[1]
+
+
+@every_image_model
+def test_text(family):
+    preprocessor = family.preprocessor(sequence_length=24)
+    size = preprocessor.tokenizer.vocabulary_size()
+    backbone = family.backbone(vocabulary_size=size)
+    lm = family.task(backbone, preprocessor)
+    upstream = family.upstream_task(
+        family.upstream_backbone(backbone, vocabulary_size=size), preprocessor
+    )
+    for x in (lm, upstream):
+        x.compile(sampler="greedy", **XLA)
+    image = "<start_of_image>" if family.prefix == "Gemma3" else ""
+    # Larger than the tower sees.
+    pictures = np.repeat(255 * IMAGES, 2, axis=1)
+    for prompt in (
+        {"images": pictures[0], "prompts": f"{image}the quick fox"},
+        {"images": pictures, "prompts": [f"the {image}fox"] * 2},
+    ):
+        before = copy.deepcopy(prompt)
+        generated = lm.generate(prompt)
+        np.testing.assert_array_equal(before["images"], prompt["images"])
+        assert generated == upstream.generate(dict(prompt))
+        assert lm.generate(
+            prompt, max_length=20, strip_prompt=True
+        ) == upstream.generate(dict(prompt), max_length=20, strip_prompt=True)
+
+
+@on_one_backend("what is called is recorded")
+@every_image_model
+def test_what_a_subclass_says_is_called(family):
+    called = []
+
+    class Mine(family.ours("CausalLM")):
+        def call_with_cache(self, *args, **kwargs):
+            called.append("step")
+            return super().call_with_cache(*args, **kwargs)
+
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    prompt = prompts(family, [8, 11])
+    expected = lm.generate(prompt, stop_token_ids=None)
+    mine = Mine(backbone=lm.backbone, preprocessor=None)
+    mine.compile(sampler="greedy")
+    generated = mine.generate(prompt, stop_token_ids=None)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(generated["token_ids"]), expected["token_ids"]
+    )
+    assert len(called) > 8
+
+
+@every_image_model
+def test_training(family):
+    """One step of gradient descent is upstream's."""
+    ours = family.task(family.backbone())
+    theirs = family.upstream_task(family.upstream_backbone(ours.backbone))
+    inputs = family.inputs(TOKENS, padding_mask([10, 8], 10))
+    targets = random_tokens(2, 10, seed=2)
+    for lm in (ours, theirs):
+        lm.compile(
+            optimizer=keras.optimizers.SGD(0.1),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        lm.fit(inputs, targets, batch_size=2, epochs=1, verbose=0)
+    for x, y in zip(ours.weights, theirs.weights, strict=True):
+        np.testing.assert_allclose(
+            to_numpy(x.value), to_numpy(y.value), atol=1e-5, err_msg=x.path
+        )
+
+
+# === Surgery ===
+
+
+@functools.cache
+def original(family):
+    """A task of three blocks, made once, and not changed."""
+    return family.task(family.backbone(num_layers=3))
+
+
+# Where each edit is compiled, those that call a block in another way.
+TRIED = EDITS
+if keras.config.backend() != "torch":
+    TRIED = ("insert_a_block", "add_attention_sink")
+
+
+@every_image_model
+@pytest.mark.parametrize("edit", TRIED)
+def test_edits(family, edit, tmp_path):
+    backbone = original(family).backbone
+    before = full_forward(backbone, family)
+    edited = EDITS[edit].apply(backbone)
+    after = assert_sound(edited, family)
+    assert (np.abs(after - before).max() > 1e-3) == (edit != "tap")
+    assert len(edited.blocks) == EDITS[edit].caches
+    np.testing.assert_array_equal(full_forward(backbone, family), before)
+    edited.save(tmp_path / "edited.keras")
+    loaded = keras_nlp_cache.load_model(tmp_path / "edited.keras")
+    np.testing.assert_allclose(full_forward(loaded, family), after, atol=1e-5)
+
+
+@every_image_model
+def test_edits_show_in_generation(family):
+    lm, _ = family.lm_pair
+    prompt = prompts(family, [8, 11])
+    tower = getattr(lm.backbone, lm.backbone.tower_name).name
+    for sampler in ("greedy", keras_hub.samplers.BeamSampler(num_beams=1)):
+        lm.compile(sampler=sampler, **XLA)
+        before = lm.generate(prompt, stop_token_ids=None)["token_ids"]
+        for where in (tower, "joined_embeddings", "decoder.1"):
+            edited = surgery.insert_after(
+                lm, where, keras.layers.Rescaling(-3.0)
+            )
+            after = edited.generate(prompt, stop_token_ids=None)
+            assert_greedy_after(family, prompt, after, edited)
+            assert (after["token_ids"] != before).any(), where
+
+
+@on_one_backend("what is refused does not depend on one")
+@every_image_model
+def test_edits_that_text_would_not_go_through(family):
+    backbone, _ = family.pair
+    join = backbone.cuts.joined._keras_history.operation.name
+    with pytest.raises(ValueError, match="after 'joined_embeddings'"):
+        surgery.insert_after(backbone, join, keras.layers.Rescaling(2.0))
+    with pytest.raises(ValueError, match="leaves 'image_encoder_output'"):
+        surgery.remove(backbone, "image_encoder_output")
+
+
+# === Bad input ===
+
+
+def bad_calls(backbone, family):
+    """Pairs of what a backbone refuses and how it says so."""
+    inputs = family.inputs(TOKENS, MASK)
+    text = {"token_ids": TOKENS}
+    before, name = backbone.before, backbone.roles.beside_images[-1]
+    cached = {
+        "cache": backbone.make_cache(2, before + 13),
+        "cache_update_index": 0,
+    }
+    first = first_call(family, 10)
+    images = inputs["images"]
+    seen = to_numpy(backbone.encode_images(images))
+    yield {**inputs, "images": images[..., :8, :]}, r"`images`.*width=16.*8, 3"
+    yield {**inputs, "images": images[:1]}, r"`images`.*row.*\(2, 10\)"
+    yield (
+        {**inputs, "img_embeddings": seen},
+        "computed of some before. Received: images and img_embeddings",
+    )
+    yield (
+        {**inputs, "images": None, "img_embeddings": seen[:, :, :-1]},
+        r"`img_embeddings`.*hidden_dim=32.*4, 31\)",
+    )
+    yield (
+        {**inputs, "images": None, "embeddings": np.zeros((2, 3, 32))},
+        rf"`embeddings` of length {before + 10}, .*\(2, 3, 32\)",
+    )
+    yield {**inputs, name: MASK[:, :3]}, rf"`{name}` of length 10.*\(2, 3\)"
+    yield (
+        {**first, **cached, "cache_update_index": 3 if before else 4},
+        rf"to be 0 with images.* first {before} slots.*Received: 3"
+        if before
+        else "stay within the 13 slots",
+    )
+    if family.prefix == "Gemma3":
+        mask, indices = inputs["vision_mask"], inputs["vision_indices"]
+        yield (
+            {**text, "vision_mask": mask},
+            r"Expected `images` for .*\(2, 10\).*none, for 8 such tokens",
+        )
+        yield (
+            {**text, "images": images},
+            r"`images` of shape \(2, 1, 16, 16, 3\), and no vision_indices "
+            "and no vision_mask",
+        )
+        yield (
+            {**inputs, "vision_indices": indices[:, :3]},
+            r"`vision_indices` of length 4, .*\(2, 3\)",
+        )
+        yield (
+            {**inputs, "vision_indices": indices + 1},
+            r"in row 0: \[2, 3, 4, 5\], and .* at \[1, 2, 3, 4\]",
+        )
+        yield (
+            {**inputs, "vision_mask": 0 * mask, "vision_indices": 0 * indices},
+            r"`vision_mask`, of shape \(2, 10\).*mask of zeros",
+        )
+        first = first_call(family, 4)
+        split = {**first, **cached, "images": None, "img_embeddings": seen}
+        split["vision_indices"] = indices * (indices < 4)
+        yield split, r"4 tokens side by side.*\(2, 4\) with \[3\] in row 0"
+    if family.prefix == "PaliGemma":
+        yield text, r"`images` of shape \(2, 16, 16, 3\).*no cache"
+        yield (
+            {**text, **cached, "cache_update_index": 0},
+            r"first call with a `cache`.*first 4 slots.*\(2, 10\)",
+        )
+        later = {"token_ids": TOKENS[:, :1], "response_mask": MASK[:, :1]}
+        yield (
+            {**later, **cached, "cache_update_index": 4},
+            r"`response_mask` in the call that reads an image.*\(2, 1\)",
+        )
+
+
+@every_image_model
+def test_bad_calls(family):
+    backbone, _ = family.pair
+    for inputs, message in bad_calls(backbone, family):
+        with pytest.raises(ValueError, match=message):
+            backbone(inputs)
+
+
+@every_image_model
+def test_bad_prompts(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    prompt = prompts(family, [8, 11])
+    for change, message in (
+        ({"images": prompt["images"][..., :4, :]}, "`images`.*width=16"),
+        ({"images": prompt["images"][:1]}, "`images`.*row"),
+        ({"token_ids": prompt["token_ids"] + 100}, "from 0 to 99, the vocab"),
+        ({"padding_mask": 0 * prompt["padding_mask"]}, "at least one token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm.generate({**prompt, **change}, stop_token_ids=None)
+    with pytest.raises(ValueError, match="Received also: max_new_tokens"):
+        lm.generate(prompt, stop_token_ids=None, max_new_tokens=3)
+
+
+def test_bad_prompts_with_images_in_the_text():
+    family = IMAGE_MODELS[1]
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    prompt = prompts(family, [8, 6])
+    with pytest.raises(ValueError, match="prompt 1, which ends with.*at 5"):
+        lm.generate(prompt, stop_token_ids=None)
+    with pytest.raises(ValueError, match="`images` with `vision_indices`"):
+        lm.generate({**prompt, "images": None}, stop_token_ids=None)
+    cache = lm.backbone.make_cache(2, LENGTH)
+    with pytest.raises(ValueError, match="no `cache_update_mask`"):
+        lm.call_with_cache(TOKENS, cache, 0, cache_update_mask=MASK)
+    preprocessor = family.preprocessor(sequence_length=24)
+    size = preprocessor.tokenizer.vocabulary_size()
+    lm = family.task(family.backbone(vocabulary_size=size), preprocessor)
+    see = "what is <start_of_image>?"
+    for bad, message in (
+        ({"prompts": see}, r"\[1\] of them, for \[0\] images"),
+        (see, r"\[1\] of them, for \[0\] images"),
+        (
+            {"prompts": [see, "the fox"], "images": IMAGES},
+            r"\[1, 0\] of them, for \[1, 1\] images",
+        ),
+        (
+            {"prompts": [see * 2], "images": [[IMAGES[0]]]},
+            r"\[2\] of them, for \[1\] images",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm.generate(bad)
+
+
+def test_several_images_and_none():
+    """Rows with as many images as they have, and text alone."""
+    family = IMAGE_MODELS[1]
+    preprocessor = family.preprocessor(sequence_length=40)
+    size = preprocessor.tokenizer.vocabulary_size()
+    lm = family.task(family.backbone(vocabulary_size=size), preprocessor)
+    lm.compile(sampler="greedy", **XLA)
+    see = "<start_of_image>"
+    batch = {
+        "prompts": [f"the {see} and {see} fox", f"the quick {see} fox"],
+        "images": [[IMAGES[0], IMAGES[1]], [IMAGES[1]]],
+    }
+    together = lm.generate(batch)
+    alone = [
+        lm.generate({"prompts": [text], "images": [images]})[0]
+        for text, images in zip(batch["prompts"], batch["images"])
+    ]
+    assert together == alone
+    other = {**batch, "images": [[IMAGES[1], IMAGES[0]], [IMAGES[0]]]}
+    assert all(x != y for x, y in zip(together, lm.generate(other)))
+    # Without images, it is a model like any other.
+    text = lm.generate("the quick fox")
+    assert text == lm.generate({"prompts": ["the quick fox"]})[0]
+    answer = lm.generate(["the quick fox"], max_new_tokens=4)[0]
+    assert text.startswith(answer)
+    assert "".join(lm.stream("the quick fox", 4, stop_token_ids=None)) in text
+
+
+@PALI_GEMMA_ALONE
+def test_text_without_an_image(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    prompt = prompts(family, [8, 11])
+    prompt.pop("images")
+    with pytest.raises(ValueError, match="`images` of shape"):
+        lm.generate(prompt, stop_token_ids=None)
+    for method in ("stream", "chat", "generate_many", "score"):
+        with pytest.raises(ValueError, match="begins with an image"):
+            getattr(lm, method)("the fox")
+    with pytest.raises(ValueError, match="prompts are one text"):
+        surgery.ControlVector.train(lm, ["the fox"], ["the dog"])
+
+
+@on_one_backend("what a user says is read the same on all")
+@every_image_model
+def test_max_length_without_a_preprocessor(family):
+    lm, _ = family.lm_pair
+    lm.compile(sampler="greedy")
+    prompt = prompts(family, [8, 9])
+    longer = {
+        name: x[:, :10] if x.shape[1:] == (LENGTH,) else x
+        for name, x in prompt.items()
+    }
+    expected = lm.generate(prompt, stop_token_ids=None)
+    generated = lm.generate(longer, max_length=LENGTH, stop_token_ids=None)
+    np.testing.assert_array_equal(generated["token_ids"], expected["token_ids"])
+    with pytest.raises(ValueError, match="at most `max_length`=7"):
+        lm.generate(longer, max_length=7, stop_token_ids=None)
+
+
+@on_one_backend("what is a user's to do is Keras' to do")
+@every_image_model
+def test_quantized_and_steered(family):
+    lm = family.task(family.backbone())
+    lm.compile(sampler="greedy")
+    prompt = prompts(family, [8, 9])
+    before = lm.generate(prompt, stop_token_ids=None)["token_ids"]
+    direction = np.random.default_rng(0).normal(size=32)
+    hint = family.prefix.lower()
+    vector = surgery.ControlVector({1: direction}, model_hint=hint)
+    steered = vector.apply(lm, strength=4.0, generated_only=True)
+    after = steered.generate(prompt, stop_token_ids=None)["token_ids"]
+    assert (after != before).any()
+    # The tower has weights that no step reads, and kernels need not know.
+    tower = {id(x) for x in lm.backbone.prefill_layers}
+    assert len(tower) > 8
+    lm.quantize("int8")
+    tokens = lm.generate(prompt, stop_token_ids=None)["token_ids"]
+    given = prompt["padding_mask"] == 1
+    np.testing.assert_array_equal(tokens[given], prompt["token_ids"][given])
