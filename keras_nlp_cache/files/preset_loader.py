@@ -10,6 +10,7 @@ import types
 
 import keras
 import keras_hub
+from keras.src.utils.tracking import DotNotTrackScope
 from keras_hub.src.utils.preset_utils import check_file_exists
 from keras_hub.src.utils.preset_utils import get_file
 from keras_hub.src.utils.preset_utils import get_preset_loader
@@ -103,6 +104,11 @@ class HuggingFaceLoader(TransformersPresetLoader):
         if load_weights:
             cls = functools.partial(without_random_numbers, cls)
         return super().load_backbone(cls, load_weights, **{**told, **kwargs})
+
+    def load_tokenizer(self, *args, **kwargs):
+        # Keras would look at each word of a vocabulary, as if it were a layer.
+        with DotNotTrackScope():
+            return super().load_tokenizer(*args, **kwargs)
 
 
 # Llama 1 and 2: the graph of Llama 3 with another tokenizer.
