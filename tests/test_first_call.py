@@ -1,18 +1,23 @@
 """What the first call of a process costs: traces, compilations, a folder."""
 
+import contextvars
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import keras
+import numpy as np
 import pytest
 
 from keras_nlp_cache import compile_cache
 from keras_nlp_cache import device
 from keras_nlp_cache.attention.blockwise import block_size
 from keras_nlp_cache.attention.layer import CachedAttention
+from keras_nlp_cache.generate.loops import generation
 from keras_nlp_cache.generate.loops.alike import describe
+from keras_nlp_cache.generate.loops.meanwhile import meanwhile
 from keras_nlp_cache.models import Llama3Backbone
 from keras_nlp_cache.models import Llama3CausalLM
 
@@ -113,6 +118,57 @@ def test_blocks_are_alike_if_all_they_hold_is():
     for block in blocks:
         block._feedforward_gate_dense.__class__ = Mine
     assert describe(blocks[0])[1] != describe(blocks[1])[1]
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch compiles nothing")
+@pytest.mark.parametrize("sampler", ["greedy", "top_k"])
+def test_steps_are_prepared_in_another_thread_and_only_there(
+    sampler, monkeypatch
+):
+    lm, threads = model(2), []
+    step = generation.decode_step
+
+    def decode_step(*args):
+        threads.append(threading.current_thread())
+        return step(*args)
+
+    monkeypatch.setattr(generation, "decode_step", decode_step)
+    lm.compile(sampler=sampler)
+    prompt = {"token_ids": np.array([[3, 4, 5, 0, 0]])}
+    prompt["padding_mask"] = prompt["token_ids"] > 0
+    for _ in range(2):
+        lm.generate(prompt, stop_token_ids=None)
+    # Keras looks at what a loop's body returns, and then traces it.
+    assert 0 < len(threads) <= 2
+    assert threading.current_thread() not in threads
+    assert lm.generation_loop.compilations == 2
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch compiles nothing")
+def test_what_fails_while_it_is_prepared_is_raised(monkeypatch):
+    def decode_step(*args):
+        raise ArithmeticError("in a step")
+
+    monkeypatch.setattr(generation, "decode_step", decode_step)
+    lm = model(1)
+    lm.compile(sampler="greedy")
+    prompt = {"token_ids": np.array([[3, 4, 0]])}
+    prompt["padding_mask"] = prompt["token_ids"] > 0
+    with pytest.raises(ArithmeticError, match="in a step"):
+        lm.generate(prompt, stop_token_ids=None)
+
+
+def test_meanwhile_ends_with_its_scope_and_tells_what_went_wrong():
+    variable = contextvars.ContextVar("variable", default="outside")
+    variable.set("inside")
+    seen = []
+    with meanwhile(lambda: seen.append(variable.get())):
+        pass
+    assert seen == ["inside"]
+    with pytest.raises(ZeroDivisionError), meanwhile(lambda: 1 / 0):
+        pass
+    with pytest.raises(KeyError), meanwhile(lambda: 1 / 0):
+        raise KeyError("the scope's own")
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX says what it compiles")

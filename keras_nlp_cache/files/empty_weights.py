@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+from keras_nlp_cache.memory import aligned
+
 _RANDOM = (
     keras.initializers.RandomNormal,
     keras.initializers.RandomUniform,
@@ -52,4 +54,4 @@ def draw_no_random_numbers(model):
 def _zeros(shape, dtype=None):
     if keras.backend.standardize_dtype(dtype) == "bfloat16":
         return keras.ops.zeros(shape, dtype)
-    return np.zeros(shape, dtype)
+    return aligned(shape, dtype, np.zeros)

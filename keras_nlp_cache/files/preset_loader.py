@@ -4,6 +4,7 @@ Upstream's loader of Hugging Face directories passes over some of what their
 configs say, and would compute another model without a word.
 """
 
+import contextlib
 import copy
 import functools
 import types
@@ -107,7 +108,11 @@ class HuggingFaceLoader(TransformersPresetLoader):
 
     def load_tokenizer(self, *args, **kwargs):
         # Keras would look at each word of a vocabulary, as if it were a layer.
-        with DotNotTrackScope():
+        # TensorFlow, too, where Keras does not, and takes longer.
+        scope = contextlib.nullcontext()
+        if keras.config.backend() != "tensorflow":
+            scope = DotNotTrackScope()
+        with scope:
             return super().load_tokenizer(*args, **kwargs)
 
 

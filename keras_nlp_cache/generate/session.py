@@ -1,5 +1,7 @@
 """A text that grows turn by turn, with the cache that belongs to it."""
 
+import contextlib
+
 import numpy as np
 from keras import ops
 
@@ -342,7 +344,7 @@ class Session:
             if loop is not self.lm.generation_loop:
                 # At first, and where the sampler, say, is another one by now.
                 loop = self.lm.generation_loop
-                generation = self._prefill(loop, token_ids, end)
+                generation = self._prefill(loop, token_ids, end, stops, options)
                 steps = loop.steps(generation, end, stops, options)
             # While a step is under way there is no cache to go on with.
             cache, self._cache = self._cache, None
@@ -386,8 +388,11 @@ class Session:
         if rest:
             yield rest
 
-    def _prefill(self, loop, token_ids, end):
-        """Reads what is new, with room for a text of `end` tokens."""
+    def _prefill(self, loop, token_ids, end, *decoding):
+        """Reads what is new, with room for a text of `end` tokens.
+
+        `decoding` are the further arguments of the decode steps that follow.
+        """
         slots = slots_for(end, self.lm.backbone.max_positions)
         # Until it is done there is no cache to go on with.
         cache, self._cache = self._cache, None
@@ -397,13 +402,17 @@ class Session:
             if loop is not self._loop or slots > self._slots:
                 tokens = take_out(cache, start, self._mark)
                 cache = self._restored(loop, tokens, slots)
-        generation = loop.prefill(
-            token_ids[None],
-            np.ones((1, len(token_ids)), "bool"),
-            slots,
-            cache=cache,
-            start=start,
-        )
+        preparing = contextlib.nullcontext()
+        if cache is None:
+            preparing = loop.preparing(1, slots, *decoding)
+        with preparing:
+            generation = loop.prefill(
+                token_ids[None],
+                np.ones((1, len(token_ids)), "bool"),
+                slots,
+                cache=cache,
+                start=start,
+            )
         self.prefilled_tokens += max(0, len(token_ids) - 1 - start)
         self.token_ids, self._filled = token_ids, len(token_ids) - 1
         self._mark = max(self._mark, self._filled)

@@ -6,6 +6,7 @@ import threading
 import ml_dtypes
 import numpy as np
 
+from keras_nlp_cache.memory import aligned
 from keras_nlp_cache.products import choice
 from keras_nlp_cache.products.sources import reader
 from keras_nlp_cache.products.sources import source
@@ -95,7 +96,7 @@ def packed(form, weight, scale=None, zero=None):
 def _transposed(matrix):
     """A transposed copy, made block by block, each of them in the cache."""
     depth, outputs = matrix.shape
-    new = np.empty((outputs, depth), matrix.dtype)
+    new = aligned((outputs, depth), matrix.dtype)
     for k in range(0, depth, 64):
         for n in range(0, outputs, 512):
             new[n : n + 512, k : k + 64] = matrix[k : k + 64, n : n + 512].T
@@ -178,13 +179,11 @@ class Weights:
         Returns:
             A list of tuples, empty ones of what is not packed.
         """
+        worth = [rows <= choice.most_rows(x.form.dtype) for x in self._packed]
+        if not any(worth):
+            return [() for _ in self._packed]
         # Threads that generate would pack the same.
         with self._lock:
-            worth = [
-                rows <= choice.most_rows(x.form.dtype) for x in self._packed
-            ]
-            if not any(worth):
-                return [() for _ in self._packed]
             values = iter(self._read())
             all_values = [
                 [next(values) for _ in x.variables] for x in self._packed

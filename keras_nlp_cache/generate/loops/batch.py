@@ -1,5 +1,7 @@
 """Generation for a batch of prompts, from the first token to the last."""
 
+import contextlib
+
 import numpy as np
 from keras import ops
 
@@ -173,14 +175,21 @@ def _generated(
     if guesser is not None and (room is None or length + count <= room):
         length += count
     slots = slots_for(length, room)
-    generation = loop.prefill(
-        token_ids,
-        given,
-        slots,
-        stream=stream,
-        logprobs=options and options.return_logprobs,
-        source=source,
-    )
+    logprobs = options and options.return_logprobs
+    preparing = contextlib.nullcontext()
+    if guesser is None:
+        preparing = loop.preparing(
+            len(token_ids), slots, stops, options, logprobs
+        )
+    with preparing:
+        generation = loop.prefill(
+            token_ids,
+            given,
+            slots,
+            stream=stream,
+            logprobs=logprobs,
+            source=source,
+        )
     if guesser is None:
         generation = loop.decode(generation, limit, stops, options)
     else:

@@ -1,6 +1,10 @@
 """What loops that are compiled as a whole have in common."""
 
+import contextlib
+import functools
+
 import keras
+import numpy as np
 from keras import ops
 from keras import tree
 
@@ -12,6 +16,7 @@ from keras_nlp_cache.device import constants
 from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.generation import Loop
+from keras_nlp_cache.generate.loops.meanwhile import meanwhile
 from keras_nlp_cache.products.multiplying import known_of
 from keras_nlp_cache.products.multiplying import multiplying_as_known
 
@@ -32,10 +37,36 @@ class CompiledLoop(Loop):
         super().__init__(lm)
         self.chunk = constants().compiled_chunk
         self._spare_caches = {}
+        self._prepared = set()
         # Streams are passed on from step to step.
         self.sampler_variables = []
         if not sampling.has_streams(self.sampler):
             self.sampler_variables = sampling.sampler_variables(self.sampler)
+
+    def preparing(
+        self, batch, slots, stop_token_ids=(), options=None, logprobs=None
+    ):
+        values, structure = self._options(options)
+        bounds = self._bounds(batch, slots, stop_token_ids)
+        shapes = tuple(np.shape(x) for x in tree.flatten((bounds, values)))
+        key = batch, slots, logprobs, structure, shapes
+        if key in self._prepared or not self._can_prepare():
+            return contextlib.nullcontext()
+        self.lm.backbone.check_cache_size(batch, slots)
+        self._prepared.add(key)
+        nothing = np.zeros((batch, 0), "int32")
+        generation = self.start(
+            nothing,
+            np.ones(batch, "int32"),
+            slots,
+            self._cache_like_a_prefill_s(batch, slots),
+            logprobs=logprobs,
+        )
+        return meanwhile(
+            functools.partial(
+                self._prepare, generation, bounds, values, structure
+            )
+        )
 
     def keep(self, cache):
         self._spare_caches[_is_of_one_row(cache)] = cache
@@ -131,6 +162,22 @@ class CompiledLoop(Loop):
 
     def _new_tensor(self, shape, dtype):
         """Memory for a part of a cache, with anything in it."""
+        raise NotImplementedError
+
+    def _can_prepare(self):
+        """Whether a thread of its own would compile what this one runs."""
+        # The cache of what an encoder reads has its length, not yet known.
+        if self.lm.backbone.roles.of_source:
+            return False
+        # Keras keeps it for each thread.
+        return keras.distribution.distribution() is None
+
+    def _cache_like_a_prefill_s(self, batch, slots):
+        """What stands for a cache where decode steps are prepared."""
+        raise NotImplementedError
+
+    def _prepare(self, generation, bounds, values, structure):
+        """Compiles what `_decode()` of such arguments calls."""
         raise NotImplementedError
 
 

@@ -1,5 +1,6 @@
 """What generating is: a prefill, then decode steps."""
 
+import contextlib
 import typing
 
 import numpy as np
@@ -266,6 +267,26 @@ class Loop:
             cache=cache,
         )
 
+    def preparing(
+        self, batch, slots, stop_token_ids=(), options=None, logprobs=None
+    ):
+        """A scope for a prefill, in which its decode steps are prepared.
+
+        Where they are compiled, that is done while the prompts are read.
+
+        Args:
+            batch: int. How many prompts there are.
+            slots: int, as for the `prefill()`.
+            stop_token_ids: Sequence of ints, as for the `decode()` or `steps()`
+                that follow.
+            options: Optional `Options`, as for these.
+            logprobs: Optional int, as for the `prefill()`.
+
+        Returns:
+            A context manager.
+        """
+        return contextlib.nullcontext()
+
     def prefill(
         self,
         token_ids,
@@ -434,7 +455,8 @@ class Loop:
         Returns:
             The `Generation` that was reached.
         """
-        bounds = self._bounds(generation, limit, stop_token_ids, steps, enough)
+        batch = len(generation.token_ids)
+        bounds = self._bounds(batch, limit, stop_token_ids, steps, enough)
         return self._decode(generation, bounds, *self._options(options))
 
     def steps(self, generation, limit, stop_token_ids=(), options=None):
@@ -450,8 +472,9 @@ class Loop:
             A `Generation` after each step, not to be used after the next.
         """
         values, structure = self._options(options)
+        batch = len(generation.token_ids)
         bounds = self._bounds(
-            generation, limit, stop_token_ids, self.tokens_per_piece
+            batch, limit, stop_token_ids, self.tokens_per_piece
         )
         return self._steps(generation, bounds, values, structure)
 
@@ -503,7 +526,8 @@ class Loop:
         Returns:
             The `Generation` that was reached. See `verify_step()`.
         """
-        bounds = self._bounds(generation, limit, stop_token_ids)
+        batch = len(generation.token_ids)
+        bounds = self._bounds(batch, limit, stop_token_ids)
         values, structure = self._options(options)
         return self._verify(
             generation, drafted, bounds, values, count, structure
@@ -511,8 +535,7 @@ class Loop:
 
     # === How it is done ===
 
-    def _bounds(self, generation, limit, stops, steps=ALL, enough=None):
-        batch = generation.token_ids.shape[0]
+    def _bounds(self, batch, limit, stops, steps=ALL, enough=None):
         return Bounds(
             limit=np.broadcast_to(np.asarray(limit, "int32"), (batch,)),
             stops=_padded_stops(stops),

@@ -102,6 +102,26 @@ class JaxLoop(CompiledLoop):
             variable.assign(value)
         return generation
 
+    def _cache_like_a_prefill_s(self, batch, slots):
+        return self.lm.backbone.make_cache(
+            batch,
+            slots,
+            self.lm.cache_dtype,
+            self.lm.cache_policy,
+            zeros=jax.ShapeDtypeStruct,
+        )
+
+    def _prepare(self, generation, bounds, values, structure):
+        # JAX finds what it has traced and compiled by what it is called with.
+        self._compiled_decode.lower(
+            self._weights(len(generation.token_ids)),
+            [x.value for x in self.sampler_variables],
+            generation,
+            bounds,
+            values,
+            structure,
+        ).compile()
+
     def restore_cache(self, arrays):
         # Not the arrays' own memory, which can't be donated.
         return sharded(

@@ -126,12 +126,33 @@ class TensorFlowLoop(CompiledLoop):
         return self._update(self._compiled_verify, count + 1, generation, *args)
 
     def _update(self, function, length, generation, *args):
+        arguments = self._arguments(length, generation, *args)
         cache = generation.cache
-        arguments = tree.map_structure(
-            _as_tensor, (generation._replace(cache=()), *args)
-        )
+        return _call(function, *arguments)._replace(cache=cache)
+
+    def _arguments(self, length, generation, *args):
         packed = self._packed(len(generation.token_ids) * length)
-        return _call(function, packed, cache, *arguments)._replace(cache=cache)
+        return (
+            packed,
+            generation.cache,
+            *tree.map_structure(
+                _as_tensor, (generation._replace(cache=()), *args)
+            ),
+        )
+
+    def _can_prepare(self):
+        return super()._can_prepare() and not tf.distribute.has_strategy()
+
+    def _cache_like_a_prefill_s(self, batch, slots):
+        # Which the prefill is to find.
+        cache = self.new_cache(batch, slots)
+        self.keep(cache)
+        return cache
+
+    def _prepare(self, generation, *args):
+        self._compiled_decode.get_concrete_function(
+            *self._arguments(1, generation, *args)
+        )
 
     def _packed(self, rows):
         with outside_of_strategies():
