@@ -231,6 +231,69 @@ def test_generates_the_same(config, used, without_our_own):
     assert len(used) == count
 
 
+def projections(lm):
+    """The layers that a block of Llama projects one tensor with."""
+    (block,) = lm.backbone.transformer_layers
+    attention = block._self_attention_layer
+    return (
+        [getattr(attention, f"_{x}_dense") for x in ("query", "key", "value")],
+        [block._feedforward_gate_dense, block._feedforward_intermediate_dense],
+    )
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    ("config", "together"),
+    [(None, True), ("int8", True), (WEIGHTS_ONLY, True), (IN_GROUPS, True)]
+    # What Keras rounds, it rounds for each of them.
+    + [(ROUNDED, False)],
+)
+def test_what_has_one_input_is_one_product(config, together, monkeypatch):
+    lm, outputs = make_lm(), []
+    if config is not None:
+        lm.quantize(config if isinstance(config, str) else None, config=config)
+    multiply = multiplying._multiply
+
+    def noted(form, *args):
+        outputs.append(form.outputs)
+        return multiply(form, *args)
+
+    monkeypatch.setattr(multiplying, "_multiply", noted)
+    generated(greedy(lm))
+    expected = [72 + 36 + 36, 72, 130 + 130, 72, 100]
+    if not together:
+        # Alone, keys and values are too small.
+        expected = [72, 72, 130, 130, 72, 100]
+    # The prompt has too many rows. Of its last chunk, nobody asks for logits.
+    assert outputs[-len(expected) :] == expected
+
+
+@needs_numba
+@pytest.mark.parametrize("change", ["other_input", "lora", "own_class"])
+def test_what_has_another_input_is_a_product_of_its_own(
+    change, without_our_own
+):
+    lm = make_lm()
+    (_, key, value), (gate, _) = projections(lm)
+    if change == "other_input":
+        for layer in (key, gate):
+            call = layer.call
+            layer.call = lambda x, call=call, **kwargs: call(x + 1.0, **kwargs)
+    elif change == "lora":
+        value.enable_lora(2)
+        value.lora_kernel_b.assign(value.lora_kernel_b + 0.1)
+    else:
+
+        class Doubled(keras.layers.EinsumDense):
+            def call(self, x, training=None):
+                return 2 * super().call(x)
+
+        key.__class__ = Doubled
+    tokens = generated(greedy(lm))
+    without_our_own()
+    np.testing.assert_array_equal(generated(greedy(lm)), tokens)
+
+
 def scaled(lm, name):
     """A change that no greedy token survives: one kernel, negated."""
     (kernel,) = (x for x in lm.weights if x.path.endswith(name))

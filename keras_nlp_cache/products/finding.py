@@ -16,6 +16,8 @@ from keras_nlp_cache.products.logits import matrix_variables
 from keras_nlp_cache.products.packing import Form
 from keras_nlp_cache.products.packing import Weight
 from keras_nlp_cache.products.packing import Weights
+from keras_nlp_cache.products.together import layers_together
+from keras_nlp_cache.products.together import rounding_of
 from keras_nlp_cache.quantization.groups import GROUP
 from keras_nlp_cache.quantization.groups import in_groups
 
@@ -36,7 +38,7 @@ def find_weights(model):
     """
     if availability.why_not() is not None:
         return None
-    found = {}
+    found, of_layers = {}, []
     backbone = getattr(model, "backbone", None)
     only_in_prefill = {id(x) for x in getattr(backbone, "prefill_layers", ())}
     for layer in model._flatten_layers():
@@ -51,13 +53,49 @@ def find_weights(model):
             weight = _of_logits(layer)
         if weight is None or id(weight.variable) in found:
             continue
-        form = weight.form
-        if choice.most_rows(form.dtype) == 0:
-            continue
-        if form.outputs * form.depth >= constants().least_product:
+        if choice.most_rows(weight.form.dtype) > 0:
             found[id(weight.variable)] = weight
-            specialize_dense(layer)
-    return Weights(found)
+            of_layers.append((layer, weight))
+    together = _together(backbone, {id(x): y for x, y in of_layers})
+    sizes = {
+        id(weight): sum(x.form.outputs for x in weights) * weight.form.depth
+        for weights in [*[[x] for x in found.values()], *together]
+        for weight in weights
+    }
+    worth = [
+        (layer, weight)
+        for layer, weight in of_layers
+        if sizes[id(weight)] >= constants().least_product
+    ]
+    for layer, _ in worth:
+        specialize_dense(layer)
+    return Weights(
+        {id(weight.variable): weight for _, weight in worth},
+        [x for x in together if sizes[id(x[0])] >= constants().least_product],
+    )
+
+
+def _together(backbone, by_layer):
+    """Lists of weights that have the same input, and can be packed as one."""
+    found, seen = [], set()
+    for layers in layers_together(backbone):
+        layers = [
+            x
+            for x in layers
+            if id(x) in by_layer and rounding_of(x) is not None
+        ]
+        weights = [by_layer[id(x)] for x in layers]
+        kinds = {
+            (dataclasses.replace(x.form, outputs=0), rounding_of(layer))
+            for x, layer in zip(weights, layers)
+        }
+        if len(weights) < 2 or len(kinds) > 1:
+            continue
+        # A block may be called more than once.
+        if weights[0].form.needs_packing and seen.isdisjoint(map(id, weights)):
+            seen.update(map(id, weights))
+            found.append(weights)
+    return found
 
 
 def _of_dense(layer):
@@ -100,7 +138,9 @@ def _of_numbers(layer, variable, form):
     """The weight of a layer whose variable has the numbers themselves."""
     stored = keras.backend.standardize_dtype(variable.dtype)
     if layer.quantization_mode == "int8":
-        return Weight(dataclasses.replace(form, dtype="int8"), variable)
+        scale = getattr(layer, "kernel_scale", None)
+        form = dataclasses.replace(form, dtype="int8")
+        return Weight(form, variable, scale=scale)
     dtype = getattr(layer, "reverse_dtype", None) or layer.compute_dtype
     if dtype not in _FLOATS or stored not in _FLOATS:
         return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 
 import keras
@@ -10,6 +11,8 @@ from keras import ops
 from keras_nlp_cache.products import choice
 
 _weights = contextvars.ContextVar("keras_nlp_cache_weights", default=None)
+# What was computed of several weights, until each had its part of it.
+_computed = contextvars.ContextVar("keras_nlp_cache_computed", default=None)
 
 
 @contextlib.contextmanager
@@ -22,11 +25,18 @@ def multiplying_with(weights, arrays):
         weights: `Weights`, or `None` for the backend's own products.
         arrays: As from `packed_now()`, in what is compiled.
     """
-    token = _weights.set(weights and weights.by_variable(arrays))
+    with _looking_up(weights and weights.by_variable(arrays)):
+        yield
+
+
+@contextlib.contextmanager
+def _looking_up(weights):
+    tokens = _weights.set(weights), _computed.set({})
     try:
         yield
     finally:
-        _weights.reset(token)
+        _weights.reset(tokens[0])
+        _computed.reset(tokens[1])
 
 
 def known_of(variables):
@@ -37,7 +47,7 @@ def known_of(variables):
     """
     weights = _weights.get() or {}
     found = [weights.get(id(x)) for x in variables]
-    return [() if x is None else x[1] or () for x in found]
+    return [() if x is None else x.arrays or () for x in found]
 
 
 @contextlib.contextmanager
@@ -51,13 +61,11 @@ def multiplying_as_known(variables, known):
     weights = dict(_weights.get() or {})
     for variable, arrays in zip(variables, known, strict=True):
         if arrays:
-            form, _ = weights[id(variable)]
-            weights[id(variable)] = form, tuple(arrays)
-    token = _weights.set(weights)
-    try:
+            weights[id(variable)] = dataclasses.replace(
+                weights[id(variable)], arrays=tuple(arrays)
+            )
+    with _looking_up(weights):
         yield
-    finally:
-        _weights.reset(token)
 
 
 def uses_kernels():
@@ -90,20 +98,56 @@ def product(x, variable, axes=1, scale=None, epsilon=None):
     """
     if not is_looked_up(variable) or _is_autocasting():
         return None
-    form, arrays = _weights.get()[id(variable)]
+    known = _weights.get()[id(variable)]
+    form = known.form
     kept = tuple(x.shape[: len(x.shape) - axes])
     if None in kept or math.prod(x.shape[len(kept) :]) != form.depth:
         return None
     rows = math.prod(kept)
     # Nothing is packed for more rows than were expected.
-    if rows > choice.most_rows(form.dtype) or arrays == ():
+    if rows > choice.most_rows(form.dtype) or known.arrays == ():
         return None
-    if arrays is None:
+    if known.arrays is None:
         arrays = (ops.convert_to_tensor(variable.value),)
+    elif len(known.packed.weights) > 1:
+        y = _part(known, x, (rows, form.depth), epsilon)
+        return ops.reshape(y, (*kept, known.outputs))
+    else:
+        arrays = known.arrays
     if form.dtype == "int8":
         arrays = (*arrays, ops.cast(ops.reshape(scale, (-1,)), x.dtype))
     y = _multiply(form, ops.reshape(x, (rows, form.depth)), arrays, epsilon)
     return ops.reshape(y, (*kept, form.outputs))
+
+
+def _part(known, x, shape, epsilon):
+    """A product of several at once, made when the first is asked for.
+
+    Args:
+        known: `Known`, of one of the variables.
+        x: Tensor, of which it is whether it is the same.
+        shape: Of `x` as a matrix.
+        epsilon: As for `product()`, the same for all.
+
+    Returns:
+        Tensor `(rows, known.outputs)`.
+    """
+    computed, weights = _computed.get(), known.packed.weights
+    of, y, left = computed.get(id(known.packed), (None, None, ()))
+    if of is not x or known.start not in left:
+        arrays = known.arrays
+        if known.form.dtype == "int8":
+            scales = [ops.reshape(z.scale, (-1,)) for z in weights]
+            arrays = (*arrays, ops.cast(ops.concatenate(scales), x.dtype))
+        y = _multiply(known.form, ops.reshape(x, shape), arrays, epsilon)
+        sizes = [z.form.outputs for z in weights]
+        left = {sum(sizes[:i]) for i in range(len(sizes))}
+    left = left - {known.start}
+    # Not longer than it is of use: what is traced may end before.
+    computed.pop(id(known.packed), None)
+    if left:
+        computed[id(known.packed)] = x, y, left
+    return y[:, known.start : known.start + known.outputs]
 
 
 def _is_autocasting():

@@ -120,7 +120,7 @@ def _nibbles(form, weight):
 
 
 class Weight:
-    """The weight of a product, as kernels read it.
+    """The weight of a product.
 
     Args:
         form: `Form`.
@@ -128,14 +128,51 @@ class Weight:
         scales: Function without arguments, that returns the arrays `scale` and,
             of `"int4"`, `zero` of `packed()`. `None` if there are none.
         further: The variables that `scales` reads.
+        scale: Of `"int8"`, the `keras.Variable` that a product is divided by.
     """
 
-    def __init__(self, form, variable, scales=None, further=()):
+    def __init__(self, form, variable, scales=None, further=(), scale=None):
         self.form = form
         self.variable = variable
         self.variables = (variable, *further)
+        self.scale = scale
         self._scales = scales
         self._sources = [source() for _ in self.variables]
+
+    def changed(self, values):
+        """Whether there were other values the last time, or none.
+
+        Args:
+            values: The values of `variables`, as tensors of the backend.
+        """
+        # Each is to take notice.
+        changed = [x.changed(y) for x, y in zip(self._sources, values)]
+        return any(changed)
+
+    def packed(self, values):
+        """A tuple of arrays, see `packed()`.
+
+        Args:
+            values: As for `changed()`.
+        """
+        scales = () if self._scales is None else self._scales()
+        return packed(self.form, self._sources[0].array(values[0]), *scales)
+
+
+class Packed:
+    """What a kernel reads of weights, of which each is a part.
+
+    Args:
+        weights: List of `Weight`s of one depth, dtype and block, which are
+            multiplied with the same input. One, if it is alone.
+    """
+
+    def __init__(self, weights):
+        first = weights[0]
+        self.weights = weights
+        self.variables = [x for weight in weights for x in weight.variables]
+        outputs = [x.form.outputs for x in weights]
+        self.form = dataclasses.replace(first.form, outputs=sum(outputs))
         self._arrays = None
 
     def arrays(self, values):
@@ -147,13 +184,43 @@ class Weight:
         Returns:
             A tuple of tensors of the backend.
         """
-        changed = [x.changed(y) for x, y in zip(self._sources, values)]
+        values = iter(values)
+        pairs = [(x, [next(values) for _ in x.variables]) for x in self.weights]
+        changed = [weight.changed(of_it) for weight, of_it in pairs]
         if self._arrays is None or any(changed):
-            first = self._sources[0]
-            scales = () if self._scales is None else self._scales()
-            arrays = packed(self.form, first.array(values[0]), *scales)
-            self._arrays = tuple(map(first.tensor, arrays))
+            tensor = source().tensor
+            self._arrays = None  # Before there are two.
+            parts = zip(*[weight.packed(of_it) for weight, of_it in pairs])
+            self._arrays = tuple(tensor(_below_each_other(x)) for x in parts)
         return self._arrays
+
+
+def _below_each_other(arrays):
+    if len(arrays) == 1:
+        return arrays[0]
+    rows = sum(map(len, arrays))
+    new = aligned((rows, *arrays[0].shape[1:]), arrays[0].dtype)
+    return np.concatenate(arrays, out=new)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a variable in a step.
+
+    Attributes:
+        form: `Form` of what is packed with it.
+        arrays: Tuple of tensors. `()` if nothing was packed, `None` if the
+            value of the variable is what a kernel reads.
+        packed: `Packed`, `None` with the last.
+        start: int. Which output of `packed` its first one is.
+        outputs: int. How many it has.
+    """
+
+    form: Form
+    arrays: tuple | None
+    packed: Packed | None
+    start: int
+    outputs: int
 
 
 class Weights:
@@ -161,11 +228,18 @@ class Weights:
 
     Args:
         found: Dictionary from `id(variable)` to `Weight`.
+        together: Lists of `Weight`s among these, each with the same input.
     """
 
-    def __init__(self, found):
+    def __init__(self, found, together=()):
         self._found = found
-        self._packed = [x for x in found.values() if x.form.needs_packing]
+        in_groups = {id(x) for weights in together for x in weights}
+        alone = [
+            [x]
+            for x in found.values()
+            if x.form.needs_packing and id(x) not in in_groups
+        ]
+        self._packed = [Packed(x) for x in [*together, *alone]]
         self._read = reader([y for x in self._packed for y in x.variables])
         self._lock = threading.Lock()
 
@@ -200,14 +274,21 @@ class Weights:
             arrays: As from `arrays()`, in what is compiled.
 
         Returns:
-            A dictionary from `id(variable)` to `(form, arrays)`, with `None`
-            where the value of the variable is what a kernel reads.
+            A dictionary from `id(variable)` to `Known`.
         """
-        packed_arrays = dict(zip(map(id, self._packed), arrays))
-        return {
-            key: (weight.form, packed_arrays.get(id(weight)))
-            for key, weight in self._found.items()
+        known = {
+            key: Known(x.form, None, None, 0, x.form.outputs)
+            for key, x in self._found.items()
         }
+        for packed, tensors in zip(self._packed, arrays):
+            start = 0
+            for x in packed.weights:
+                outputs = x.form.outputs
+                known[id(x.variable)] = Known(
+                    packed.form, tensors, packed, start, outputs
+                )
+                start += outputs
+        return known
 
 
 def packed_now(weights, rows):
