@@ -576,12 +576,20 @@ def bad_calls(backbone, family):
             {**inputs, "vision_mask": 0 * mask, "vision_indices": 0 * indices},
             r"`vision_mask`, of shape \(2, 10\).*mask of zeros",
         )
+        yield (
+            {**inputs, "images": None, "img_embeddings": seen[[0, 1, 1]]},
+            r"`img_embeddings` with as many.*\(2, 10\).*\(3, 4, 32\)",
+        )
         first = first_call(family, 4)
         split = {**first, **cached, "images": None, "img_embeddings": seen}
         split["vision_indices"] = indices * (indices < 4)
         yield split, r"4 tokens side by side.*\(2, 4\) with \[3\] in row 0"
     if family.prefix == "PaliGemma":
         yield text, r"`images` of shape \(2, 16, 16, 3\).*no cache"
+        yield (
+            {**inputs, "images": None, "img_embeddings": seen[[0, 1, 1]]},
+            r"`img_embeddings`.*one row.*\(2, 10\).*\(3, 4, 32\)",
+        )
         yield (
             {**text, **cached, "cache_update_index": 0},
             r"first call with a `cache`.*first 4 slots.*\(2, 10\)",
@@ -644,6 +652,10 @@ def test_bad_prompts_with_images_in_the_text():
         (
             {"prompts": [see * 2], "images": [[IMAGES[0]]]},
             r"\[2\] of them, for \[1\] images",
+        ),
+        (
+            {"prompts": [see * 3], "images": [[*IMAGES, IMAGES[0]]]},
+            r"at most 2 images for each.*Received: \[3\]",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -185,6 +185,20 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         """
         return self.read(token_ids[:, :1], cache, 0, **source)[1]
 
+    def read_more_source(self, token_ids, cache, source, start):
+        """Does what `read_source()` does, where a text goes on.
+
+        Args:
+            token_ids: int tensor `(B, S)`, all of the text.
+            cache: A cache of its first tokens.
+            source: Dictionary as for `read_source()`, of what follows these.
+            start: int scalar. How many they are.
+
+        Returns:
+            The cache.
+        """
+        raise NotImplementedError
+
     def read_with(self, source):
         """How many tokens need not be read again after `read_source()`.
 
@@ -607,6 +621,26 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             options=options,
         )
 
+    def see(self, text, images):
+        """What a turn of a session with images is made of.
+
+        Args:
+            text: str.
+            images: List of arrays `(height, width, 3)`.
+
+        Returns:
+            `(token_ids, seen)`: int32 array `(T,)`, as a text of its own, and
+            `SessionImages` of it.
+
+        Raises:
+            ValueError: If the model does not read images turn by turn, or
+                those do not fit the text.
+        """
+        raise ValueError(
+            "Expected no `images` for a model that reads text alone. Received "
+            f"{len(images)} of them, for a `{type(self).__name__}`."
+        )
+
     def turn_end_id(self):
         """The token at which upstream's `generate()` stops, beside the end.
 
@@ -630,7 +664,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             max_new_tokens: int. Stop after that many tokens.
             stop_token_ids: As for `generate()`.
             truncation: As for `Session.send()`.
-            **options: As for `Session.send()`.
+            **options: As for `Session.send()`, with its `images`.
 
         Returns:
             An iterator with one string for each token, which may be left

@@ -3,16 +3,18 @@
 from keras_nlp_cache.generate import reading
 
 
-def check_placeholders(inputs, placeholder):
+def check_placeholders(inputs, placeholder, most=None):
     """Compares prompts with their images, before a preprocessor sees them.
 
     Args:
         inputs: Dictionary of `prompts`, strings, and of `images`. Of what is
             counted otherwise, nothing is said.
         placeholder: str, what stands for an image.
+        most: Optional int. How many images a preprocessor reads of a prompt.
 
     Raises:
-        ValueError: If there are more of the ones than of the others.
+        ValueError: If there are more of the ones than of the others, or more
+            than a preprocessor reads.
     """
     prompts, images = inputs.get("prompts"), inputs.get("images")
     if prompts is None:
@@ -21,6 +23,12 @@ def check_placeholders(inputs, placeholder):
     if isinstance(prompts, str) and images is not None:
         images = [images]
     given = [0] * len(wanted or ()) if images is None else _images(images)
+    if most is not None and given and max(given) > most:
+        raise ValueError(
+            f"Expected at most {most} images for each of `prompts`, the "
+            "preprocessor's `max_images_per_prompt`. Received: "
+            f"{list(given)}."
+        )
     if None in (wanted, given) or list(wanted) == list(given):
         return
     raise ValueError(

@@ -9,9 +9,11 @@ from keras_hub.src.utils.tensor_utils import any_equal
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.generate import prompts
+from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.batch import generate_batch
+from keras_nlp_cache.generate.session_images import SessionImages
 from keras_nlp_cache.graph.image_inputs import known
 
 
@@ -52,6 +54,11 @@ class ImageTextLM(CausalLM):
     def read_source(self, token_ids, cache, source):
         tokens = token_ids[:, self.backbone.before : self.read_with(source)]
         return self.read(tokens, cache, 0, **source)[1]
+
+    def read_more_source(self, token_ids, cache, source, start):
+        shape = ops.shape(token_ids)[0], self.read_with(source)
+        tokens = ops.slice(token_ids, start_at(0, start), shape)
+        return self.read(tokens, cache, start, **source)[1]
 
     def read_with(self, source):
         if not source:
@@ -237,6 +244,52 @@ class ImageTextLM(CausalLM):
                 inputs["padding_mask"].astype("int32"), width, constant_values=1
             ),
         }
+
+    # === For sessions ===
+
+    # Whether images stand in a text, where a later turn may have some, too.
+    sees_in_turns = False
+
+    def see(self, text, images):
+        if not self.backbone.sees:
+            return super().see(text, images)
+        if not self.sees_in_turns:
+            raise ValueError(
+                "Expected no `images` for a session with a "
+                f"`{type(self).__name__}`, which reads them at the beginning "
+                f"of a text, by `generate()`. Received {len(images)} of them."
+            )
+        if len(getattr(images, "shape", ())) == 3:
+            images = [images]
+        shapes = [tuple(getattr(x, "shape", ())) for x in images]
+        if any(len(x) != 3 or x[2] != 3 for x in shapes):
+            raise ValueError(
+                "Expected `images` to be a list of arrays of shape "
+                f"`(height, width, 3)`. Received shapes: {shapes}."
+            )
+        images = [np.asarray(ops.convert_to_numpy(x)) for x in images]
+        self.check_images_of({"prompts": [text], "images": [images]})
+        tokens = self.backbone.cuts.tower.shape[1]
+        token_ids, x = reading.encode_whole(
+            self.preprocessor,
+            {"prompts": [text], "images": [images]},
+            # Some tokens are put around those of an image.
+            len(text.encode()) + 3 + len(images) * (tokens + 8),
+        )
+        *_, name = self.backbone.roles.beside_images
+        mask = ops.convert_to_numpy(x[name])[0, : len(token_ids)]
+        places = np.flatnonzero(mask).astype("int32")
+        if len(places) != len(images) * tokens:
+            raise ValueError(
+                f"Expected `text` with {tokens} tokens for each image. "
+                f"Received: {len(images)} `images`, and a preprocessor that "
+                f"makes {len(places)} tokens of them in {text!r}."
+            )
+        seen = self.generation_loop.evaluate(
+            self.backbone.encode_images,
+            x[self.backbone.roles.images][:, : len(images)],
+        )
+        return token_ids, SessionImages(places, seen)
 
     # === For samplers with a loop of their own ===
 

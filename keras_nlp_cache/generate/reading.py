@@ -35,18 +35,33 @@ def encode(preprocessor, text):
     if image is not None and image in text:
         raise ValueError(
             f"Expected a text without {image!r}, which stands for an image. "
-            f"Received: {text!r}, and no image. Call `generate()` with "
-            "`images` and `prompts` in a dictionary."
+            f"Received: {text!r}, and no image. Pass `images`: to `generate()` "
+            "in a dictionary with `prompts`, or to `Session.send()`."
         )
     # A token is a byte or more, as a rule, and one or two are added.
-    size = len(text.encode()) + 3
+    token_ids, _ = encode_whole(preprocessor, [text], len(text.encode()) + 3)
+    return token_ids
+
+
+def encode_whole(preprocessor, prompts, size):
+    """All that a preprocessor makes of one prompt.
+
+    Args:
+        preprocessor: A `keras_hub.models.CausalLMPreprocessor`.
+        prompts: A batch of one, as it takes it.
+        size: int. How many tokens there might be.
+
+    Returns:
+        `(token_ids, x)`: int32 array `(T,)`, and the dictionary that they are
+        from.
+    """
     while True:
-        x = preprocessor.generate_preprocess([text], sequence_length=size)
+        x = preprocessor.generate_preprocess(prompts, sequence_length=size)
         mask = ops.convert_to_numpy(x["padding_mask"]).astype(bool)
         token_ids = ops.convert_to_numpy(x["token_ids"])[mask].astype("int32")
         # Some normalize a character to many, others always cut.
         if len(token_ids) < size or mask.shape[1] != size:
-            return token_ids
+            return token_ids, x
         size *= 2
 
 

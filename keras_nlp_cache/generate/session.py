@@ -24,6 +24,7 @@ from keras_nlp_cache.generate.reading import check_truncation
 from keras_nlp_cache.generate.reading import cut
 from keras_nlp_cache.generate.reading import encode
 from keras_nlp_cache.generate.reading import starts
+from keras_nlp_cache.generate.session_images import SessionImages
 
 
 class Session:
@@ -75,6 +76,7 @@ class Session:
         self.token_ids = np.zeros((0,), "int32")
         self.prefilled_tokens = 0
         self.conversation = conversation.Conversation()
+        self._images = SessionImages()
         # The cache, how many slots of it are filled, and whose it is.
         self._cache, self._filled, self._loop = None, 0, None
         self._slots = 0
@@ -112,6 +114,7 @@ class Session:
         max_new_tokens=256,
         stop_token_ids="auto",
         truncation="error",
+        images=None,
         **options,
     ):
         """Adds to the text and has the model go on with it.
@@ -127,6 +130,10 @@ class Session:
                 and the new tokens, needs more positions than the model learned:
                 `"error"`, or what of it fills them, `"left"` for its last
                 tokens after the start token or `"right"` for its first.
+            images: Optional array `(height, width, 3)` or list of such, one
+                for each placeholder in `text`, for a model that reads images
+                in its text. Each is seen once: later turns find in the cache
+                what became of it.
             **options: As for `CausalLM.generate()`, such as `stop_strings`, but
                 for `return_logprobs`. A penalty counts all that was said before
                 as the prompt.
@@ -138,11 +145,17 @@ class Session:
             ValueError: If `text` is not a string or adds no token,
                 `max_new_tokens` not a positive integer, or the text gets longer
                 than the positions that the model learned, and is not to be cut
-                or there is no room at all.
+                or there is no room at all; or if there are other images than
+                the text has places for, or the model does not read them so.
         """
         return "".join(
             self.stream(
-                text, max_new_tokens, stop_token_ids, truncation, **options
+                text,
+                max_new_tokens,
+                stop_token_ids,
+                truncation,
+                images,
+                **options,
             )
         )
 
@@ -152,6 +165,7 @@ class Session:
         max_new_tokens=256,
         stop_token_ids="auto",
         truncation="error",
+        images=None,
         **options,
     ):
         """Does what `send()` does, and yields the answer as it is produced.
@@ -171,14 +185,15 @@ class Session:
         check_loop(self.lm)
         check_postprocess(self.lm.preprocessor)
         check_truncation(truncation)
-        token_ids, start = self._tokenize(text)
+        token_ids, start, images = self._tokenize(text, images)
         check_count("max_new_tokens", max_new_tokens)
         stop = stops_of(self.lm, stop_token_ids)
         limit = self.lm.backbone.max_positions
         if limit is not None:
             before = len(self.token_ids)
             room = limit - before - max_new_tokens
-            if len(token_ids) > room and (truncation == "error" or room < 1):
+            keeps_all = truncation == "error" or images
+            if len(token_ids) > room and (keeps_all or room < 1):
                 raise ValueError(
                     f"Expected text and new tokens to fit the {limit} "
                     "positions that the model learned. Received: "
@@ -191,13 +206,19 @@ class Session:
         options = self._options(options)
         self._turn += 1
         return self._stream(
-            token_ids, max_new_tokens, stop, options, self._turn
+            token_ids, max_new_tokens, stop, options, self._turn, images
         )
 
     def _options(self, options):
         """What a user said of an answer, as `Options`."""
         if isinstance(options, Options):
             return options
+        if "images" in options:
+            raise ValueError(
+                "Expected messages of text for a chat template. Received "
+                "`images`, too. Pass them to `send()` or `stream()`, with a "
+                "`text` in the form of the template."
+            )
         options = Options(**options).tokenized(self.lm.preprocessor.tokenizer)
         if options.return_logprobs is not None:
             raise ValueError(
@@ -313,7 +334,12 @@ class Session:
         conversation.rewind_turns(self, count)
 
     def stream_tokens(
-        self, token_ids, max_new_tokens=256, stop_token_ids=(), options=None
+        self,
+        token_ids,
+        max_new_tokens=256,
+        stop_token_ids=(),
+        options=None,
+        images=None,
     ):
         """Does what `stream()` does, with token ids for text.
 
@@ -323,6 +349,8 @@ class Session:
             stop_token_ids: As for `send()`.
             options: Optional `Options`. Stop strings are the business of who
                 makes text of tokens.
+            images: Optional `SessionImages`, which of these tokens are of
+                images.
 
         Yields:
             Token ids, as ints.
@@ -336,6 +364,9 @@ class Session:
         token_ids = check_continuation(
             token_ids, self.lm.backbone, begun=len(self.token_ids) > 0
         )
+        images = self._images.added(
+            images or SessionImages(), len(self.token_ids)
+        )
         token_ids = np.append(self.token_ids, token_ids)
         end = len(token_ids) + max_new_tokens
         loop = steps = None
@@ -344,7 +375,9 @@ class Session:
             if loop is not self.lm.generation_loop:
                 # At first, and where the sampler, say, is another one by now.
                 loop = self.lm.generation_loop
-                generation = self._prefill(loop, token_ids, end, stops, options)
+                generation = self._prefill(
+                    loop, token_ids, end, images, stops, options
+                )
                 steps = loop.steps(generation, end, stops, options)
             # While a step is under way there is no cache to go on with.
             cache, self._cache = self._cache, None
@@ -367,10 +400,12 @@ class Session:
                 return
             token_ids = self.token_ids
 
-    def _stream(self, token_ids, max_new_tokens, stop, options, turn):
+    def _stream(self, token_ids, max_new_tokens, stop, options, turn, images):
         pieces = TextPieces(self.lm.preprocessor.tokenizer.detokenize)
         until = StopStrings(options.stop_strings or ())
-        tokens = self.stream_tokens(token_ids, max_new_tokens, stop, options)
+        tokens = self.stream_tokens(
+            token_ids, max_new_tokens, stop, options, images
+        )
         while True:
             if turn != self._turn:
                 raise RuntimeError(
@@ -388,12 +423,17 @@ class Session:
         if rest:
             yield rest
 
-    def _prefill(self, loop, token_ids, end, *decoding):
+    def _prefill(self, loop, token_ids, end, images, *decoding):
         """Reads what is new, with room for a text of `end` tokens.
 
-        `decoding` are the further arguments of the decode steps that follow.
+        `images` are all of that text, and `decoding` are the further arguments
+        of the decode steps that follow.
         """
-        slots = slots_for(end, self.lm.backbone.max_positions)
+        backbone = self.lm.backbone
+        # A chunk that would end after the last slot begins earlier, where
+        # tokens may be of images, which are read with these alone.
+        end += loop.chunk if images else 0
+        slots = slots_for(end, backbone.max_positions)
         # Until it is done there is no cache to go on with.
         cache, self._cache = self._cache, None
         start = 0
@@ -412,9 +452,11 @@ class Session:
                 slots,
                 cache=cache,
                 start=start,
+                source=images.source(start, len(token_ids), backbone.roles),
             )
         self.prefilled_tokens += max(0, len(token_ids) - 1 - start)
         self.token_ids, self._filled = token_ids, len(token_ids) - 1
+        self._images = images
         self._mark = max(self._mark, self._filled)
         self._cache, self._loop, self._slots = generation.cache, loop, slots
         return generation
@@ -437,6 +479,7 @@ class Session:
         other.token_ids = self.token_ids.copy()
         other.prefilled_tokens = self.prefilled_tokens
         other.conversation = self.conversation.copy()
+        other._images = self._images
         if self._cache is not None:
             loop = other._loop = self.lm.generation_loop
             other._filled, other._slots = self._filled, self._slots
@@ -452,8 +495,9 @@ class Session:
 
         Raises:
             ValueError: If there are not as many, or `count` is not an integer
-                of 0 or more; or if the cache policy did not keep what the
-                tokens before these have seen.
+                of 0 or more; if the cache policy did not keep what the tokens
+                before these have seen; or if the last token left would be one
+                of an image.
         """
         total = len(self.token_ids)
         if not is_int(count) or not 0 <= count <= total:
@@ -461,6 +505,7 @@ class Session:
                 f"Expected `count` to be an integer from 0 to {total}, the "
                 f"tokens of this session. Received: count={count!r}."
             )
+        self._images.check_end(total - count, f"count={count}")
         # The last token that is left will be read once more.
         filled = min(self._filled, max(total - count - 1, 0))
         if self._cache is not None and filled < self._filled:
@@ -475,6 +520,7 @@ class Session:
                 )
         self._turn += 1
         self.token_ids = self.token_ids[: total - count]
+        self._images = self._images.before(total - count)
         self._filled = min(self._filled, len(self.token_ids))
 
     def reachable(self, count):
@@ -507,6 +553,7 @@ class Session:
             self.lm.backbone,
             self.token_ids,
             arrays,
+            self._images,
             self.conversation.to_json() if self.messages else None,
         )
 
@@ -521,11 +568,11 @@ class Session:
                 model. The session is then what it was.
             OSError: If the file cannot be read.
         """
-        token_ids, tokens, said = session_file.read(
+        token_ids, tokens, images, said = session_file.read(
             path, self.lm.backbone, conversation.Conversation.from_json
         )
         new = Session(self.lm)
-        new.token_ids = token_ids
+        new.token_ids, new._images = token_ids, images
         new.conversation = said or conversation.Conversation()
         if tokens is not None:
             new._filled = int(max(tokens[0][0].slots, default=-1)) + 1
@@ -544,8 +591,11 @@ class Session:
         turn = self._turn + 1
         vars(self).update(vars(new), _turn=turn)
 
-    def _tokenize(self, text):
-        """Token ids to add, and how many of them every text begins with."""
+    def _tokenize(self, text, images):
+        """Token ids to add, and how many of them every text begins with.
+
+        And `SessionImages`, which of them are of images.
+        """
         begun = len(self.token_ids) > 0
         if not isinstance(text, str) or (begun and not text):
             raise ValueError(
@@ -553,17 +603,24 @@ class Session:
                 f"begun one that is not empty. Received: {text!r}."
             )
         preprocessor = self.lm.preprocessor
-        token_ids, start = encode(preprocessor, text), starts(preprocessor)
+        start = starts(preprocessor)
+        seen = SessionImages()
+        if images is None or not len(images):
+            token_ids = encode(preprocessor, text)
+        else:
+            token_ids, seen = self.lm.see(text, images)
         if begun:
             # A text starts once.
-            token_ids, start = token_ids[len(start) :], ()
+            token_ids = token_ids[len(start) :]
+            seen = seen._replace(places=seen.places - len(start))
+            start = ()
         if not len(token_ids):
             raise ValueError(
                 "Expected `text` to hold at least one token. Received: "
                 f"{text!r}, of which the tokenizer makes none, and a "
                 "preprocessor that adds no start token."
             )
-        return token_ids, len(start)
+        return token_ids, len(start), seen
 
 
 def check_postprocess(preprocessor):

@@ -12,6 +12,7 @@ from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.moving import Tokens
 from keras_nlp_cache.cache.policies.state import StateShapes
 from keras_nlp_cache.files import atomic_file
+from keras_nlp_cache.generate.session_images import SessionImages
 
 _FORMAT = "keras_nlp_cache.session"
 # Numbers of each weight that tell models apart. Reading all takes as long as
@@ -43,7 +44,7 @@ def fingerprint(backbone):
     return digest.hexdigest()
 
 
-def write(path, backbone, token_ids, tokens, conversation=None):
+def write(path, backbone, token_ids, tokens, images, conversation=None):
     """Writes a session. See `Session.save()`.
 
     Args:
@@ -51,6 +52,7 @@ def write(path, backbone, token_ids, tokens, conversation=None):
         backbone: The backbone that the cache is of.
         token_ids: int32 array `(T,)`.
         tokens: From `moving.take_out()`, or `None`.
+        images: `SessionImages`.
         conversation: Optional str, what was said in chat.
     """
     import safetensors.numpy
@@ -72,6 +74,11 @@ def write(path, backbone, token_ids, tokens, conversation=None):
                 if not isinstance(backbone.cache_spec[i], StateShapes):
                     dtype = str(some.stored.dtype)
                 tensors[f"{name}.{i}"] = _as_bits(some.stored)
+    if images:
+        tensors["images.places"] = images.places
+        tensors["images.embeddings"] = ops.convert_to_numpy(
+            ops.cast(images.embeddings, "float32")
+        )
     metadata = {
         "format": _FORMAT,
         "model": fingerprint(backbone),
@@ -94,8 +101,8 @@ def read(path, backbone, parse_conversation):
             there is one, and raises a `ValueError` if it is damaged.
 
     Returns:
-        `(token_ids, tokens, conversation)`, as they were written, the last one
-        as it was parsed.
+        `(token_ids, tokens, images, conversation)`, as they were written, the
+        last one as it was parsed.
 
     Raises:
         ValueError: If the file is damaged, no session's, or another model's.
@@ -132,6 +139,7 @@ def read(path, backbone, parse_conversation):
     token_ids = tensors.pop("token_ids", np.zeros((1, 1)))
     if token_ids.ndim != 1:
         raise _damaged(path, "no row of token ids")
+    images = _images(path, tensors, backbone, len(token_ids))
     conversation = metadata.get("conversation")
     if conversation is not None:
         try:
@@ -139,7 +147,7 @@ def read(path, backbone, parse_conversation):
         except ValueError as e:
             raise _damaged(path, f"a conversation that is damaged ({e})") from e
     if not tensors:
-        return token_ids, None, conversation
+        return token_ids, None, images, conversation
     tokens = tuple(
         tuple(
             _tokens(path, tensors, f"{name}.{i}", spec, metadata["dtype"])
@@ -152,7 +160,27 @@ def read(path, backbone, parse_conversation):
         raise _damaged(path, "more keys than tokens or blocks")
     if len(ends) > 1:
         raise _damaged(path, "a block incomplete")
-    return token_ids, tokens, conversation
+    return token_ids, tokens, images, conversation
+
+
+def _images(path, tensors, backbone, count):
+    """Takes the `SessionImages` of some tokens out of the tensors of a file."""
+    places = tensors.pop("images.places", None)
+    x = tensors.pop("images.embeddings", None)
+    if places is None and x is None:
+        return SessionImages()
+    if not getattr(backbone, "sees", False):
+        raise _damaged(path, "images, which the model does not read")
+    if (
+        places is None
+        or x is None
+        or x.shape[1:] != backbone.cuts.tower.shape[1:]
+        or places.shape != (x.shape[0] * x.shape[1],)
+        or (np.diff(places) <= 0).any()
+        or not 0 <= places[0] <= places[-1] < count - 1
+    ):
+        raise _damaged(path, "images that do not fit the text")
+    return SessionImages(places, x)
 
 
 def _tokens(path, tensors, name, spec, dtype):

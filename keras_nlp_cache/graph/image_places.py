@@ -127,6 +127,12 @@ def _check_places(images, token_ids, roles, count):
         check_rows(given, images[given], token_ids)
         number = shape[1]
     elif None not in (shape[0], token_ids.shape[0]):
+        if shape[0] % token_ids.shape[0]:
+            raise ValueError(
+                f"Expected `{given}` with as many images for each row of "
+                f"`token_ids`, of shape {tuple(token_ids.shape)}. Received "
+                f"shape: {shape}."
+            )
         number = shape[0] // token_ids.shape[0]
     if number is not None:
         check_length(places, images[places], number * count, token_ids)

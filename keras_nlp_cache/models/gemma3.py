@@ -107,6 +107,7 @@ class Gemma3CausalLM(ImageTextLM, keras_hub.models.Gemma3CausalLM):
     """
 
     backbone_cls = Gemma3Backbone
+    sees_in_turns = True
 
     def turn_end_id(self):
         return self.preprocessor.tokenizer.token_to_id("<end_of_turn>")
@@ -162,7 +163,8 @@ class Gemma3CausalLM(ImageTextLM, keras_hub.models.Gemma3CausalLM):
     def check_images_of(self, inputs):
         placeholder = getattr(self.preprocessor, "start_of_image_token", None)
         if placeholder is not None:
-            check_placeholders(inputs, placeholder)
+            most = self.preprocessor.max_images_per_prompt
+            check_placeholders(inputs, placeholder, most)
 
     def with_masks(self, inputs):
         mask, lengths = inputs["vision_mask"], inputs["padding_mask"]

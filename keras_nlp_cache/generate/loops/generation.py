@@ -375,8 +375,9 @@ class Loop:
             start: int. How many slots of `cache` are filled with what
                 `token_ids` begins with.
             source: Optional dictionary of arrays, inputs of the backbone that
-                are not of the text: what an encoder is to read, or images. For
-                a new cache. Later calls find in it what became of them.
+                are not of the text: what an encoder is to read, or images
+                among the tokens from `start` on. Later calls find in the
+                cache what became of them.
 
         Returns:
             A cache of as many rows.
@@ -384,11 +385,18 @@ class Loop:
         token_ids = np.atleast_2d(token_ids)
         padded = np.zeros((len(token_ids), slots), "int32")
         padded[:, : token_ids.shape[1]] = token_ids
+        if source:
+            chunk = self._chunk_of_prefill(slots)
+            source = self.lm.fitted_source(
+                source, length - start, slots - start, chunk
+            )
         if cache is None:
-            if source:
-                chunk = self._chunk_of_prefill(slots)
-                source = self.lm.fitted_source(source, length, slots, chunk)
             return self._prefill(padded, np.int32(length), source or {})
+        if source:
+            cache = self._read_more_source(
+                padded, cache, source, np.int32(start)
+            )
+            start += self.lm.read_with(source)
         return self._prefill_more(
             padded, np.int32(length), cache, np.int32(start)
         )
@@ -533,6 +541,10 @@ class Loop:
             generation, drafted, bounds, values, count, structure
         )
 
+    def evaluate(self, function, *args):
+        """Calls a function of the model, which is not compiled."""
+        return function(*args)
+
     # === How it is done ===
 
     def _bounds(self, batch, limit, stops, steps=ALL, enough=None):
@@ -597,6 +609,11 @@ class Loop:
             return cache
         with accessing(self.access):
             return self.lm.read_source(token_ids, cache, source)
+
+    def _read_more_source(self, token_ids, cache, source, start):
+        """Reads the same where it does not begin the text."""
+        with accessing(self.access):
+            return self.lm.read_more_source(token_ids, cache, source, start)
 
     def _prefill_more(self, token_ids, length, cache, start):
         with accessing(self.access):

@@ -36,6 +36,9 @@ class JaxLoop(CompiledLoop):
         self._compiled_prefill_more = jax.jit(
             self._stateless_prefill_more, donate_argnames="cache"
         )
+        self._compiled_read_more_source = jax.jit(
+            self._stateless_read_more_source, donate_argnames="cache"
+        )
         self._compiled_put_row = jax.jit(
             self._sharded_put_row, donate_argnames="cache"
         )
@@ -57,6 +60,7 @@ class JaxLoop(CompiledLoop):
             for function in (
                 self._compiled_prefill,
                 self._compiled_prefill_more,
+                self._compiled_read_more_source,
                 self._compiled_put_row,
                 self._compiled_decode,
                 self._compiled_verify,
@@ -77,6 +81,13 @@ class JaxLoop(CompiledLoop):
         weights = self._weights(self.rows_of_chunk(token_ids))
         return self._compiled_prefill_more(
             weights, token_ids, length, cache, start
+        )
+
+    def _read_more_source(self, token_ids, cache, source, start):
+        check_same((token_ids, source, start))
+        values = [x.value for x in self.variables]
+        return self._compiled_read_more_source(
+            values, token_ids, cache, source, start
         )
 
     def put_row(self, cache, row, row_cache):
@@ -156,6 +167,15 @@ class JaxLoop(CompiledLoop):
             multiplying_with(self.own_products, packed),
         ):
             return sharded(self._fill(token_ids, length, cache, start))
+
+    def _stateless_read_more_source(
+        self, values, token_ids, cache, source, start
+    ):
+        mapping = list(zip(self.variables, values))
+        with keras.StatelessScope(state_mapping=mapping):
+            return sharded(
+                super()._read_more_source(token_ids, cache, source, start)
+            )
 
     def _sharded_put_row(self, cache, row, row_cache):
         return sharded(super().put_row(cache, row, row_cache))

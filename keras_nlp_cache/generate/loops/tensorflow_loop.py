@@ -52,6 +52,9 @@ class TensorFlowLoop(CompiledLoop):
         options = {"autograph": False, "jit_compile": bool(jit_compile)}
         self._compiled_prefill = tf.function(self._prefill_into, **options)
         self._compiled_read_source = tf.function(self._read_source, **options)
+        self._compiled_read_more_source = tf.function(
+            self._read_more_source_into, **options
+        )
         self._compiled_decode = tf.function(self._decode_into, **options)
         self._compiled_verify = tf.function(self._verify_into, **options)
 
@@ -62,6 +65,7 @@ class TensorFlowLoop(CompiledLoop):
             for function in (
                 self._compiled_prefill,
                 self._compiled_read_source,
+                self._compiled_read_more_source,
                 self._compiled_decode,
                 self._compiled_verify,
             )
@@ -105,6 +109,16 @@ class TensorFlowLoop(CompiledLoop):
 
         with outside_of_strategies():
             return tree.map_structure(moved, variables, cache)
+
+    def _read_more_source(self, token_ids, cache, source, start):
+        _call(
+            self._compiled_read_more_source,
+            cache,
+            tf.constant(token_ids),
+            tree.map_structure(tf.convert_to_tensor, source),
+            tf.constant(start),
+        )
+        return cache
 
     def put_row(self, cache, row, row_cache):
         with outside_of_strategies():
@@ -166,6 +180,13 @@ class TensorFlowLoop(CompiledLoop):
     def _read_source(self, token_ids, variables, source):
         cache = tree.map_structure(tf.convert_to_tensor, variables)
         return super()._read_source(token_ids, cache, source)
+
+    def _read_more_source_into(self, variables, token_ids, source, start):
+        cache = tree.map_structure(tf.convert_to_tensor, variables)
+        _assign(
+            variables,
+            super()._read_more_source(token_ids, cache, source, start),
+        )
 
     def _prefill_into(self, packed, variables, token_ids, length, start):
         cache = tree.map_structure(tf.convert_to_tensor, variables)

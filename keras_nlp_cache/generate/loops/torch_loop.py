@@ -129,6 +129,14 @@ class EagerTorchLoop(Loop):
         with inference():
             return super()._verify(*args)
 
+    def evaluate(self, function, *args):
+        with inference():
+            return function(*args)
+
+    def _read_more_source(self, *args):
+        with inference():
+            return super()._read_more_source(*args)
+
     def new_cache(self, batch, slots):
         with inference():
             return super().new_cache(batch, slots)
