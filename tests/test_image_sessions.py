@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 
+from tests.families import compiled
 from tests.families import FAMILIES
 from tests.families import IMAGE_MODELS
 from tests.families import IMAGES
@@ -47,24 +48,28 @@ def assert_greedy(session, images, starts):
         starts: Where answers begin.
     """
     token_ids = session.token_ids
-    # Of few lengths, since JAX compiles each operation for each.
+    # Of one length, if it is not too long, to be compiled once.
     padded = np.pad(token_ids, (0, -len(token_ids) % 64))[None]
+    places = session._images.places
     tokenizer = session.lm.preprocessor.tokenizer
-    mask = (padded == tokenizer.image_placeholder_id).astype("int32")
-    mask *= np.isin(np.arange(padded.shape[1]), session._images.places)
-    places = np.flatnonzero(mask[0]).astype("int32")
     assert len(places) == 4 * len(images)
-    likeliest = to_numpy(
-        session.lm(
-            {
-                "images": np.stack(images)[None],
-                "token_ids": padded,
-                "padding_mask": np.ones_like(padded),
-                "vision_indices": places[None],
-                "vision_mask": mask,
-            }
-        )
-    )[0].argmax(axis=-1)
+    assert (token_ids[places] == tokenizer.image_placeholder_id).all()
+    # What is not needed of three images is 0.
+    seen = np.zeros((1, 3, *IMAGES.shape[1:]), "float32")
+    seen[0, : len(images)] = images
+    mask = np.zeros_like(padded)
+    mask[0, places] = 1
+    inputs = {
+        "images": seen,
+        "token_ids": padded,
+        "padding_mask": np.ones_like(padded),
+        "vision_indices": np.pad(places, (0, 12 - len(places)))[None],
+        "vision_mask": mask,
+    }
+    # Alone, so that a task over the same weights has compiled the same.
+    backbone = compiled(session.lm.backbone)
+    logits = session.lm.backbone.token_embedding(backbone(inputs), reverse=True)
+    likeliest = to_numpy(logits)[0].argmax(axis=-1)
     for start in starts:
         np.testing.assert_array_equal(
             token_ids[start : start + 5], likeliest[start - 1 : start + 4]
@@ -95,8 +100,13 @@ def test_each_turn_reads_what_is_new(seen):
 
 
 def test_an_image_near_the_last_slot():
-    """A chunk that would not fit begins earlier, and there is an image."""
-    session = lm_that_sees().start_session()
+    """A chunk that would not fit begins earlier, and there is an image.
+
+    Where tokens take the places of those that left a window.
+    """
+    lm = GEMMA3.task(lm_that_sees().backbone, lm_that_sees().preprocessor)
+    lm.compile(sampler="greedy", cache_policy="rotating")
+    session = lm.start_session()
     text = random_tokens(1, 225) % 16 + 1
     list(session.stream_tokens(text[0], 5))
     before = len(session.token_ids)

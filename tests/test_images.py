@@ -361,6 +361,44 @@ def test_images_are_seen_once(family, monkeypatch):
         assert names.count(block.name) >= LENGTH - 8
 
 
+def run(backbone, inputs):
+    """Calls a backbone, for what it calls."""
+    if keras.config.backend() != "jax":
+        backbone(inputs)
+        return
+    import jax
+
+    # Nothing is compiled.
+    jax.eval_shape(lambda: backbone(inputs))
+
+
+@every_image_model
+def test_a_step_calls_nothing_of_a_tower(family, monkeypatch):
+    backbone, _ = family.pair
+    tower, called = {x.name for x in backbone.prefill_layers}, []
+    for part in (*backbone.prefill_layers, *backbone.blocks):
+        if not part.built:
+            continue
+
+        def counted(*args, call=part.call, name=part.name, **kwargs):
+            called.append(name)
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(part, "call", counted)
+    cache = backbone.make_cache(2, LENGTH)
+    run(
+        backbone,
+        {**first_call(family, 8), "cache": cache, "cache_update_index": 0},
+    )
+    blocks = [x.name for x in backbone.blocks]
+    assert len(tower.intersection(called)) > 8
+    assert [x for x in called if x not in tower] == blocks
+    called.clear()
+    step = {"token_ids": TOKENS[:, 8:9], "cache": cache}
+    run(backbone, {**step, "cache_update_index": backbone.before + 8})
+    assert called == blocks
+
+
 @on_one_backend("operators are counted")
 @every_image_model
 def test_a_step_is_that_of_a_model_without_images(family):
