@@ -23,6 +23,8 @@ from keras_nlp_cache import default_model
 from keras_nlp_cache import models
 from keras_nlp_cache import surgery
 from tests.families import FAMILIES
+from tests.families import IMAGE_MODELS
+from tests.families import IMAGES
 from tests.families import in_words
 from tests.families import to_numpy
 
@@ -73,6 +75,10 @@ def namespace():
     preprocessor = family.preprocessor()
     size = preprocessor.tokenizer.vocabulary_size()
     lm = family.task(family.backbone(vocabulary_size=size), preprocessor)
+    seeing = next(x for x in IMAGE_MODELS if x.prefix == "Gemma3")
+    preprocessor = seeing.preprocessor()
+    size = preprocessor.tokenizer.vocabulary_size()
+    backbone = seeing.backbone(vocabulary_size=size)
     return {
         "keras": keras,
         "keras_hub": keras_hub,
@@ -80,6 +86,8 @@ def namespace():
         "np": np,
         "lm": lm,
         "backbone": lm.backbone,
+        "vision_lm": seeing.task(backbone, preprocessor),
+        "picture": IMAGES[0],
         "surgery": surgery,
         "ControlVector": surgery.ControlVector,
         **{name: getattr(models, name) for name in models.__all__},
