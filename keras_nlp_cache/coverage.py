@@ -9,13 +9,11 @@ import inspect
 import keras_hub
 
 _SHARED = "some blocks use the keys and values of others"
-_IMAGES = "its graph reads images, too"
 
 _OTHERS = "a decoder without a module in `models/`"
 
 # By what the name of a task begins with, before `CausalLM` or `Seq2SeqLM`.
 _REASONS = {
-    "BLIP2": _IMAGES,
     "EdRec": "it has no positions, and neither a preprocessor nor presets",
     "Gemma3n": _SHARED,
     "Gemma4": _SHARED,

@@ -139,16 +139,20 @@ class Family:
         """What a backbone is called with to read a text."""
         return {"token_ids": token_ids, "padding_mask": padding_mask}
 
+    def arguments(self, **kwargs):
+        """Arguments of its backbone, some of them others than in `config`."""
+        return dict(self.config, **kwargs)
+
     def backbone(self, **kwargs):
         """One of our backbones, with weights that make attention matter."""
-        backbone = self.ours("Backbone")(**dict(self.config, **kwargs))
+        backbone = self.ours("Backbone")(**self.arguments(**kwargs))
         randomize(backbone)
         return backbone
 
     def upstream_backbone(self, like, **kwargs):
         """The upstream backbone with the weights of one of ours."""
         kwargs.setdefault("dtype", like.dtype_policy)
-        backbone = self.upstream("Backbone")(**dict(self.config, **kwargs))
+        backbone = self.upstream("Backbone")(**self.arguments(**kwargs))
         backbone.set_weights(like.get_weights())
         return backbone
 
@@ -279,6 +283,25 @@ class FromSound(EncoderDecoder):
 class ImageText(Family):
     """A family that reads images with its text."""
 
+    # What tasks with a preprocessor call the text.
+    name_of_text: typing.ClassVar[str] = "prompts"
+
+    @staticmethod
+    def of_images_alone(backbone):
+        """Layers that are called once for an image, whatever is generated."""
+        tower = getattr(backbone, backbone.tower_name)
+        return [tower.get_layer("image_encoder")]
+
+    def without_images(self):
+        """The same decoder in a task that reads text."""
+        plain = {
+            name: x
+            for name, x in self.config
+            if name.split("_")[0] not in ("vit", "vision", "image")
+        }
+        backbone = models.GemmaBackbone(**plain)
+        return models.GemmaCausalLM(backbone=backbone, preprocessor=None)
+
     def inputs(self, token_ids, padding_mask):
         """What a backbone is called with, and the same images for all.
 
@@ -341,6 +364,9 @@ class ImagesInText(ImageText):
     def config(self, given):
         object.__setattr__(self, "_config", given)
 
+    def without_images(self):
+        return self.task(self.ours("Backbone")(**dict(self._config)))
+
     def inputs(self, token_ids, padding_mask):
         """What a backbone is called with, and the same images for all.
 
@@ -365,6 +391,104 @@ class ImagesInText(ImageText):
             sequence_length=sequence_length,
             max_images_per_prompt=2,
             num_vision_tokens_per_image=4,
+        )
+
+
+class WithQFormer(ImageText):
+    """A family whose backbone is made of models, of new ones each time.
+
+    Its `config` is what they are made with.
+    """
+
+    name_of_text = "text"
+    vision = dict(
+        patch_size=8,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=24,
+        use_patch_bias=True,
+        use_class_token=True,
+        use_mha_bias=True,
+        use_mlp_bias=True,
+        dropout_rate=0.0,
+        layer_norm_epsilon=1e-6,
+        initializer_range=0.02,
+    )
+    qformer = dict(
+        num_query_tokens=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=24,
+        intermediate_dim=32,
+        vision_dim=16,
+        cross_attention_frequency=2,
+        dropout=0.0,
+        layer_norm_epsilon=1e-6,
+    )
+    language_model = "CustomOPT"
+
+    @property
+    def config(self):
+        return tuple(self.arguments().items())
+
+    @config.setter
+    def config(self, given):
+        object.__setattr__(self, "_config", given)
+
+    def arguments(self, dtype=None, **kwargs):
+        made = dict(
+            vision_encoder=self.upstream("VisionEncoder")(
+                image_size=16, dtype=dtype, **self.vision
+            ),
+            qformer=self.upstream("QFormer")(dtype=dtype, **self.qformer),
+            language_model=self.upstream(self.language_model)(
+                **dict(self._config, **kwargs), dtype=dtype
+            ),
+        )
+        return made if dtype is None else dict(made, dtype=dtype)
+
+    def without_images(self, **kwargs):
+        model = self.upstream(self.language_model)(
+            **{**dict(self._config), "num_query_tokens": 0, **kwargs}
+        )
+        return self.task(
+            self.ours("Backbone")(
+                vision_encoder=None, qformer=None, language_model=model
+            )
+        )
+
+    @staticmethod
+    def of_images_alone(backbone):
+        return [
+            backbone.vision_encoder.get_layer("encoder"),
+            *backbone.qformer.transformer_layers,
+            backbone.language_projection,
+        ]
+
+    def backbone(self, **kwargs):
+        backbone = super().backbone(**kwargs)
+        # For what is generated not to be the same over and over.
+        for weight in backbone.weights:
+            if weight.name in ("beta", "bias"):
+                weight.assign(weight - 1)
+            elif "embeddings_layer/position" in weight.path:
+                weight.assign(4 * weight)
+        return backbone
+
+    def inputs(self, token_ids, padding_mask):
+        inputs = super().inputs(token_ids, padding_mask)
+        return {k: x for k, x in inputs.items() if k != "response_mask"}
+
+    def preprocessor(self, sequence_length=16):
+        return self.upstream(f"{self.kind}Preprocessor")(
+            self.upstream("OPTTokenizer")(
+                **text.tokenizer_arguments(self.prefix)
+            ),
+            image_converter=self.upstream("ImageConverter")(
+                image_size=(16, 16)
+            ),
+            sequence_length=sequence_length,
         )
 
 
@@ -592,6 +716,17 @@ IMAGE_MODELS = (
         use_post_attention_norm=True,
         use_sliding_window_attention=True,
         sliding_window_size=7,
+    ),
+)
+
+IMAGE_MODELS += (
+    _family(
+        "blip2",
+        "BLIP2",
+        _GPT2,
+        cls=WithQFormer,
+        num_query_tokens=4,
+        qformer_hidden_dim=24,
     ),
 )
 

@@ -8,6 +8,7 @@ from keras_nlp_cache import models
 from keras_nlp_cache.files import hugging_face
 from tests.families import on_one_backend
 from tests.transformers_models import FAMILIES
+from tests.transformers_models import IMAGE_MODELS
 from tests.transformers_models import WINDOW
 
 pytestmark = on_one_backend("configurations are read")
@@ -17,11 +18,28 @@ YARN = FAMILIES["gpt_oss"].config.rope_parameters
 
 def config_of(name, **changed):
     # As it is written to a file and read again.
-    config = json.loads(FAMILIES[name].config.to_json_string(use_diff=False))
+    family = FAMILIES.get(name) or IMAGE_MODELS[name]
+    config = json.loads(family.config.to_json_string(use_diff=False))
     return {**config, **changed}
 
 
+OPT = IMAGE_MODELS["blip2"].config.text_config.to_dict()
 REFUSED = [
+    (
+        "blip2",
+        {"text_config": {**OPT, "activation_function": "gelu"}},
+        "`activation_function` to be relu",
+    ),
+    (
+        "blip2",
+        {"text_config": {**OPT, "word_embed_proj_dim": 16}},
+        "`word_embed_proj_dim` to be 32",
+    ),
+    (
+        "blip2",
+        {"vision_config": {"hidden_act": "relu"}},
+        "`hidden_act` of `vision_config` to be gelu",
+    ),
     ("gpt2", {"layer_norm_epsilon": 1e-6}, "`layer_norm_epsilon` to be 1e-05"),
     ("gemma", {"rms_norm_eps": 1e-5}, "`rms_norm_eps` to be 1e-06"),
     ("gemma", {"attention_bias": True}, "`attention_bias` to be False"),

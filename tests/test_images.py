@@ -11,7 +11,6 @@ from keras import ops
 
 import keras_nlp_cache
 from keras_nlp_cache import device
-from keras_nlp_cache import models
 from keras_nlp_cache import surgery
 from tests.edits import EDITS
 from tests.families import compiled
@@ -30,6 +29,7 @@ MASK = np.ones_like(TOKENS)
 # Of what is not part of the text, nobody says anything in a decode step.
 TEXT = ("token_ids", "padding_mask")
 PALI_GEMMA = IMAGE_MODELS[0]
+(BLIP2,) = (x for x in IMAGE_MODELS if x.name == "blip2")
 PALI_GEMMA_ALONE = pytest.mark.parametrize(
     "family", [pytest.param(PALI_GEMMA, id=PALI_GEMMA.name)]
 )
@@ -130,7 +130,11 @@ def test_prefill_and_steps(family, sizes):
     assert np.abs(other - full).max() > 1e-2
 
 
-@every_image_model
+@pytest.mark.parametrize(
+    "family",
+    # What an image became, BLIP-2 reads as if it were text.
+    [pytest.param(x, id=x.name) for x in IMAGE_MODELS if x is not BLIP2],
+)
 def test_what_follows_in_a_span_is_seen(family):
     """And what follows in a text is not."""
     backbone, _ = family.pair
@@ -163,10 +167,11 @@ def changes(backbone, family, embeddings, full):
 def test_parts_of_the_graph(family):
     backbone, _ = family.pair
     full = full_forward(backbone, family)
-    tower = getattr(backbone, backbone.tower_name)
     images = family.inputs(TOKENS, MASK)["images"]
-    seen = backbone.encode_images(images)
-    np.testing.assert_array_equal(to_numpy(seen), to_numpy(tower(images)))
+    seen, expected = backbone.encode_images(images), images
+    for name in (backbone.tower_name, *backbone.after_tower):
+        expected = getattr(backbone, name)(expected)
+    np.testing.assert_array_equal(to_numpy(seen), to_numpy(expected))
     embeddings = backbone.embed(family.inputs(TOKENS, MASK))
     for given in ({"img_embeddings": seen}, {"embeddings": embeddings}):
         np.testing.assert_allclose(
@@ -365,23 +370,23 @@ def test_responses_are_read_as_in_training(family):
 def test_images_are_seen_once(family, monkeypatch):
     lm = family.task(family.backbone())
     lm.compile(sampler="greedy", run_eagerly=True)
-    tower = getattr(lm.backbone, lm.backbone.tower_name)
-    layer = tower.get_layer("image_encoder")
+    once = family.of_images_alone(lm.backbone)
     calls = []
-    for part in (layer, *lm.backbone.blocks):
+    for part in (*once, *lm.backbone.blocks):
         call = part.call
 
-        def counted(x, *args, call=call, name=part.name, **kwargs):
-            calls.append((name, x.shape[0]))
+        def counted(x, *args, call=call, part=part, **kwargs):
+            calls.append((part, len(keras.tree.flatten(x)[0])))
             return call(x, *args, **kwargs)
 
         monkeypatch.setattr(part, "call", counted)
     lm.generate(prompts(family, [8, 11]), stop_token_ids=None)
-    assert sum(count for name, count in calls if name == layer.name) == 2
-    names = [name for name, _ in calls]
+    for layer in once:
+        assert sum(count for part, count in calls if part is layer) == 2
     for block in lm.backbone.blocks:
         # One step at least for each token of the row that is shorter.
-        assert names.count(block.name) >= LENGTH - 8
+        count = len([part for part, _ in calls if part is block])
+        assert count >= LENGTH - 8
 
 
 def run(backbone, inputs):
@@ -430,19 +435,7 @@ def test_a_step_is_that_of_a_model_without_images(family):
     lm.generate(prompts(family, [8, 8]), stop_token_ids=None)
     ((_, step),) = lm.generation_loop._captured.values()
     counts = [len(list(step.graph.nodes))]
-    config = dict(family.config)
-    plain = {
-        k: x
-        for k, x in config.items()
-        if k.split("_")[0] not in ("vit", "vision", "image")
-    }
-    prefix = {"PaliGemma": "Gemma"}.get(family.prefix, family.prefix)
-    if prefix == "Gemma3":
-        plain["image_size"] = 16
-    text_lm = getattr(models, f"{prefix}CausalLM")(
-        backbone=getattr(models, f"{prefix}Backbone")(**plain),
-        preprocessor=None,
-    )
+    text_lm = family.without_images()
     text_lm.compile(sampler="greedy")
     prompt = prompts(family, [8, 8])
     text_lm.generate({k: prompt[k] for k in TEXT}, stop_token_ids=None)
@@ -465,9 +458,10 @@ def test_text(family):
     image = "<start_of_image>" if family.prefix == "Gemma3" else ""
     # Larger than the tower sees.
     pictures = np.repeat(255 * IMAGES, 2, axis=1)
+    name = family.name_of_text
     for prompt in (
-        {"images": pictures[0], "prompts": f"{image}the quick fox"},
-        {"images": pictures, "prompts": [f"the {image}fox"] * 2},
+        {"images": pictures[0], name: f"{image}the quick fox"},
+        {"images": pictures, name: [f"the {image}fox"] * 2},
     ):
         before = copy.deepcopy(prompt)
         generated = lm.generate(prompt)
@@ -592,7 +586,7 @@ def bad_calls(backbone, family):
     """Pairs of what a backbone refuses and how it says so."""
     inputs = family.inputs(TOKENS, MASK)
     text = {"token_ids": TOKENS}
-    before, name = backbone.before, backbone.roles.beside_images[-1]
+    before = backbone.before
     cached = {
         "cache": backbone.make_cache(2, before + 13),
         "cache_update_index": 0,
@@ -614,7 +608,9 @@ def bad_calls(backbone, family):
         {**inputs, "images": None, "embeddings": np.zeros((2, 3, 32))},
         rf"`embeddings` of length {before + 10}, .*\(2, 3, 32\)",
     )
-    yield {**inputs, name: MASK[:, :3]}, rf"`{name}` of length 10.*\(2, 3\)"
+    for name in backbone.roles.beside_images[-1:]:
+        short = {**inputs, name: MASK[:, :3]}
+        yield short, rf"`{name}` of length 10.*\(2, 3\)"
     yield (
         {**first, **cached, "cache_update_index": 3 if before else 4},
         rf"to be 0 with images.* first {before} slots.*Received: 3"
@@ -769,6 +765,82 @@ def test_text_without_an_image(family):
             getattr(lm, method)("the fox")
     with pytest.raises(ValueError, match="prompts are one text"):
         surgery.ControlVector.train(lm, ["the fox"], ["the dog"])
+
+
+def test_text_alone_stands_where_there_is_no_image():
+    """As for a model without a tower, which upstream's does not know."""
+    family = BLIP2
+    preprocessor = family.preprocessor(sequence_length=LENGTH)
+    size = preprocessor.tokenizer.vocabulary_size()
+    lm = family.task(family.backbone(vocabulary_size=size), preprocessor)
+    plain = family.without_images(vocabulary_size=size)
+    weights = {x.path: x for x in lm.backbone.weights[-len(plain.weights) :]}
+    for weight in plain.weights:
+        weight.assign(weights[weight.path])
+    tokens, mask = TOKENS % size, padding_mask([10, 7], 10)
+    inputs = {"token_ids": tokens, "padding_mask": mask}
+    full = to_numpy(plain.backbone(inputs))
+    alone = to_numpy(lm.backbone(inputs))
+    np.testing.assert_allclose(alone, full, atol=1e-4, rtol=1e-4)
+    cache, index = lm.backbone.make_cache(2, 10), 0
+    for count in (3, 1, 6):
+        given = tokens[:, index : index + count]
+        step = {"token_ids": given, "cache_update_index": index}
+        output, cache = lm.backbone(
+            {**step, "cache": cache, "padding_mask": mask}
+        )
+        np.testing.assert_allclose(
+            to_numpy(output), full[:, index : index + count], atol=1e-4
+        )
+        index += count
+    plain.preprocessor = preprocessor
+    for x in (lm, plain):
+        x.compile(sampler="greedy", **XLA)
+    texts = ["the quick fox", "airplane"]
+    expected = plain.generate(texts)
+    assert lm.generate(texts) == expected
+    assert lm.generate({"text": texts}) == expected
+    answers = lm.generate(texts, max_new_tokens=2)
+    assert all(x.startswith(y) for x, y in zip(expected, answers))
+    with pytest.raises(ValueError, match="`text`, a string.*'images'"):
+        lm.generate({"images": IMAGES})
+    with pytest.raises(ValueError, match="without a `vision_encoder`"):
+        plain.generate({"images": IMAGES, "text": texts})
+    with pytest.raises(ValueError, match="unknown key: 'images'"):
+        plain.backbone({**inputs, "images": IMAGES})
+    with pytest.raises(ValueError, match="positions from 0 to 63"):
+        lm.backbone({"token_ids": np.ones((2, 61), "int32"), "images": IMAGES})
+
+
+def test_models_that_do_not_go_together():
+    parts = dict(BLIP2.config)
+    for changes, message in (
+        ({"language_model": None}, "`BLIP2CustomOPT`. Received.*NoneType"),
+        ({"qformer": None}, "or neither of them.*and None"),
+        (
+            {"qformer": None, "vision_encoder": None},
+            "the `qformer` has, 0 without one. Received: 4",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BLIP2.ours("Backbone")(**{**parts, **changes})
+    edited = surgery.remove(BLIP2.pair[0], "decoder.0")
+    with pytest.raises(ValueError, match="`language_model`.*`layer_norm`"):
+        _ = edited.language_model
+
+
+def test_upstream_methods_of_blip2():
+    lm, upstream = BLIP2.lm_pair
+    tokens, mask = np.pad(TOKENS, ((0, 0), (0, 2))), padding_mask([10, 7], 12)
+    found = []
+    for x in (lm, upstream):
+        seen = upstream._encode_images(IMAGES)
+        _, cache = x._build_cache(tokens, seen, np.ones_like(mask))
+        logits, _, _ = x.call_with_cache(TOKENS[:, :1], cache, 4 + 10)
+        read, _, _ = x.call_with_cache(tokens, cache, 0, seen, mask)
+        found.append((to_numpy(logits), to_numpy(read)[mask == 1]))
+    for x, y in zip(*found):
+        np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4)
 
 
 @on_one_backend("what a user says is read the same on all")

@@ -78,7 +78,7 @@ def paths(model):
 @on_one_backend("constructors are upstream's")
 @any_family
 def test_all_layers_have_the_dtype(family):
-    backbone = family.ours("Backbone")(**dict(family.config), dtype="bfloat16")
+    backbone = family.ours("Backbone")(**family.arguments(dtype="bfloat16"))
     # One that was given as an argument has its own.
     tower = getattr(backbone, "vision_encoder", None)
     given = {id(x) for x in getattr(tower, "weights", ())}

@@ -19,7 +19,7 @@ _SAME = {"Moonshine": "Llama", "T5Gemma2": "T5Gemma"}
 
 def tokenizer_arguments(prefix):
     """Constructor arguments of the tokenizer of a model family."""
-    if prefix in ("Bart", "GPT2", "Llama3"):
+    if prefix in ("Bart", "BLIP2", "GPT2", "Llama3"):
         return _byte_pair(prefix)
     return {"proto": _sentence_piece(_SAME.get(prefix, prefix))}
 
@@ -29,6 +29,8 @@ def _byte_pair(prefix):
     merges = ["Ġ t", "h e", "Ġt he", "a i", "ai r", "Ġ a", "Ġa t", "p o"]
     pieces = ["!", "Ġ", *letters, *(x.replace(" ", "") for x in merges)]
     special = {
+        # What ends a text is a new line.
+        "BLIP2": ["</s>", "Ċ", "<pad>", "<image>"],
         "Bart": ["<s>", "<pad>", "</s>", "<mask>"],
         "GPT2": ["<|endoftext|>"],
         "Llama3": [

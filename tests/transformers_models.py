@@ -309,6 +309,25 @@ class ImageText(Family):
         return generated.numpy()[:, self.before :]
 
 
+class WithQFormer(ImageText):
+    """A small model with a Q-Former between images and text."""
+
+    def save(self, folder):
+        Family.save(self, folder)
+
+    @property
+    def before(self):
+        return self.config.num_query_tokens
+
+    def our_inputs(self, images, token_ids, padding_mask):
+        inputs = super().our_inputs(images, token_ids, padding_mask)
+        return {k: x for k, x in inputs.items() if k != "response_mask"}
+
+    def inputs(self, images, token_ids, padding_mask):
+        inputs = super().inputs(images, token_ids, padding_mask)
+        return {k: x for k, x in inputs.items() if k != "token_type_ids"}
+
+
 class ImagesInText(ImageText):
     """A small model in whose text images stand."""
 
@@ -1149,6 +1168,48 @@ IMAGE_MODELS = {
         ),
     ),
 }
+
+_BLIP2 = dict(
+    vision_config=dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        initializer_range=0.2,
+    ),
+    qformer_config=dict(
+        vocab_size=8,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        encoder_hidden_size=16,
+        initializer_range=0.2,
+    ),
+    num_query_tokens=4,
+    image_token_index=100,
+    attn_implementation="eager",
+)
+IMAGE_MODELS["blip2"] = WithQFormer(
+    "BLIP2",
+    transformers.Blip2Config(
+        **_BLIP2,
+        text_config=dict(
+            _COMMON,
+            model_type="opt",
+            vocab_size=101,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        ),
+    ),
+)
 
 _T5GEMMA = dict(
     vocab_size=100,

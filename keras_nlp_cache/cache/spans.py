@@ -50,7 +50,9 @@ class PositionsAfter(Positions):
     ):
         if token_positions is not None:
             return ops.cast(token_positions, "int32")
-        if index is None and attention_mask is None:
+        # Upstream's code knows texts that follow an image, and no others.
+        as_upstream = images is not None or not self.before
+        if index is None and attention_mask is None and as_upstream:
             return None
         length = ops.shape(token_ids)[1]
         if any(x is not None for x in (images, image_embeddings, embeddings)):
@@ -130,18 +132,11 @@ class SpanMask(AttentionMask):
 
     A window holds in spans, too: forward as far as backward.
 
-    Args:
-        window: As for `AttentionMask`.
-        before: int. How many positions there are before those of a padding
-            mask, without a cache.
+    A padding mask without a cache is of the last positions, those of the text.
 
     Call arguments are those of `AttentionMask`, and:
         spans: Optional int32 `(B, T)`.
     """
-
-    def __init__(self, window=None, before=0, **kwargs):
-        super().__init__(window, **kwargs)
-        self.before = before
 
     def call(
         self,
@@ -156,9 +151,11 @@ class SpanMask(AttentionMask):
         if positions is None:
             return None
         if padding_mask is not None and key is None:
-            padding_mask = ops.pad(
-                padding_mask, ((0, 0), (self.before, 0)), constant_values=1
+            rows, length = ops.shape(padding_mask)
+            before = ops.ones(
+                (rows, ops.shape(positions)[1] - length), padding_mask.dtype
             )
+            padding_mask = ops.concatenate([before, padding_mask], axis=1)
         behind = Behind(positions, padding_mask, key, index, token_positions)
         mask = self.causal(behind)
         if spans is not None:

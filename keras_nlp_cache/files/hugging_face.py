@@ -21,6 +21,14 @@ _BUILT_IN = {
     "llama": {"mlp_bias": (False,), **_NO_BIAS},
     "mistral": {"tie_word_embeddings": (False,)},
     "mixtral": {"tie_word_embeddings": (False,)},
+    "opt": {
+        "activation_function": ("relu",),
+        "do_layer_norm_before": (True,),
+        "enable_bias": (True,),
+        "layer_norm_elementwise_affine": (True,),
+        "_remove_final_layer_norm": (False,),
+        "tie_word_embeddings": (True,),
+    },
     "qwen2_moe": {
         **_ALL_SPARSE,
         "qkv_bias": (True,),
@@ -94,6 +102,8 @@ def arguments(config):
         # Of what the tower returns, upstream's converter makes one of 16.
         side = vision["image_size"] // vision["patch_size"] // 4
         _check(config, "mm_tokens_per_image", (side**2,))
+    if kind == "blip-2":
+        _check_blip2(config, text)
     if kind.startswith("qwen"):
         told.update(_qwen(config))
     for model_type, key, name in (
@@ -103,6 +113,18 @@ def arguments(config):
         if kind == model_type and config.get(key) is not None:
             told[name] = config[key]
     return told
+
+
+def _check_blip2(config, text):
+    for name, key, expected in (
+        ("vision_config", "hidden_act", "gelu"),
+        ("vision_config", "qkv_bias", True),
+        ("qformer_config", "hidden_act", "gelu"),
+        ("qformer_config", "use_qformer_text_input", False),
+    ):
+        _check(config[name], key, (expected,), f" of `{name}`")
+    if text.get("model_type") == "opt":
+        _check(text, "word_embed_proj_dim", (text["hidden_size"],))
 
 
 def _check(config, key, expected, where=""):

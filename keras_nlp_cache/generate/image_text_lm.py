@@ -63,14 +63,15 @@ class ImageTextLM(CausalLM):
     def read_with(self, source):
         if not source:
             return 0
-        return self.backbone.before + self._mask_of(source).shape[1]
+        return self.backbone.before + source[self.name_of_mask].shape[1]
 
-    def _mask_of(self, source):
+    @property
+    def name_of_mask(self):
         """Of what is read with images, what has a column for each token."""
-        return source[self.backbone.roles.beside_images[-1]]
+        return self.backbone.roles.beside_images[-1]
 
     def fitted_source(self, source, length, slots, chunk):
-        *_, name = self.backbone.roles.beside_images
+        name = self.name_of_mask
         needed = self.needed_with_images(source[name], length)
         if not needed:
             return {}
@@ -201,10 +202,23 @@ class ImageTextLM(CausalLM):
         return images
 
     def _check_text_alone(self, inputs):
-        """Raises a `ValueError` for prompts that lack their images."""
+        """Raises a `ValueError` for prompts that lack their images.
+
+        Or that have some for a model without a tower.
+        """
         if not isinstance(inputs, dict):
             return
         roles = self.backbone.roles
+        if not self.backbone.sees:
+            name = self.backbone.image_roles.images
+            shape = getattr(inputs.get(name), "shape", ())
+            if shape and 0 not in shape:
+                raise ValueError(
+                    f"Expected no `{name}` for a backbone without a "
+                    f"`{self.backbone.tower_name}`. Received some of shape "
+                    f"{tuple(shape)}."
+                )
+            return
         if self.backbone.needs_images:
             shape = self.backbone.cuts.images.shape[1:]
             raise ValueError(

@@ -83,6 +83,8 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
 
     Attributes:
         blocks_name: Name of the attribute that lists the decoder blocks.
+        only_as_constructed: Names of attributes that speak of the graph as it
+            was constructed, and that no edited backbone has.
 
     Call arguments:
         inputs: A dictionary. Only `"token_ids"` is required; every other key
@@ -139,6 +141,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
     _replaced_attributes = frozenset()
 
     blocks_name = "transformer_layers"
+    only_as_constructed = ()
     _mask_of_source = None
 
     def __init__(self, inputs, outputs, **kwargs):
@@ -147,6 +150,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 "Expected a backbone of at least one decoder block. Received: "
                 f"{type(self).__name__} with `num_layers=0`."
             )
+        outputs = self.inlined(outputs)
         check_graph(self, inputs, outputs)
         self._source = self._output_of_encoder(outputs)
         graph = keras.Function(inputs, outputs)
@@ -171,6 +175,17 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         self._set_graph(wiring, hidden_states, taps={}, **kwargs)
         self._order_as_constructed()
         self._output_without_cache = outputs
+
+    def inlined(self, outputs):
+        """What upstream's graph returns, with all blocks in that graph itself.
+
+        For families that call a model inside of their backbone. See
+        `HasLanguageModel`.
+
+        Args:
+            outputs: What upstream's graph returns.
+        """
+        return outputs
 
     def _order_as_constructed(self):
         """Lists layers in upstream's order, which is that of weights in files.
@@ -306,7 +321,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 with collecting_taps() as taps, collecting_carried() as further:
                     x = dense(call(site, *args, **site.without_entries(kwargs)))
                     if not isinstance(site.layer, DecoderBlock):
-                        return x
+                        return (x, *further) if further else x
                     x = hidden_states_alone(x)
                 # What a block does not return goes on as it came.
                 carried = [kwargs.get(name) for name in site.layer.carries]
@@ -348,6 +363,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         new._replaced_attributes = self._replaced_attributes
         # What the constructor of the family set, but not how it was compiled.
         skip = {*vars(new), "optimizer", "_compile_config", self.blocks_name}
+        skip |= set(self.only_as_constructed)
         new._source = self._source
         new._mask_of_source = self._mask_of_source
         in_graph = {id(operation) for operation in new.operations}

@@ -68,13 +68,14 @@ def _has_nothing_to_do(node, values):
     """Whether what an operation is called on was not computed, nor given.
 
     So a graph stops where its inputs are `None`: it runs without its encoder,
-    or without its decoder.
+    or without its decoder. A layer may be called without what comes second.
     """
     if getattr(node.operation, "called_on_nothing", False):
         return False
-    return bool(node.input_tensors) and (
-        values[id(node.input_tensors[0])] is None
-    )
+    needed = node.input_tensors
+    if isinstance(node.operation, keras.layers.Layer):
+        needed = needed[:1]
+    return any(values[id(x)] is None for x in needed)
 
 
 class CallWithCache(keras.layers.Layer):

@@ -2,6 +2,8 @@
 
 import keras
 import keras_hub
+from keras import tree
+from keras.src.ops.node import KerasHistory
 
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 
@@ -104,6 +106,72 @@ def positioned_layers(layers):
                 "take each token for the first."
             )
     return found
+
+
+def inlined(outputs):
+    """What a graph returns, without the model that it ends with.
+
+    The layers inside are called in its place, as the model calls them. These
+    become their first calls, which are those that Keras means by
+    `layer.output`.
+
+    Args:
+        outputs: What a functional model returned, symbolically.
+    """
+    node = _node_of(outputs)
+    model, (inputs,) = node.operation, node.arguments.args
+    outputs = model._run_through_graph(inputs, lambda operation: operation)
+    found = nodes_of(outputs)
+    for operation in found.keys() & set(model.operations):
+        nodes, calls = found[operation], operation._inbound_nodes
+        # No `sort()`, which the list that TensorFlow tracks has not.
+        calls[:] = sorted(calls, key=lambda x: x not in nodes)
+        for i, node in enumerate(calls):
+            for j, x in enumerate(node.outputs):
+                x._keras_history = KerasHistory(operation, i, j)
+    return outputs
+
+
+def nodes_of(outputs):
+    """The calls that a graph is made of.
+
+    Args:
+        outputs: Nested structure of symbolic tensors.
+
+    Returns:
+        A dictionary from operations to lists of their nodes, in order.
+    """
+    found, tensors = {}, tree.flatten(outputs)
+    while tensors:
+        node = _node_of(tensors.pop())
+        nodes = found.setdefault(node.operation, [])
+        if node not in nodes:
+            nodes.append(node)
+            tensors.extend(node.input_tensors)
+    return {
+        operation: [x for x in operation._inbound_nodes if x in nodes]
+        for operation, nodes in found.items()
+    }
+
+
+def comes_of(tensor, source):
+    """Whether a symbolic tensor was computed of another one, or is that."""
+    tensors, seen = [tensor], set()
+    while tensors:
+        x = tensors.pop()
+        if x is source:
+            return True
+        node = _node_of(x)
+        if node not in seen:
+            seen.add(node)
+            tensors.extend(node.input_tensors)
+    return False
+
+
+def _node_of(tensor):
+    """The call that returned a symbolic tensor."""
+    history = tensor._keras_history
+    return history.operation._inbound_nodes[history.node_index]
 
 
 def learned_positions(layers):

@@ -12,18 +12,19 @@ def check_before_text(images, text, backbone):
 
     Args:
         images: Dictionary of tensors, or `None`, for `Roles.of_images`, of
-            which one is beside images: which tokens are no prompt.
+            which at most one is beside images: which tokens are no prompt.
         text: What `normalize()` made of all other inputs.
         backbone: An `ImageTextBackbone`.
 
     Raises:
         ValueError: If a shape does not fit the text, or if there are images in
-            another call than the first one, or none in that.
+            another call than the first one, or none in that, where they have to
+            be.
     """
     roles, before = backbone.roles, backbone.before
     token_ids, index = text[roles.token_ids], text["cache_update_index"]
     rows, length = token_ids.shape
-    (response,) = roles.beside_images
+    response = next(iter(roles.beside_images), None)
     given = [name for name, x in images.items() if x is not None]
     for name in given:
         check_rows(name, images[name], token_ids)
@@ -40,7 +41,8 @@ def check_before_text(images, text, backbone):
         f"`{roles.images}` of shape {shape}, or `{roles.image_embeddings}` or "
         f"`{roles.embeddings}` in their place"
     )
-    if index is None and not has_image:
+    lacks_image = backbone.needs_images and not has_image
+    if index is None and lacks_image:
         raise ValueError(
             f"Expected {wanted}, with `token_ids` of shape "
             f"{tuple(token_ids.shape)}. Received none of them, and no "
@@ -52,14 +54,14 @@ def check_before_text(images, text, backbone):
             f"the first {before} slots. Received: {first}, with "
             f"`{given[0]}` of shape {tuple(images[given[0]].shape)}."
         )
-    if not has_image and first is not None and np.any(first < before):
+    if lacks_image and first is not None and np.any(first < before):
         raise ValueError(
             f"Expected {wanted}, in the first call with a `cache`, whose "
             f"first {before} slots they take. Received none of them, "
             f"and `token_ids` of shape {tuple(token_ids.shape)} for the "
             f"slots from {np.min(first)} on."
         )
-    if images[response] is not None and not has_image:
+    if images.get(response) is not None and not has_image:
         raise ValueError(
             f"Expected `{response}` in the call that reads an image, since all "
             "of a prompt is read with it. Received one of shape "

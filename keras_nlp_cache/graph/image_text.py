@@ -17,6 +17,7 @@ from keras_nlp_cache.cache.source_inputs import JoinedEmbeddings
 from keras_nlp_cache.cache.spans import ImageSpans
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.calling import flatten
+from keras_nlp_cache.graph.constructed import nodes_of
 from keras_nlp_cache.graph.image_inputs import normalize_images
 from keras_nlp_cache.graph.image_wiring import ImageWiring
 from keras_nlp_cache.graph.inputs import normalize
@@ -61,6 +62,8 @@ class ImageTextBackbone(CachedBackbone):
     Attributes:
         image_roles: `Roles` of a model that sees.
         tower_name: Name of the attribute that holds the tower.
+        after_tower: Names of those that hold what then comes of it alone, the
+            last of which returns what the text is joined with.
         before: int. How many slots an image takes before those of the text.
         needs_images: bool. Whether no text stands alone.
 
@@ -97,6 +100,7 @@ class ImageTextBackbone(CachedBackbone):
 
     image_roles = TEXT
     tower_name = "vision_encoder"
+    after_tower = ()
     before = 0
     needs_images = False
     _roles = TEXT
@@ -114,8 +118,11 @@ class ImageTextBackbone(CachedBackbone):
     @property
     def prefill_layers(self):
         """The layers that no decode step calls."""
-        tower = getattr(self, self.tower_name)
-        return [] if tower is None else list(tower._flatten_layers())
+        if not self.sees:
+            return []
+        names = self.tower_name, *self.after_tower
+        towers = [getattr(self, name) for name in names]
+        return [x for tower in towers for x in tower._flatten_layers()]
 
     # === How the graph is made ===
 
@@ -127,10 +134,13 @@ class ImageTextBackbone(CachedBackbone):
     def _output_of_encoder(self, outputs):
         if not self.sees:
             return None
-        node = getattr(self, self.tower_name)._inbound_nodes[-1]
-        block = self.blocks[0]._inbound_nodes[-1]
+        names = self.tower_name, *self.after_tower
+        nodes = nodes_of(outputs)
+        towers = [nodes[getattr(self, name)][0] for name in names]
         return Cuts(
-            node.input_tensors[0], node.outputs[0], block.input_tensors[0]
+            towers[0].input_tensors[0],
+            towers[-1].outputs[0],
+            nodes[self.blocks[0]][0].input_tensors[0],
         )
 
     @property

@@ -13,6 +13,7 @@ from keras_nlp_cache.cache.source_inputs import EncoderOutput
 from keras_nlp_cache.cache.source_inputs import JoinedEmbeddings
 from keras_nlp_cache.cache.spans import PositionsAfter
 from keras_nlp_cache.cache.spans import SpanMask
+from keras_nlp_cache.graph.constructed import comes_of
 from keras_nlp_cache.graph.wiring import Wiring
 
 
@@ -62,9 +63,7 @@ class ImageWiring(Wiring):
             self._spans = self._backbone.new_spans(
                 self.inputs, dtype=self._dtype, name="spans"
             )
-        mask = SpanMask(
-            window, self._backbone.before, dtype=self._dtype, name=name
-        )
+        mask = SpanMask(window, dtype=self._dtype, name=name)
         return mask(self.positions, spans=self._spans, **arguments)
 
     def call_block(self, block, args, kwargs):
@@ -90,8 +89,8 @@ class ImageWiring(Wiring):
             y
             for y in tree.flatten((args, kwargs))
             if isinstance(y, keras.KerasTensor)
-            and y is not self._tower_output
             and len(y.shape) == 3
+            and not comes_of(y, self._tower_output)
         )
         return JoinedEmbeddings(dtype=self._dtype, name="joined_embeddings")(
             x, text=text, given=self.inputs[self._roles.embeddings]

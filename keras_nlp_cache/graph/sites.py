@@ -48,9 +48,11 @@ class Site(typing.NamedTuple):
         return f"Site({self.name}: {kind} -> {self.shape}{block})"
 
     def __call__(self, *args, **kwargs):
-        """Calls the layer. What is tapped inside goes to the collector."""
-        output = self.layer(*args, **kwargs)
-        return hidden_states_alone(output) if self.is_block else output
+        """Calls the layer. What is tapped inside goes to the collector.
+
+        So does what it returns beside its first output.
+        """
+        return hidden_states_alone(self.layer(*args, **kwargs))
 
     def without_entries(self, arguments):
         """The keyword arguments of the call but for the cache."""

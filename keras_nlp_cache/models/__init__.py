@@ -4,6 +4,8 @@ from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.generate.seq_2_seq_lm import Seq2SeqLM
 from keras_nlp_cache.models.bart import BartBackbone
 from keras_nlp_cache.models.bart import BartSeq2SeqLM
+from keras_nlp_cache.models.blip2 import BLIP2Backbone
+from keras_nlp_cache.models.blip2 import BLIP2CausalLM
 from keras_nlp_cache.models.bloom import BloomBackbone
 from keras_nlp_cache.models.bloom import BloomCausalLM
 from keras_nlp_cache.models.falcon import FalconBackbone
@@ -58,6 +60,8 @@ from keras_nlp_cache.models.t5gemma2 import T5Gemma2Backbone
 from keras_nlp_cache.models.t5gemma2 import T5Gemma2Seq2SeqLM
 
 __all__ = [
+    "BLIP2Backbone",
+    "BLIP2CausalLM",
     "BartBackbone",
     "BartSeq2SeqLM",
     "BloomBackbone",

@@ -5,6 +5,7 @@ import inspect
 import keras
 
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
+from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.drop_in import stand_in
 from keras_nlp_cache.graph.sites import Site
 from keras_nlp_cache.layers.block_call import first_argument
@@ -63,7 +64,7 @@ def insert_after(model, where, layer):
     blocks = EditedBlocks(model, chosen, part_edits.insert_after(inserted))
 
     def call(site, *args, **kwargs):
-        x = blocks.layer(site)(*args, **kwargs)
+        x = hidden_states_alone(blocks.layer(site)(*args, **kwargs))
         if site in chosen:
             x = _call(inserted(site), (x,), {}, x.shape)
         return x

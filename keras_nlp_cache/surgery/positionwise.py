@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
+from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.cache.masks import causal_mask
 from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.products.layers import is_exactly
@@ -438,7 +439,7 @@ def _run(model, token_ids, noise, positions, kept):
     def call(site, *args, **kwargs):
         nonlocal noise
         if not site.is_block and not isinstance(site.layer, Positionwise):
-            x = site.layer(*args, **kwargs)
+            x = hidden_states_alone(site.layer(*args, **kwargs))
         else:
             x = first_argument(args, kwargs)
         if noise is not None and tuple(x.shape) == tuple(noise.shape):

@@ -4,6 +4,7 @@ import contextlib
 
 import keras
 
+from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.graph.backbone import CachedBackbone
@@ -111,7 +112,7 @@ def rewire_sites(model, call_function, tapped=(), replaced=None):
             args, kwargs = sequence_first(site.layer, args, kwargs)
         try:
             with collecting_taps() as inside:
-                x = call_function(site, *args, **kwargs)
+                x = hidden_states_alone(call_function(site, *args, **kwargs))
         except EditError:
             raise
         except Exception as e:

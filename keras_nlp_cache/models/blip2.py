@@ -1,0 +1,272 @@
+"""BLIP-2: what a Q-Former makes of an image, before the text of OPT."""
+
+import keras_hub
+import numpy as np
+from keras import ops
+from keras_hub.src.models.blip2 import blip2_custom_opt
+
+from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.generate.image_text_lm import ImageTextLM
+from keras_nlp_cache.graph.image_places import check_before_text
+from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.language_model import HasLanguageModel
+from keras_nlp_cache.graph.roles import Roles
+from keras_nlp_cache.layers.specializing import Specialized
+
+
+@replaces(blip2_custom_opt.BLIP2OPTEmbeddings)
+class BLIP2OPTEmbeddings(Specialized, blip2_custom_opt.BLIP2OPTEmbeddings):
+    """Embeddings of tokens, and of the positions of an image before them.
+
+    Call arguments are upstream's, and:
+        positions: Optional int `(B or 1, T)`, or `(B or 1, before + T)` with an
+            image, where it and the tokens stand.
+    """
+
+    own_arguments = ("positions",)
+
+    def call(
+        self,
+        token_ids,
+        position_ids=None,
+        visual_position_ids=None,
+        training=None,
+        positions=None,
+    ):
+        if positions is None:
+            return super().call(
+                token_ids, position_ids, visual_position_ids, training
+            )
+        before = ops.shape(positions)[1] - ops.shape(token_ids)[1]
+        positions = positions + blip2_custom_opt.OPT_POSITION_OFFSET
+        if isinstance(before, int) and before == 0:
+            embedded = super().call(token_ids, positions, training=training)
+            return embedded if visual_position_ids is None else (embedded, None)
+        return super().call(
+            token_ids, positions[:, before:], positions[:, :before], training
+        )
+
+    def compute_output_spec(self, *args, positions=None, **kwargs):
+        return super().compute_output_spec(*args, **kwargs)
+
+
+@replaces(keras_hub.models.BLIP2Backbone)
+class BLIP2Backbone(
+    HasLanguageModel, keras_hub.models.BLIP2Backbone, ImageTextBackbone
+):
+    """BLIP-2 with a cache in its graph.
+
+    A drop-in replacement for `keras_hub.models.BLIP2Backbone`: the same
+    arguments, weights and files. `ImageTextBackbone` describes what it can be
+    called with beyond upstream's inputs.
+
+    What the Q-Former makes of an image takes the first `before` slots of a
+    cache. Text alone stands from the first slot on, as in the language model.
+
+    Example:
+
+    ```python
+    backbone = keras_nlp_cache.models.BLIP2Backbone(
+        vision_encoder=keras_hub.models.BLIP2VisionEncoder(
+            image_size=16, patch_size=8, num_layers=1, num_heads=2,
+            hidden_dim=16, intermediate_dim=24, use_patch_bias=True,
+            use_class_token=True, use_mha_bias=True, use_mlp_bias=True,
+            dropout_rate=0.0, layer_norm_epsilon=1e-6, initializer_range=0.02,
+        ),
+        qformer=keras_hub.models.BLIP2QFormer(
+            num_query_tokens=4, num_layers=2, num_heads=2, hidden_dim=24,
+            intermediate_dim=32, vision_dim=16, cross_attention_frequency=2,
+            dropout=0.0, layer_norm_epsilon=1e-12,
+        ),
+        language_model=keras_hub.models.BLIP2CustomOPT(
+            vocabulary_size=100, num_layers=2, num_heads=4, hidden_dim=32,
+            intermediate_dim=64, num_query_tokens=4, dropout=0.0,
+            max_sequence_length=64, qformer_hidden_dim=24,
+        ),
+    )
+    cache = backbone.make_cache(batch_size=1, max_length=16)
+    hidden_states, cache = backbone({
+        "images": np.ones((1, 16, 16, 3)),
+        "token_ids": [[1, 2, 3]],
+        "cache": cache,
+        "cache_update_index": 0,
+    })
+    ```
+
+    Differs from upstream, on purpose: a text without an image can be read, and
+    stands where text stands that OPT reads.
+
+    Reference:
+        https://arxiv.org/abs/2301.12597
+    """
+
+    image_roles = Roles(
+        images="images",
+        image_embeddings="img_embeddings",
+        embeddings="embeddings",
+    )
+    after_tower = ("qformer", "language_projection")
+    made_of = ("vision_encoder", "qformer", "language_model")
+    parts_of_language_model = (
+        "embeddings_layer",
+        "language_projection",
+        "transformer_layers",
+        "layer_norm",
+    )
+
+    def __init__(
+        self, vision_encoder, qformer, language_model, dtype=None, **kwargs
+    ):
+        _check_parts(vision_encoder, qformer, language_model)
+        super().__init__(
+            vision_encoder, qformer, language_model, dtype=dtype, **kwargs
+        )
+
+    @property
+    def before(self):
+        return self.num_query_tokens
+
+    @property
+    def token_embedding(self):
+        return self.embeddings_layer.token_embedding
+
+    @property
+    def max_positions(self):
+        return self.embeddings_layer.max_sequence_length
+
+    def new_spans(self, inputs, **kwargs):
+        return None  # All is causal.
+
+    def check_images(self, images, text):
+        check_before_text(images, text, self)
+
+
+def _check_parts(vision_encoder, qformer, language_model):
+    """Raises a `ValueError` for models that do not go together."""
+    expected = keras_hub.models.BLIP2CustomOPT
+    if not isinstance(language_model, expected):
+        raise ValueError(
+            f"Expected `language_model` to be a `{expected.__name__}`. "
+            f"Received an instance of {type(language_model).__name__}."
+        )
+    if (vision_encoder is None) != (qformer is None):
+        raise ValueError(
+            "Expected `vision_encoder` and `qformer`, or neither of them, for "
+            f"text alone. Received: {vision_encoder!r} and {qformer!r}."
+        )
+    tokens = 0 if qformer is None else qformer.num_query_tokens
+    if language_model.num_query_tokens != tokens:
+        raise ValueError(
+            "Expected a `language_model` with as many `num_query_tokens` as "
+            f"the `qformer` has, {tokens}{' without one' * (not tokens)}. "
+            f"Received: {language_model.num_query_tokens}."
+        )
+
+
+@replaces(keras_hub.models.BLIP2CausalLM)
+class BLIP2CausalLM(ImageTextLM, keras_hub.models.BLIP2CausalLM):
+    """BLIP-2 that generates through the graph of its backbone.
+
+    A drop-in replacement for `keras_hub.models.BLIP2CausalLM`. See
+    `ImageTextLM`.
+
+    Differs from upstream, on purpose: a prompt without an image is read as OPT
+    reads text. Upstream's has all of its tokens stand in one place.
+    """
+
+    backbone_cls = BLIP2Backbone
+    embeddings_name = "embeddings_layer"
+
+    def call_with_cache(
+        self,
+        token_ids,
+        cache,
+        cache_update_index,
+        projected_features=None,
+        padding_mask=None,
+        **inputs,
+    ):
+        """Runs the model on some tokens of a sequence.
+
+        Upstream's method, with its arguments and its results.
+
+        Args:
+            token_ids: int tensor `(B, T)`.
+            cache: As for `CausalLM.call_with_cache()`.
+            cache_update_index: int scalar, the slot of the first token, or of
+                the image before it.
+            projected_features: Optional `(B, before, hidden_dim)`, from
+                `backbone.encode_images()`.
+            padding_mask: Optional `(B, T)` with these, 0 for padding.
+                Otherwise as for the backbone.
+            **inputs: Further optional inputs of the backbone.
+
+        Returns:
+            `(logits, hidden_states, cache)`. The logits are of the tokens
+            alone.
+        """
+        if projected_features is not None:
+            inputs["img_embeddings"] = projected_features
+            if padding_mask is not None:
+                padding_mask = self._of_slots(padding_mask, cache)
+        if padding_mask is not None:
+            inputs["padding_mask"] = padding_mask
+        hidden_states, cache = self.run_backbone(
+            token_ids, cache, cache_update_index, **inputs
+        )
+        of_text = hidden_states[:, -ops.shape(token_ids)[1] :]
+        return self._logits(of_text), hidden_states, cache
+
+    def _of_slots(self, padding_mask, cache):
+        """The same, of all slots: the image's, these, and what follows."""
+        (shape,) = {tuple(x.shape) for x in cache[0]}
+        padding_mask = ops.cast(padding_mask, "int32")
+        after = shape[2] - self.backbone.before - ops.shape(padding_mask)[1]
+        return ops.pad(
+            padding_mask,
+            ((0, 0), (self.backbone.before, after)),
+            constant_values=1,
+        )
+
+    # === How images are read ===
+
+    def check_images_of(self, inputs):
+        if not {"text", "prompts", "token_ids"} & set(inputs):
+            raise ValueError(
+                "Expected `inputs` with `text`, a string or one for each "
+                f"image. Received the keys {sorted(inputs)}. Without a prompt, "
+                'pass `""`.'
+            )
+
+    # Upstream's takes nothing with a column for each token that is read with
+    # an image: any number of them may be.
+    name_of_mask = "columns"
+
+    def fitted_source(self, source, length, slots, chunk):
+        columns = np.zeros((1, length), "int32")
+        return super().fitted_source(
+            {**source, self.name_of_mask: columns}, length, slots, chunk
+        )
+
+    def read_source(self, token_ids, cache, source):
+        tokens = token_ids[:, self.backbone.before : self.read_with(source)]
+        source = {k: x for k, x in source.items() if k != self.name_of_mask}
+        return self.read(tokens, cache, 0, **source)[1]
+
+    def needed_with_images(self, mask, length):
+        return self.backbone.before + 1
+
+    def build_cache_of(self, inputs, img_embeddings):
+        return self._build_cache(
+            inputs["token_ids"], img_embeddings, inputs["padding_mask"]
+        )
+
+    def _build_cache(self, token_ids, projected_features, padding_mask):
+        rows, length = ops.shape(token_ids)
+        if projected_features is not None:
+            length += self.backbone.before
+        cache = self.backbone.make_cache(rows, length)
+        images = {}
+        if projected_features is not None:
+            images["img_embeddings"] = projected_features
+        return self.read(token_ids, cache, 0, **images)
