@@ -472,8 +472,10 @@ class WithQFormer(ImageText):
         for weight in backbone.weights:
             if weight.name in ("beta", "bias"):
                 weight.assign(weight - 1)
-            elif "embeddings_layer/position" in weight.path:
-                weight.assign(4 * weight)
+            elif weight.shape[0] in (32, 48) and weight.name == "kernel":
+                weight.assign(2 * weight)
+            elif "language_projection" in weight.path:
+                weight.assign(6 * weight)
         return backbone
 
     def inputs(self, token_ids, padding_mask):
