@@ -16,7 +16,6 @@ _OTHERS = "a decoder without a module in `models/`"
 _REASONS = {
     "EdRec": "it has no positions, and neither a preprocessor nor presets",
     "Gemma3n": _SHARED,
-    "Gemma4": _SHARED,
     "Gemma4Assistant": "it reads the cache of another model",
     "PARSeq": "it reads images, in a decoder of two streams",
 }

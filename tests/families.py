@@ -16,6 +16,7 @@ import keras_hub
 import numpy as np
 import pytest
 from keras import ops
+from keras.src.saving import object_registration
 
 from tests import text
 
@@ -278,6 +279,51 @@ class FromSound(EncoderDecoder):
             self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
             decoder_sequence_length=sequence_length,
         )
+
+
+class WithPositions(Family):
+    """A family of which upstream's models are told where each token stands.
+
+    Ours know. In tests, so do upstream's.
+    """
+
+    def inputs(self, token_ids, padding_mask):
+        return _with_positions(super().inputs(token_ids, padding_mask))
+
+    def upstream_backbone(self, like, **kwargs):
+        return _told_positions(super().upstream_backbone(like, **kwargs))
+
+    def upstream_task(self, backbone, preprocessor=None):
+        return _told_positions(super().upstream_task(backbone, preprocessor))
+
+
+def _with_positions(inputs):
+    """The same inputs of a model, with positions if there are none."""
+    if not isinstance(inputs, dict) or "position_ids" in inputs:
+        return inputs
+    batch, length = inputs["token_ids"].shape
+    positions = np.broadcast_to(np.arange(length), (batch, length))
+    positions = positions.astype("int32")
+    if ops.is_tensor(inputs["token_ids"]):
+        positions = ops.convert_to_tensor(positions)
+    return {**inputs, "position_ids": positions}
+
+
+def _told_positions(model):
+    """A model, called with positions whatever it is called with."""
+
+    def call(self, inputs, *args, **kwargs):
+        return super(cls, self).__call__(
+            _with_positions(inputs), *args, **kwargs
+        )
+
+    cls = type(type(model).__name__, (type(model),), {"__call__": call})
+    # It is saved as what it is.
+    name = keras.saving.get_registered_name(type(model))
+    object_registration.GLOBAL_CUSTOM_NAMES[cls] = name
+    cls.__module__ = type(model).__module__
+    model.__class__ = cls
+    return model
 
 
 class ImageText(Family):
@@ -634,6 +680,23 @@ FAMILIES += (
         cls=Stateful,
     ),
 )
+
+_GEMMA4 = dict(
+    _GEMMA,
+    image_size=16,
+    # The last one reads what the first one does.
+    num_layers=3,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    num_kv_shared_layers=1,
+    use_double_wide_mlp=True,
+    sliding_window_size=4,
+    # In the second one, keys are values, and turned in part.
+    global_head_dim=16,
+    num_global_key_value_heads=1,
+    global_rope_partial_rotary_factor=0.5,
+    hidden_size_per_layer_input=6,
+)
+FAMILIES += (_family("gemma4", "Gemma4", _GEMMA4, cls=WithPositions),)
 
 _GEMMA_SIDE = dict(
     hidden_dim=32,

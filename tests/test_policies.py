@@ -24,7 +24,7 @@ from tests.families import to_numpy
 from tests.families import XLA
 
 NAMED = {x.name: x for x in FAMILIES}
-WITH_WINDOWS = ("gemma2", "mistral", "mixtral", "gpt_oss", "gemma3")
+WITH_WINDOWS = ("gemma2", "mistral", "mixtral", "gpt_oss", "gemma3", "gemma4")
 SINKS = SinksAndWindow(sinks=2, window=6)
 
 

@@ -125,7 +125,10 @@ def test_edited(family, tmp_path):
     lm = edited_everywhere(family)
     full = full_forward(lm.backbone)
     assert np.abs(full - full_forward(original(family).backbone)).max() > 1e-2
-    assert len(lm.backbone.make_cache(2, LENGTH)) == BLOCKS + 1
+    blocks = lm.backbone.blocks
+    assert len(blocks) == BLOCKS + 1
+    entries = sum(block.entry_count for block in blocks)
+    assert len(lm.backbone.make_cache(2, LENGTH)) == entries
     assert_close(cached_forward(lm.backbone), full)
     lm.compile(sampler="greedy")
     generated = lm.generate(PROMPTS, stop_token_ids=None)

@@ -81,6 +81,17 @@ def _sentence_piece(prefix):
                 "\n",
             ],
         ),
+        "Gemma4": dict(
+            gemma,
+            user_defined_symbols=[
+                "<|image>",
+                "<|image|>",
+                "<image|>",
+                "<|video|>",
+                "<turn|>",
+                "\n",
+            ],
+        ),
         "Llama": dict(
             unk_id=0,
             bos_id=1,

@@ -850,6 +850,19 @@ _LLAMA = dict(
 _HEADS = dict(_LLAMA, head_dim=16)
 # Upstream has no other epsilon for these.
 _GEMMA = dict(_HEADS, rms_norm_eps=1e-6)
+_GEMMA4 = dict(
+    _HEADS,
+    global_head_dim=24,
+    sliding_window=WINDOW,
+    rope_parameters=dict(
+        sliding_attention=dict(rope_type="default", rope_theta=1000.0),
+        full_attention=dict(
+            rope_type="proportional",
+            rope_theta=100000.0,
+            partial_rotary_factor=0.5,
+        ),
+    ),
+)
 _ROPE = dict(rope_type="default", rope_theta=1000.0)
 _LINEAR = dict(rope_type="linear", rope_theta=1000.0, factor=4.0)
 _MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
@@ -1088,6 +1101,34 @@ FAMILIES = {
                     rope_type="linear", factor=8.0, rope_theta=1000000.0
                 ),
             ),
+        ),
+    ),
+    "gemma4": Family(
+        "Gemma4",
+        transformers.Gemma4TextConfig(
+            **dict(_GEMMA4, num_hidden_layers=4),
+            # The last two read the keys and values of the first two.
+            num_kv_shared_layers=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            use_double_wide_mlp=True,
+            hidden_size_per_layer_input=6,
+            vocab_size_per_layer_input=100,
+            final_logit_softcapping=10.0,
+        ),
+    ),
+    "gemma4_moe": Family(
+        "Gemma4",
+        transformers.Gemma4TextConfig(
+            **_GEMMA4,
+            layer_types=["sliding_attention", "full_attention"],
+            hidden_size_per_layer_input=0,
+            # Keys are values where all of a text is seen.
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=24,
         ),
     ),
     "gpt_oss": Family(

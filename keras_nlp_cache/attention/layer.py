@@ -239,6 +239,26 @@ class CachedAttention(Specialized, Remembers):
         entry, key, value = cache.update(
             ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
         )
+        return self.attend_to(x, cache, query, key, value, *rest, bias=bias), (
+            entry
+        )
+
+    def attend_to(self, x, cache, query, key, value, *rest, bias=None):
+        """Attends to keys and values that a cache said are to be read.
+
+        Args:
+            x: Tensor `(B, T, hidden_dim)`.
+            cache: A `LayerCache` in use, as it was before that.
+            query: As `project()` returns it.
+            key: What is to be read, `(B, key_value_heads, S, head_dim)`, a
+                tensor or an `Int8`.
+            value: Like it.
+            *rest: What else `project()` returned.
+            bias: As for `attend_through()`.
+
+        Returns:
+            A tensor `(B, T, hidden_dim)`.
+        """
         if hasattr(self, "replaced_attention"):
             key, value = widened(key, x.dtype), widened(value, x.dtype)
         elif isinstance(key, Int8):
@@ -270,7 +290,7 @@ class CachedAttention(Specialized, Remembers):
         )
         if isinstance(value, Int8):
             x = turn_back(x)
-        return self.merge_heads(x, *rest), entry
+        return self.merge_heads(x, *rest)
 
     def _nearer_sinks(self, x, query, key, cache):
         """The bias that makes the first tokens seem nearer, if they are to."""

@@ -22,6 +22,7 @@ from keras_nlp_cache.blocks.block_parts import find_parts
 from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.blocks.replaying import active_wiring
 from keras_nlp_cache.cache.access import access
+from keras_nlp_cache.cache.shared_keys import SharedKeys
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.drop_in import stand_in
 from keras_nlp_cache.layers import block_call
@@ -53,7 +54,7 @@ class DecoderBlock(Specialized):
 
     Returns:
         What upstream's block does. With `entries`, a pair of that and a tuple
-        of `(key, value)` pairs, updated.
+        of `(key, value)` pairs, updated. Layers that borrow have none.
 
     Attributes:
         padding_argument: Name of the `call()` argument that takes the padding
@@ -64,8 +65,11 @@ class DecoderBlock(Specialized):
             padding, `(B, S)`. `None` if it is what the graph is given.
         packs_source: bool. Whether upstream's block takes that together with
             the hidden states, as a pair. Here it is an argument of its own.
-        carries: Names of arguments that take what the block before returned
-            beside hidden states, in the order in which it does.
+        carries: Names of arguments that take what the block before, or an
+            earlier one, returned beside hidden states, in the order in which it
+            does.
+        shared_argument: Name of the one of these that takes what a layer inside
+            that borrows is to read. `None` if none does.
         own_parts: Method that returns a dictionary like `parts`, with what
             this family calls otherwise than others.
     """
@@ -76,6 +80,7 @@ class DecoderBlock(Specialized):
     source_mask_argument = None
     packs_source = False
     carries = ()
+    shared_argument = None
 
     def own_parts(self):
         return {}
@@ -131,6 +136,11 @@ class DecoderBlock(Specialized):
             if isinstance(layer, Remembers) and layer.remembers
             for _ in range(1 + layer.joins_source)
         ]
+
+    @property
+    def entry_count(self):
+        """How many entries of a cache are its own."""
+        return sum(not layer.borrows for layer in self.remembering())
 
     @property
     def has_state(self):
@@ -246,15 +256,20 @@ class DecoderBlock(Specialized):
         # Keras casts all float arguments to the compute dtype. Hidden states
         # should be, a cache should not: it may have been made in another
         # dtype on request, and casting it would copy it at every step.
-        entries = kwargs.pop("entries", None)
+        cached = {
+            name: x
+            for name, x in kwargs.items()
+            if name == "entries" or isinstance(x, SharedKeys)
+        }
         args, kwargs = tree.map_structure(
             lambda x: self.dtype_policy.convert_input(
                 x, True, self.input_dtype
             ),
-            (args, kwargs),
+            (args, {k: x for k, x in kwargs.items() if k not in cached}),
         )
-        if entries is not None:
-            kwargs["entries"] = entries
+        if cached.get("entries", ()) is None:
+            del cached["entries"]
+        kwargs |= cached
         outputs = access().call_block(self, _call, args, kwargs)
         if isinstance(first_argument(args, kwargs), keras.KerasTensor):
             if self.tapped_parts:
@@ -281,6 +296,8 @@ class DecoderBlock(Specialized):
             outputs = self._in_graph(outputs)
             pairs, seen = [], set()
             for layer, entry in zip(layers, entries):
+                if layer.borrows:
+                    continue
                 updated = call.updated_across if layer in seen else call.updated
                 seen.add(layer)
                 pairs.append(updated.get(id(layer), (entry.key, entry.value)))
@@ -328,10 +345,15 @@ class DecoderBlock(Specialized):
         if entries is None:
             outputs, slots = (outputs,), hidden_states.shape[1]
         else:
-            pairs = tuple((entry.key, entry.value) for entry in entries)
+            pairs = tuple(
+                (entry.key, entry.value)
+                for layer, entry in zip(self.remembering(), entries)
+                if not layer.borrows
+            )
             joins = any(x.joins_source for x in self.remembering())
-            if pairs[0][0] is not None and not (joins or self.has_state):
-                slots = pairs[0][0].shape[2]
+            if pairs and pairs[0][0] is not None:
+                if not (joins or self.has_state):
+                    slots = pairs[0][0].shape[2]
             outputs = (
                 self._in_graph(outputs),
                 tree.map_structure(_spec, pairs),
@@ -372,7 +394,7 @@ class DecoderBlock(Specialized):
             outputs = call(*args, **kwargs)
             if not is_empty:
                 return outputs
-            return outputs, ((None, None),) * len(entries)
+            return outputs, ((None, None),) * self.entry_count
 
         return rematerialized
 

@@ -8,6 +8,7 @@ What upstream makes of it (how it weighs, what it shares, what it adds to the
 loss) stays its own.
 """
 
+import contextlib
 import weakref
 
 import keras
@@ -79,28 +80,50 @@ class SparseBlock(Specialized):
         return ops.softmax(self._sparse_feedforward_gate_dense(x), axis=-1)
 
     def call(self, *args, **kwargs):
-        call = block_call.current()
         x = first_argument(args, kwargs)
         # Upstream may add noise to what it trains the router on.
-        if call is None or not call.is_cached or kwargs.get("training"):
-            return super().call(*args, **kwargs)
-        if not self._has_few_tokens(x):
+        if kwargs.get("training") or not have_few_choices(
+            x, self.top_k, self.num_experts
+        ):
             return super().call(*args, **kwargs)
         scores = self.router_scores(ops.reshape(x, (-1, x.shape[-1])))
-        choices = ops.top_k(scores, k=self.top_k)[1]
-        call.chosen = Chosen(choices, self.num_experts)
-        try:
+        with choosing(scores, self.top_k):
             return super().call(*args, **kwargs)
-        finally:
-            call.chosen = None
 
-    def _has_few_tokens(self, x):
-        batch, length, _ = x.shape
-        # In a graph, there may be no saying.
-        if not isinstance(batch, int) or not isinstance(length, int):
-            return False
-        choices = batch * length * self.top_k
-        return choices < access().most_choices * self.num_experts
+
+def have_few_choices(x, top_k, num_experts):
+    """Whether it is quicker to compute the experts that tokens choose alone.
+
+    Args:
+        x: Tensor `(B, T, hidden_dim)`, in the block under way.
+        top_k: int. How many experts a token chooses.
+        num_experts: int.
+    """
+    call = block_call.current()
+    if call is None or not call.is_cached:
+        return False
+    batch, length, _ = x.shape
+    # In a graph, there may be no saying.
+    if not isinstance(batch, int) or not isinstance(length, int):
+        return False
+    return batch * length * top_k < access().most_choices * num_experts
+
+
+@contextlib.contextmanager
+def choosing(scores, top_k):
+    """In this scope, an `ExpertBank` computes only what tokens choose.
+
+    Args:
+        scores: Tensor `(tokens, num_experts)`. Tokens choose the largest.
+        top_k: int. How many of them.
+    """
+    call = block_call.current()
+    choices = ops.top_k(scores, k=top_k)[1]
+    call.chosen = Chosen(choices, scores.shape[-1])
+    try:
+        yield
+    finally:
+        call.chosen = None
 
 
 class ExpertBank(Specialized):
@@ -125,6 +148,31 @@ class ExpertBank(Specialized):
         compute = access().experts or together
         formula = _Formula(self, super().call)
         return compute(formula, hidden_states, call.chosen)
+
+
+class WeighedExperts(ExpertBank):
+    """Mixin for one that weighs what experts return, and adds it up.
+
+    Between it and upstream's class, there has to be one whose `call(x)` returns
+    what each expert does, as an `ExpertBank` needs it, and that leaves to
+    upstream's a call with weights.
+    """
+
+    def call(self, x, dispatch_weights):
+        """Computes experts, and adds them up.
+
+        Args:
+            x: Tensor `(tokens, hidden_dim)`.
+            dispatch_weights: Tensor `(tokens, num_experts)`.
+
+        Returns:
+            A tensor `(tokens, hidden_dim)`.
+        """
+        call = block_call.current()
+        if call is None or call.chosen is None:
+            return super(ExpertBank, self).call(x, dispatch_weights)
+        weights = ops.cast(ops.transpose(dispatch_weights), x.dtype)
+        return ops.sum(super().call(x) * weights[:, :, None], axis=0)
 
 
 def together(formula, hidden_states, chosen, product=None):

@@ -13,6 +13,11 @@ _BUILT_IN = {
     "gemma": {"rms_norm_eps": (1e-6,), **_NO_BIAS},
     "gemma2": {"rms_norm_eps": (1e-6,), **_NO_BIAS},
     "gemma3_text": _NO_BIAS,
+    "gemma4_text": {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "use_bidirectional_attention": ("vision",),
+        **_NO_BIAS,
+    },
     "gpt_oss": {
         "attention_bias": (True,),
         "swiglu_alpha": (1.702,),
@@ -87,6 +92,8 @@ def arguments(config):
         _check(text, key, expected)
     if kind.startswith("gemma"):
         _check_gemma(text)
+    if kind in ("gemma4", "gemma4_text"):
+        _name_as_upstream(text)
     if kind in ("gemma2", "gpt_oss"):
         _check(config, "layer_types", (_windows_but_each(2, config),))
     if "output_router_logits" in config:
@@ -205,6 +212,41 @@ def _check_gemma(config):
         _check(parameters, "rope_theta", _BASES[kind], f" of `{kind}`")
         _check(parameters, "rope_type", ("default", "linear"), f" of `{kind}`")
     _check(config.get("rope_scaling") or {}, "rope_type", ("linear", "default"))
+
+
+def _name_as_upstream(config):
+    """Says of layers of Gemma 4 that see all of a text what Keras reads of it.
+
+    Transformers 5 has something to say of each layer in the place of that.
+    """
+    full = [i for i, x in enumerate(config["layer_types"]) if x == _FULL]
+    layers = config.get("per_layer_config")
+    if layers is not None:
+        said = {int(i): x for i, x in layers.items()}
+        one = said.get(full[0], {}) if full else {}
+        _check(
+            {**config, "per_layer_config": said},
+            "per_layer_config",
+            (dict.fromkeys(full, one) if one else {},),
+        )
+        config["global_head_dim"] = one.get("head_dim", config["head_dim"])
+        config["num_global_key_value_heads"] = one.get("num_key_value_heads")
+    config.setdefault("global_head_dim", 512)
+    # By these, Keras knows that keys are values.
+    heads = config.get("num_global_key_value_heads")
+    if not config.get("attention_k_eq_v"):
+        config["num_global_key_value_heads"] = None
+    elif heads is None:
+        config["num_global_key_value_heads"] = config["num_key_value_heads"]
+    rope = config.get("rope_parameters") or {}
+    for kind, types in (
+        (_SLIDING, ("default",)),
+        (_FULL, ("proportional", "default")),
+    ):
+        parameters = rope.setdefault(kind, {})
+        _check(parameters, "rope_type", types, f" of `{kind}`")
+    rope[_FULL].setdefault("partial_rotary_factor", 1.0)
+    config["rope_parameters"] = rope
 
 
 # === Qwen ===

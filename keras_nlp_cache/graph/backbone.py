@@ -239,7 +239,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         Args:
             graph: Optional `keras.Function`, whose inputs to take.
         """
-        return Wiring(floating_policy(self.blocks[0]), graph)
+        return Wiring(floating_policy(self.blocks[0]), graph, self.roles)
 
     def _output_of_encoder(self, outputs):
         """What of upstream's outputs decoder blocks read, if they do."""
@@ -258,6 +258,7 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
         inputs, outputs = wiring.graph(hidden_states, dict(taps))
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self._positions = wiring.positions
+        self._calls_of_blocks = tuple(wiring.calls)
         self.cache_windows = tuple(wiring.windows)
         # Losses and metrics see the hidden states alone.
         self.output_names = self.output_names[:1]
@@ -326,9 +327,11 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
                 # What a block does not return goes on as it came.
                 carried = [kwargs.get(name) for name in site.layer.carries]
                 further = [*further, *carried[len(further) :]]
-                entries = site.node.arguments.kwargs.get("entries", ())
+                count = 0
+                if "entries" in site.node.arguments.kwargs:
+                    count = 2 * site.layer.entry_count
                 tapped = [taps.get(part) for part in site.layer.tapped_parts]
-                return x, *further, *[None] * (2 * len(entries)), *tapped
+                return x, *further, *[None] * count, *tapped
 
             return stand_in
 

@@ -9,6 +9,7 @@ from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.kept import has_policy
 from keras_nlp_cache.cache.policies.state import State
 from keras_nlp_cache.cache.policies.state import StateShapes
+from keras_nlp_cache.cache.shared_keys import SharedKeys
 from keras_nlp_cache.graph.inputs import normalize
 from keras_nlp_cache.graph.roles import TEXT
 
@@ -42,13 +43,14 @@ def floating_dtype(name, dtype):
 def flatten(x):
     """Does what `tree.flatten()` does, but for what a policy keeps.
 
-    In a graph, that stands for one tensor, whatever it is made of.
+    In a graph, that stands for one tensor, whatever it is made of, and so does
+    what one layer reads and others read, too.
     """
     if isinstance(x, dict):
         x = [x[key] for key in sorted(x)]
     elif not isinstance(x, (list, tuple)) or isinstance(x, Int8):
         return [x]
-    elif has_policy(x):
+    elif has_policy(x) or isinstance(x, SharedKeys):
         return [x]
     return [z for y in x for z in flatten(y)]
 

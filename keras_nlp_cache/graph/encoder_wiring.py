@@ -51,7 +51,7 @@ class EncoderWiring(Wiring):
         self._source_masks = {}
         self.encoder_blocks, self.encoded = [], []
         # What the last block of the encoder and of the decoder was called with.
-        self._arguments = {}
+        self._sides = {}
         # The layer that attends across in the block under way, to what, and
         # which of that is padding.
         self._across = None, None, None
@@ -124,13 +124,16 @@ class EncoderWiring(Wiring):
 
     def _completed(self, side, block, kwargs):
         """Arguments of a block, with those of the one before it."""
-        before = self._arguments.get(side, {})
+        before = self._sides.get(side, {})
         return {**self._of_signature(block, before), **kwargs}
+
+    def _completed_text(self, kwargs):
+        return kwargs  # They were completed.
 
     def _note(self, side, block, kwargs, outputs):
         further = outputs[1:] if isinstance(outputs, tuple) else ()
         carried = zip(getattr(block, "carries", ()), further)
-        self._arguments[side] = {**kwargs, **dict(carried)}
+        self._sides[side] = {**kwargs, **dict(carried)}
 
     def _new_entry(self, layer, is_encoded=False):
         self.encoded.append(is_encoded)

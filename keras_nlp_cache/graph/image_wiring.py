@@ -31,8 +31,6 @@ class ImageWiring(Wiring):
     def __init__(self, dtype, graph, roles, backbone):
         self._backbone = backbone
         self._spans = self._tower_output = None
-        # What the last block was called with.
-        self._arguments = {}
         self._cuts = backbone.cuts
         super().__init__(dtype, graph, roles)
 
@@ -65,15 +63,6 @@ class ImageWiring(Wiring):
             )
         mask = SpanMask(window, dtype=self._dtype, name=name)
         return mask(self.positions, spans=self._spans, **arguments)
-
-    def call_block(self, block, args, kwargs):
-        """Calls a decoder block, as `Wiring` does.
-
-        All that the block before was called with may be left out.
-        """
-        kwargs = {**self._of_signature(block, self._arguments), **kwargs}
-        self._arguments = kwargs
-        return super().call_block(block, args, kwargs)
 
     def call_operation(self, operation, args, kwargs):
         x = super().call_operation(operation, args, kwargs)

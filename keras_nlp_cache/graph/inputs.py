@@ -58,7 +58,7 @@ def normalize(
             not fit the model or the other inputs, or if the tokens would be
             written past the end of the cache.
     """
-    name = roles.token_ids
+    name, further = roles.token_ids, (*roles.beside_text, *further)
     _check_keys(inputs, name, (roles.padding_mask, *OPTIONAL, *further))
     token_ids = as_tensor(name, inputs[name], "int32", kinds="iuf")
     check_shape(name, token_ids, batch=None, length=None)

@@ -9,6 +9,8 @@ class Roles(typing.NamedTuple):
     Args:
         token_ids: The text that is generated.
         padding_mask: Which of its slots are padding.
+        beside_text: Names of what else upstream's backbone takes with the
+            text, one number for each token.
         source_ids: What an encoder reads, `None` without an encoder.
         source_mask: Which of that is padding.
         source: The output of the encoder. Given, the encoder does not run.
@@ -21,6 +23,7 @@ class Roles(typing.NamedTuple):
 
     token_ids: str = "token_ids"
     padding_mask: str = "padding_mask"
+    beside_text: tuple = ()
     source_ids: str | None = None
     source_mask: str | None = None
     source: str | None = None
@@ -36,6 +39,7 @@ class Roles(typing.NamedTuple):
             *self.of_source[:2],
             self.token_ids,
             self.padding_mask,
+            *self.beside_text,
             *self.of_images[:-2],
         )
 

@@ -164,7 +164,7 @@ def apply(backbone, graph):
             if taps:
                 # What stands for the entries of the block is in between.
                 tapped = (taps[part] for part in sorted(taps))
-                results[i] += [None] * 2 * len(layer.remembering())
+                results[i] += [None] * 2 * layer.entry_count
                 results[i] += tapped
         replaced = {
             id(getattr(backbone, name)): layers[i]

@@ -67,10 +67,10 @@ def sites_of(model):
     What stands in for the inputs, positions and masks is left out.
     """
     found, calls, encoder_blocks = [], {}, 0
+    order = {id(node): i for i, node in enumerate(model._calls_of_blocks)}
     encoder = _encoder(model)
     # Another layer may have the name that a second call would get.
     taken = {layer.name for layer in model.operations}
-    first_entries = []
     for depth in sorted(model._nodes_by_depth, reverse=True):
         for node in model._nodes_by_depth[depth]:
             layer = node.operation
@@ -89,7 +89,6 @@ def sites_of(model):
             if isinstance(layer, DecoderBlock | EncoderBlock) and not entries:
                 encoder_block = encoder_blocks
                 encoder_blocks += 1
-            first_entries.append(entries[0].key if entries else None)
             found.append(
                 Site(
                     name=name,
@@ -102,16 +101,13 @@ def sites_of(model):
                     in_encoder=id(node) in encoder,
                 )
             )
-    # Blocks were called in the order of their entries.
-    place = {
-        id(key): i for i, (key, _) in enumerate(model._inputs_struct["cache"])
-    }
-    order = sorted(place[id(x)] for x in first_entries if x is not None)
+    # Some that were called may not be needed.
+    there = sorted(order[id(x.node)] for x in found if id(x.node) in order)
     return tuple(
-        site
-        if key is None
-        else site._replace(block=order.index(place[id(key)]))
-        for site, key in zip(found, first_entries)
+        site._replace(block=there.index(order[id(site.node)]))
+        if id(site.node) in order
+        else site
+        for site in found
     )
 
 

@@ -50,6 +50,7 @@ class Wiring:
             `positions`.
         blocks: The decoder blocks, in the order in which they were called. One
             that was called twice stands there twice.
+        calls: What Keras knows of these calls, as nodes.
         windows: For each entry of the cache, how many tokens a query of its
             layer sees, `None` for all.
     """
@@ -63,7 +64,12 @@ class Wiring:
         self.windows = []
         self._masks = {}
         self._distance = self._real = None
-        self.blocks = []
+        # What the last block was called with.
+        self._arguments = {}
+        # By the `id()` of what a block returns for others to read, that and
+        # what is kept of it.
+        self._lent = {}
+        self.blocks, self.calls = [], []
         self.inputs = {
             **{name: self._new_input(name) for name in roles.of_upstream},
             "cache_update_index": keras.Input(
@@ -155,26 +161,72 @@ class Wiring:
             block: A `DecoderBlock`.
             args: Its positional arguments, symbolic hidden states first.
             kwargs: Its other arguments, without entries. The padding mask may
-                be left out.
+                be left out, and what the block before was called with.
 
         Returns:
             What the block returns without a cache, symbolically.
         """
         args, kwargs = sequence_first(block, args, kwargs)
-        kwargs = self._of_signature(block, kwargs)
+        kwargs = self._of_signature(block, self._completed_text(kwargs))
         if len(args) < 2 and block.padding_argument is not None:
             kwargs.setdefault(
                 block.padding_argument, self.inputs[self._roles.padding_mask]
             )
         if not block.built:
             block.build(first_argument(args, kwargs).shape)
-        kwargs["entries"] = tuple(
-            self._entry(layer) for layer in block.remembering()
+        kwargs["entries"] = entries = tuple(
+            self._borrowed(layer, block, kwargs)
+            if layer.borrows
+            else self._entry(layer)
+            for layer in block.remembering()
         )
         outputs, updated, *_ = block(*args, **kwargs)
+        x, *further = outputs if isinstance(outputs, tuple) else (outputs,)
+        history = x._keras_history
+        self.calls.append(history.operation._inbound_nodes[history.node_index])
         self.blocks.append(block)
         self._updated.extend(updated)
+        self._note_lent(block, entries, further)
         return outputs
+
+    def _note_lent(self, block, entries, further):
+        """Notes what later blocks can read of what a block returned."""
+        if block.shared_argument is None:
+            return
+        shared = further[block.carries.index(block.shared_argument)]
+        (layer,), (entry,) = block.remembering(), entries
+        if not layer.borrows and not hasattr(layer, "stand_in"):
+            self._lent[id(shared)] = shared, entry.key
+
+    def _borrowed(self, layer, block, kwargs):
+        """What a layer needs beside the keys and values of another one.
+
+        Args:
+            layer: A layer that borrows.
+            block: The block that it is in.
+            kwargs: What that is called with.
+        """
+        name = block.shared_argument
+        shared = kwargs.get(name)
+        if id(shared) not in self._lent:
+            raise ValueError(
+                f"Expected `{name}` for {block.name!r}, whose attention has no "
+                "keys and values of its own, to be those of an earlier block. "
+                f"Received: {'none' if shared is None else 'others'}, as after "
+                "an edit that removes that block, or puts something in the "
+                "place of it or of its attention. Remove the blocks that read "
+                "them, too, or leave that one as it is."
+            )
+        return LayerCache(
+            index=self.inputs["cache_update_index"],
+            positions=self.positions,
+            mask=self._mask(layer.window, self._lent[id(shared)][1]),
+        )
+
+    def _completed_text(self, kwargs):
+        """Arguments of a block, with those of the one before it."""
+        self._arguments = {**self._arguments, **kwargs}
+        return self._arguments
 
     @staticmethod
     def _of_signature(block, kwargs):

@@ -70,7 +70,10 @@ class BlockCall:
     @property
     def is_cached(self):
         """Whether there are tokens of earlier calls, or there will be."""
-        return any(x.key is not None for x in self.entries.values())
+        return any(
+            x.key is not None or x.index is not None
+            for x in self.entries.values()
+        )
 
 
 @contextlib.contextmanager

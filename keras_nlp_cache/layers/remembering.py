@@ -18,6 +18,8 @@ class Remembers:
             one that keeps keys and values.
         joins_source: bool. Whether its one softmax is over the text and over
             what an encoder returned. It has a second entry then, for that.
+        borrows: bool. Whether it has no entry of its own, and reads what an
+            earlier layer reads. See `attention/sharing.py`.
         remembers: bool. `False` for one that sees all of a text at once, as in
             an encoder, and has no entry.
     """
@@ -25,5 +27,6 @@ class Remembers:
     remembers = True
     state_shapes = None
     joins_source = False
+    borrows = False
     window = None
     wants_distance = False

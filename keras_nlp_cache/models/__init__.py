@@ -14,6 +14,8 @@ from keras_nlp_cache.models.gemma import GemmaBackbone
 from keras_nlp_cache.models.gemma import GemmaCausalLM
 from keras_nlp_cache.models.gemma3 import Gemma3Backbone
 from keras_nlp_cache.models.gemma3 import Gemma3CausalLM
+from keras_nlp_cache.models.gemma4 import Gemma4Backbone
+from keras_nlp_cache.models.gemma4 import Gemma4CausalLM
 from keras_nlp_cache.models.gpt2 import GPT2Backbone
 from keras_nlp_cache.models.gpt2 import GPT2CausalLM
 from keras_nlp_cache.models.gpt_neo_x import GPTNeoXBackbone
@@ -75,6 +77,8 @@ __all__ = [
     "GPTNeoXCausalLM",
     "Gemma3Backbone",
     "Gemma3CausalLM",
+    "Gemma4Backbone",
+    "Gemma4CausalLM",
     "GemmaBackbone",
     "GemmaCausalLM",
     "GptOssBackbone",
