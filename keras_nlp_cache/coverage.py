@@ -8,14 +8,11 @@ import inspect
 
 import keras_hub
 
-_SHARED = "some blocks use the keys and values of others"
-
 _OTHERS = "a decoder without a module in `models/`"
 
 # By what the name of a task begins with, before `CausalLM` or `Seq2SeqLM`.
 _REASONS = {
     "EdRec": "it has no positions, and neither a preprocessor nor presets",
-    "Gemma3n": _SHARED,
     "Gemma4Assistant": "it reads the cache of another model",
     "PARSeq": "it reads images, in a decoder of two streams",
 }

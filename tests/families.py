@@ -255,6 +255,36 @@ class Stateful(Family):
         return backbone
 
 
+class Streams(Family):
+    """A family with arguments of other names, one of them for each block."""
+
+    def backbone(self, **kwargs):
+        return super().backbone(**self._named(kwargs))
+
+    def upstream_backbone(self, like, **kwargs):
+        return super().upstream_backbone(like, **self._named(kwargs))
+
+    def _named(self, kwargs):
+        """Arguments of this family, of those that others have."""
+        kwargs = dict(kwargs)
+        for name, ours in (
+            ("vocabulary_size", "text_vocab_size"),
+            ("hidden_dim", "text_hidden_size"),
+            ("num_layers", "num_hidden_layers"),
+        ):
+            if name in kwargs:
+                kwargs[ours] = kwargs.pop(name)
+        count = kwargs.get("num_hidden_layers")
+        if count is not None:
+            config = dict(self.config)
+            for name in ("intermediate_size", "activation_sparsity_pattern"):
+                kwargs[name] = (config[name] * count)[:count]
+            # As many have keys and values of their own.
+            own = config["num_hidden_layers"] - config["num_kv_shared_layers"]
+            kwargs["num_kv_shared_layers"] = max(0, count - own)
+        return kwargs
+
+
 class FromSound(EncoderDecoder):
     """One whose encoder reads sound."""
 
@@ -697,6 +727,37 @@ _GEMMA4 = dict(
     hidden_size_per_layer_input=6,
 )
 FAMILIES += (_family("gemma4", "Gemma4", _GEMMA4, cls=WithPositions),)
+FAMILIES += (
+    _family(
+        "gemma3n",
+        "Gemma3n",
+        dict(
+            text_vocab_size=VOCABULARY_SIZE,
+            # Less, as in the published models.
+            vocab_size_per_layer_input=90,
+            text_hidden_size=32,
+            num_hidden_layers=3,
+            pad_token_id=0,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=[48] * 3,
+            hidden_activation="gelu_approximate",
+            activation_sparsity_pattern=[0.5, 0.0, 0.0],
+            # The last one reads what the first one does.
+            layer_types=["sliding_attention", "full_attention"] * 3,
+            num_kv_shared_layers=1,
+            sliding_window=4,
+            rope_theta=1e6,
+            max_position_embeddings=64,
+            hidden_size_per_layer_input=8,
+            altup_num_inputs=4,
+            laurel_rank=4,
+            final_logit_soft_cap=10.0,
+        ),
+        cls=Streams,
+    ),
+)
 
 _GEMMA_SIDE = dict(
     hidden_dim=32,
@@ -867,9 +928,10 @@ every_image_model = _taking_turns(IMAGE_MODELS, jax=1, tensorflow=1)
 # bloom: biases of the logits.
 # qwen3_5: states, in some layers.
 # rwkv7: states, in all layers, and logits in the place of hidden states.
+# gemma3n: keys and values of other layers, several streams of hidden states.
 _KINDS = {x.name for x in DEEP}
 _KINDS |= {"mixtral", "gpt_oss", "gpt_neo_x", "bloom"}
-_KINDS |= {"qwen3_5", "rwkv7"}
+_KINDS |= {"qwen3_5", "rwkv7", "gemma3n"}
 _EACH_KIND = [
     x for x in FAMILIES if x.name in _KINDS or keras.config.backend() == "torch"
 ]

@@ -38,6 +38,8 @@ MODEL_TYPES = {
 }
 # Blocks that are edited as a whole, or not at all.
 WITHOUT_PARTS = ("rwkv7",)
+# Blocks that no other family's go together with.
+OF_THEIR_OWN = ("gemma3n",)
 PROMPTS = {
     "token_ids": TOKENS * padding_mask([3, 5], LENGTH),
     "padding_mask": padding_mask([3, 5], LENGTH),
@@ -69,7 +71,10 @@ def surgery_name(projection):
 
 def after(family):
     """The family that comes after another, in a circle, of those with parts."""
-    others = [x for x in FAMILIES if x is family or x.name not in WITHOUT_PARTS]
+    if family.name in OF_THEIR_OWN:
+        return family
+    apart = WITHOUT_PARTS + OF_THEIR_OWN
+    others = [x for x in FAMILIES if x is family or x.name not in apart]
     return others[(others.index(family) + 1) % len(others)]
 
 

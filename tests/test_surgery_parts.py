@@ -66,6 +66,23 @@ def block_output(backbone, x):
     return to_numpy((x + y) * block.layer_scalar)
 
 
+def in_one_stream(block, taps):
+    """What a block of Gemma 3n does in the stream that its branches are of."""
+    x = {name: ops.convert_to_tensor(y) for name, y in taps.items()}
+    predictions = block.altup.predict(x["input"])
+    second = x["residual"] + block.laurel(x["attention.norm"])
+    second = second / 2**0.5
+    # The first stream gets nothing of what blocks get for each token.
+    corrected = block.altup.correct(predictions, second + x["feedforward"])
+    assert_close(to_numpy(corrected[0]), taps["output"][0])
+    return {
+        **taps,
+        "input": to_numpy(predictions[0]),
+        "second": to_numpy(second),
+        "output": taps["residual"] + taps["feedforward"],
+    }
+
+
 @deep_families
 def test_selection(family):
     backbone = original(family).backbone
@@ -96,11 +113,14 @@ def test_taps(family):
     """The parts add up to the block, with a cache and without."""
     backbone = original(family).backbone
     taps = taps_of(backbone, *PARTS, "attention.norm", "feedforward.norm")
+    if family.name == "gemma3n":
+        taps = in_one_stream(backbone.blocks[1], taps)
     assert_close(taps["residual"], taps["input"] + taps["attention"])
     total = taps["residual"] + taps["feedforward"]
     assert_close(taps["output"], block_output(backbone, total))
     # GPT-NeoX has its branches side by side.
     second = "input" if family.name == "gpt_neo_x" else "residual"
+    second = "second" if family.name == "gemma3n" else second
     for branch, start in (("attention", "input"), ("feedforward", second)):
         norm = layer_of(backbone, f"{branch}.norm")
         expected = to_numpy(norm(ops.convert_to_tensor(taps[start])))
@@ -117,6 +137,8 @@ def test_taps(family):
     assert whole.keys() == set(tapped.taps)
     for name, x in whole.items():
         axis = 2 if name.endswith("weights") else 1
+        if x.shape[0] != len(TOKENS):
+            axis = 2  # There are several streams.
         together = [to_numpy(piece[name]) for piece in pieces]
         assert_close(np.concatenate(together, axis=axis), to_numpy(x))
 
@@ -140,8 +162,9 @@ def test_attention_weights(family):
     if len(attention.projections) == 4:
         value = value.reshape(2, LENGTH, -1, head_dim)
     value = value[..., -head_dim:]
-    if hasattr(attention, "value_norm"):
-        value = to_numpy(attention.value_norm(ops.convert_to_tensor(value)))
+    norm = getattr(attention, "value_norm", getattr(attention, "v_norm", None))
+    if norm is not None:
+        value = to_numpy(norm(ops.convert_to_tensor(value)))
     if attention.sink is None:
         assert_close(weights.sum(axis=-1), np.ones(weights.shape[:-1]))
     else:

@@ -154,7 +154,7 @@ def test_gradient_of_quantized_logits(family, at, tmp_path):
     hidden_states = np.random.default_rng(0).normal(size=(2, 3, 32))
 
     def derive(lm):
-        embedding = lm.backbone.token_embedding
+        embedding = lm.backbone.output_embedding
         (gradient,) = gradients(
             lambda x: loss_of(embedding(x[0], reverse=True)),
             [hidden_states.astype("float32")],

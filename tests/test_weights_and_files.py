@@ -35,7 +35,7 @@ def outputs(backbone):
     family = next(
         x
         for x in (*FAMILIES, *ENCODER_DECODERS, *IMAGE_MODELS)
-        if set(x.inputs(TOKENS, MASK)) == set(backbone.input)
+        if set(x.inputs(TOKENS, MASK)) == {y.name for y in backbone.inputs}
     )
     returned = backbone(family.inputs(TOKENS, MASK))
     arrays = [to_numpy(x).ravel() for x in keras.tree.flatten(returned)]

@@ -92,6 +92,21 @@ def _sentence_piece(prefix):
                 "\n",
             ],
         ),
+        "Gemma3n": dict(
+            gemma,
+            user_defined_symbols=[
+                "<image_soft_token>",
+                "<audio_soft_token>",
+                "<start_of_image>",
+                "<end_of_image>",
+                "<start_of_audio>",
+                "<end_of_audio>",
+                "<start_of_turn>",
+                "<end_of_turn>",
+                "<mask>",
+                "[multimodal]",
+            ],
+        ),
         "Llama": dict(
             unk_id=0,
             bos_id=1,

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from keras_hub.src.utils.transformers import convert_gemma3n
 
 PROMPT_LENGTH = 20
 NEW_TOKENS = 24
@@ -485,6 +486,60 @@ def _t5gemma2_weights(backbone, read):
                 ),
             ):
                 yield layer.scale, read(f"{name}.{part}.weight")
+
+
+def _gemma3n_arguments(config):
+    rope = config.rope_parameters
+    names = (
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "layer_types",
+        "sliding_window",
+        "max_position_embeddings",
+        "vocab_size_per_layer_input",
+        "hidden_size_per_layer_input",
+        "altup_num_inputs",
+        "laurel_rank",
+        "activation_sparsity_pattern",
+        "altup_coef_clip",
+        "altup_active_idx",
+        "num_kv_shared_layers",
+        "rms_norm_eps",
+    )
+    return dict(
+        {name: getattr(config, name) for name in names},
+        text_vocab_size=config.vocab_size,
+        text_hidden_size=config.hidden_size,
+        pad_token_id=0,
+        hidden_activation="gelu_approximate",
+        rope_theta=rope["full_attention"]["rope_theta"],
+        rope_local_base_freq=rope["sliding_attention"]["rope_theta"],
+        final_logit_soft_cap=config.final_logit_softcapping,
+    )
+
+
+def _gemma3n_weights(backbone, read):
+    # keras_hub's converter reads models of text together with two towers.
+    found = []
+
+    class Loader:
+        """What it asks for weights."""
+
+        def port_weight(self, variable, name, hook_fn=lambda x, shape: x):
+            name = name.replace("model.language_model.", "model.")
+            try:
+                value = hook_fn(read(name), variable.shape)
+            except KeyError:
+                # Which nothing reads, and transformers has not.
+                assert any(x in name for x in ("k_proj", "v_proj", "k_norm"))
+                value = variable.numpy()
+            found.append((variable, value))
+
+    convert_gemma3n._port_language_model(Loader(), backbone)
+    return found
 
 
 def _moonshine_arguments(config):
@@ -1130,6 +1185,22 @@ FAMILIES = {
             top_k_experts=2,
             moe_intermediate_size=24,
         ),
+    ),
+    "gemma3n": Family(
+        "Gemma3n",
+        transformers.Gemma3nTextConfig(
+            **dict(_GEMMA, num_hidden_layers=6),
+            layer_types=["sliding_attention", "full_attention"] * 3,
+            num_kv_shared_layers=3,
+            sliding_window=WINDOW,
+            vocab_size_per_layer_input=100,
+            hidden_size_per_layer_input=8,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.5, 0.0] * 3,
+            final_logit_softcapping=10.0,
+        ),
+        _gemma3n_arguments,
+        _gemma3n_weights,
     ),
     "gpt_oss": Family(
         "GptOss",

@@ -33,6 +33,11 @@ class SharingAttention(CachedAttention):
     shared_argument = "shared_kv"
     heads_first = False
 
+    def on_specialized(self):
+        super().on_specialized()
+        # What it is given of a cache stays in the dtype of that.
+        self.autocast = False
+
     def answer(self, x, cache, kwargs):
         query, key, value, *rest = self.project(x, cache.positions)
         if self.borrows:

@@ -70,6 +70,8 @@ class DecoderBlock(Specialized):
             does.
         shared_argument: Name of the one of these that takes what a layer inside
             that borrows is to read. `None` if none does.
+        streams: How many streams of hidden states the block takes and returns,
+            `(streams, B, T, hidden_dim)`. `None` for `(B, T, hidden_dim)`.
         own_parts: Method that returns a dictionary like `parts`, with what
             this family calls otherwise than others.
     """
@@ -81,9 +83,18 @@ class DecoderBlock(Specialized):
     packs_source = False
     carries = ()
     shared_argument = None
+    streams = None
 
     def own_parts(self):
         return {}
+
+    def stream_shape(self, shape):
+        """The shape of what branches start from, `(B, T, hidden_dim)`.
+
+        Args:
+            shape: That of the hidden states that the block takes.
+        """
+        return tuple(shape if self.streams is None else shape[1:])
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -341,6 +352,9 @@ class DecoderBlock(Specialized):
     def compute_output_spec(self, *args, entries=None, **kwargs):
         """What the block returns, for all families and with all it may take."""
         hidden_states = first_argument(args, kwargs)
+        hidden_states = keras.KerasTensor(
+            self.stream_shape(hidden_states.shape), hidden_states.dtype
+        )
         outputs, slots = self.upstream_spec(*args, **kwargs), None
         if entries is None:
             outputs, slots = (outputs,), hidden_states.shape[1]
@@ -426,6 +440,16 @@ class DecoderBlock(Specialized):
                     f"Received: shape={tuple(x.shape)}. Only blocks of the "
                     "same hidden size go into one model."
                 )
+        axes = 3 if self.streams is None else 4
+        if len(x.shape) != axes or self.streams not in (None, x.shape[0]):
+            expected = "(B, T, hidden_dim)"
+            if self.streams is not None:
+                expected = f"({self.streams}, B, T, hidden_dim)"
+            raise ValueError(
+                f"Expected decoder block {self.name!r} to get hidden states "
+                f"{expected}. Received: shape={tuple(x.shape)}. Only blocks "
+                "with as many streams of them go into one model."
+            )
 
     def get_config(self):
         upstream = type(self).__bases__[-1]

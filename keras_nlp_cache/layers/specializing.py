@@ -87,12 +87,24 @@ def specialize(layer, cls):
             f"{cls.__name__}. Name the subclass after the class that it "
             "extends."
         )
+    if not issubclass(cls, Specialized):
+        layer.__class__ = cls
+        return
+    give_class(layer, cls)
+    layer.on_specialized()
+
+
+def give_class(layer, cls):
+    """Gives a layer a subclass of its class, with other arguments to call it.
+
+    Args:
+        layer: A layer, changed in place.
+        cls: The class.
+    """
     layer.__class__ = cls
-    if issubclass(cls, Specialized):
-        # What Keras' constructor noted of `call()`.
-        layer._call_signature = inspect.signature(layer.call)
-        layer.call_signature_parameters = list(layer._call_signature.parameters)
-        layer.on_specialized()
+    # What Keras' constructor noted of `call()`.
+    layer._call_signature = inspect.signature(layer.call)
+    layer.call_signature_parameters = list(layer._call_signature.parameters)
 
 
 def specialize_within(layers):

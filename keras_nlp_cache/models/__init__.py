@@ -14,6 +14,8 @@ from keras_nlp_cache.models.gemma import GemmaBackbone
 from keras_nlp_cache.models.gemma import GemmaCausalLM
 from keras_nlp_cache.models.gemma3 import Gemma3Backbone
 from keras_nlp_cache.models.gemma3 import Gemma3CausalLM
+from keras_nlp_cache.models.gemma3n import Gemma3nBackbone
+from keras_nlp_cache.models.gemma3n import Gemma3nCausalLM
 from keras_nlp_cache.models.gemma4 import Gemma4Backbone
 from keras_nlp_cache.models.gemma4 import Gemma4CausalLM
 from keras_nlp_cache.models.gpt2 import GPT2Backbone
@@ -77,6 +79,8 @@ __all__ = [
     "GPTNeoXCausalLM",
     "Gemma3Backbone",
     "Gemma3CausalLM",
+    "Gemma3nBackbone",
+    "Gemma3nCausalLM",
     "Gemma4Backbone",
     "Gemma4CausalLM",
     "GemmaBackbone",

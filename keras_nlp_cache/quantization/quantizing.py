@@ -85,6 +85,7 @@ def quantizing(backbone):
     with _light_garbage_collection():
         yield
     mend_quantized(backbone.token_embedding)
+    mend_quantized(backbone.output_embedding)
 
 
 @contextlib.contextmanager

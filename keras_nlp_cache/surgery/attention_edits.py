@@ -131,7 +131,7 @@ def replace_attention(model, where, function):
                 "Expected `function` to return a Keras layer that is called "
                 f"as `attend()` is. Received: {new!r}."
             )
-        _check_attention(new, attention, part.site.shape)
+        _check_attention(new, attention, part.stream_shape)
         if isinstance(
             getattr(attention, "replaced_attention", None), WeightsTap
         ):

@@ -307,7 +307,8 @@ class AddDirection(Positionwise, keras.layers.Layer):
         **kwargs: See `keras.layers.Layer`.
 
     Call arguments:
-        x: Hidden states `(B, T, hidden_dim)`.
+        x: Hidden states `(B, T, hidden_dim)`, or several streams of these,
+            `(streams, B, T, hidden_dim)`.
         block: int, one of `blocks`.
         generated: Optional int tensor `(B, T)`, not 0 where the token that
             follows is generated. With `generated_only` nothing is added
@@ -351,12 +352,13 @@ class AddDirection(Positionwise, keras.layers.Layer):
                 f"Expected `block` to be one of {self.blocks}, the blocks that "
                 f"layer {self.name!r} has directions for. Received: {block!r}."
             )
-        if self.rows is not None and isinstance(x.shape[0], int):
-            if x.shape[0] != self.rows:
+        batch = x.shape[-3]
+        if self.rows is not None and isinstance(batch, int):
+            if batch != self.rows:
                 raise ValueError(
                     f"Expected a batch of {self.rows} rows, for each of which "
                     f"layer {self.name!r} has a strength. Received: "
-                    f"{x.shape[0]}. Apply the vector with as many strengths, "
+                    f"{batch}. Apply the vector with as many strengths, "
                     "or with one for all."
                 )
         if self.generated_only and generated is None:

@@ -235,12 +235,16 @@ def repeat_blocks(model, where, times=2):
         else:
             runs.append([site])
     again = {run[-1]: run for run in runs}
+    arguments = {}
 
     def call(site, *args, **kwargs):
         x = site.layer(*args, **kwargs)
+        # What blocks hand on comes of those that were called since.
+        carried = getattr(site.layer, "carries", ())
+        arguments[site] = {k: y for k, y in kwargs.items() if k not in carried}
         for _ in range(times - 1):
             for repeated in again.get(site, ()):
-                x = repeated.layer(x)
+                x = repeated.layer(x, **arguments[repeated])
         return x
 
     return rewire_sites(model, call)

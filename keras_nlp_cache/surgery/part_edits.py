@@ -125,7 +125,7 @@ def _tap_weights(block, part):
                 f"to tap its weights. Received: {part.name!r}, whose attention "
                 f"function was replaced by {function.name!r}."
             )
-        heads = attention.compute_query_shape(part.site.shape)[2]
+        heads = attention.compute_query_shape(part.stream_shape)[2]
         tap = WeightsTap(function, heads, **_named(block, attention, "weights"))
         return share(attention, replaced_attention=tap)
 

@@ -75,12 +75,17 @@ class Part(typing.NamedTuple):
         """How many query heads the attention of the block has."""
         block = self.site.layer
         attention = getattr(block, block.attention_name)
-        return attention.compute_query_shape(self.site.shape)[2]
+        return attention.compute_query_shape(self.stream_shape)[2]
+
+    @property
+    def stream_shape(self):
+        """`(B, T, hidden_dim)`, the shape of what branches start from."""
+        return self.site.layer.stream_shape(self.site.shape)
 
     @property
     def shapes(self):
         """What the layer takes and returns, as two shapes."""
-        block, hidden = self.site.layer, self.site.shape
+        block, hidden = self.site.layer, self.stream_shape
         attention = getattr(block, block.attention_name)
         heads = hidden
         if not hasattr(attention, "stand_in"):

@@ -99,7 +99,7 @@ def check_positionwise(edited, original):
                 for i, site in zip(results, sites)
                 if site in inserted
                 and not _is_positionwise(site.layer)
-                and len(site.shape) == 3
+                and len(site.shape) >= 3
                 and mixed([i])
             ]
         except Exception as e:
@@ -447,7 +447,7 @@ def _run(model, token_ids, noise, positions, kept):
                 x = x + ops.cast(noise, x.dtype)
                 noise = None
         if places[site.name] in kept:
-            results[places[site.name]] = x
+            results[places[site.name]] = batch_first(x, site.shape)
         return x
 
     inputs = dict.fromkeys(model._inputs_struct)
@@ -462,11 +462,31 @@ def _run(model, token_ids, noise, positions, kept):
     x, taps = model.replay(inputs, positions, call)
     x = model.hidden_states_of(x)
     of_encoder = {site.name for site in sites if site.in_encoder}
-    taps = {k: x if k in of_encoder else y for k, y in taps.items()}
+    shapes = {name: y.shape for name, y in model._outputs_struct[2].items()}
+    taps = {
+        k: x if k in of_encoder else batch_first(y, shapes[k])
+        for k, y in taps.items()
+    }
     for i, output in enumerate((x, *taps.values()), start=len(sites)):
         if i in kept:
             results[i] = output
     return [results[i] for i in kept]
+
+
+def batch_first(x, shape):
+    """The same with the axes of batch and positions first.
+
+    Some blocks take and return several streams, whose number comes before.
+
+    Args:
+        x: Tensor of hidden states.
+        shape: What is known of its shape: no size of the batch, nor before it
+            one that is not known.
+    """
+    before = tuple(shape).index(None) if None in tuple(shape) else 0
+    for _ in range(before):
+        x = ops.moveaxis(x, 0, 2)
+    return x
 
 
 def _agree(x, y):

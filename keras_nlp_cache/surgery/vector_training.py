@@ -144,16 +144,18 @@ class LastHiddenStates(keras.Model):
     def call(self, inputs):
         _, taps = self.tapped(inputs)
         last = ops.sum(inputs["padding_mask"], axis=1, keepdims=True) - 1
-        # NumPy, where they go next, has no bfloat16.
-        return {
-            str(site.block): ops.cast(
-                ops.take_along_axis(taps[site.name], last[:, :, None], axis=1)[
-                    :, 0
-                ],
-                "float32",
+        last = ops.cast(last[:, :, None], "int32")
+        found = {}
+        for site in self.sites:
+            x = taps[site.name]
+            if len(x.shape) == 4:
+                # A direction is added to all streams.
+                x = ops.mean(x, axis=0)
+            # NumPy, where they go next, has no bfloat16.
+            found[str(site.block)] = ops.cast(
+                ops.take_along_axis(x, last, axis=1)[:, 0], "float32"
             )
-            for site in self.sites
-        }
+        return found
 
 
 def _last_hidden_states(backbone, token_ids, padding_mask, batch_size):
