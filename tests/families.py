@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from keras import ops
 from keras.src.saving import object_registration
+from keras_hub.src.models.qwen3_5.qwen3_5_vision_encoder import (
+    Qwen3_5VisionEncoder,
+)
 
 from tests import text
 
@@ -424,7 +427,10 @@ class ImagesInText(ImageText):
 
     @property
     def config(self):
-        tower = keras_hub.models.Gemma3VisionEncoder(
+        return (*self._config, ("vision_encoder", self.tower()))
+
+    def tower(self):
+        return keras_hub.models.Gemma3VisionEncoder(
             image_size=16,
             patch_size=4,
             pool_size=2,
@@ -434,7 +440,6 @@ class ImagesInText(ImageText):
             intermediate_dim=24,
             output_dim=32,
         )
-        return (*self._config, ("vision_encoder", tower))
 
     @config.setter
     def config(self, given):
@@ -566,6 +571,58 @@ class WithQFormer(ImageText):
             image_converter=self.upstream("ImageConverter")(
                 image_size=(16, 16)
             ),
+            sequence_length=sequence_length,
+        )
+
+
+class ImagesInGrids(ImagesInText, Stateful):
+    """A family in whose text images of any size stand, each in a grid."""
+
+    # How many rows and columns of patches the images of each row have. Four
+    # patches become a token.
+    grids = (((4, 4), (2, 2)), ((2, 4), (2, 6)))
+    # Where their tokens stand in it.
+    places = ((0, 1, 2, 3, 6), (1, 2, 4, 5, 6))
+
+    def tower(self):
+        return Qwen3_5VisionEncoder(
+            depth=1,
+            hidden_size=16,
+            num_heads=2,
+            intermediate_size=24,
+            patch_size=4,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            out_hidden_size=32,
+            num_position_embeddings=16,
+        )
+
+    def inputs(self, token_ids, padding_mask):
+        """What a backbone is called with, and the same images for all.
+
+        For a batch of two, with two images in each row. Text goes on after the
+        seventh token.
+        """
+        grids = np.array([[(1, *x) for x in row] for row in self.grids])
+        count = grids[0].prod(axis=1).sum()
+        rng = np.random.default_rng(4)
+        pixels = rng.normal(size=(2, count, 2, 4, 4, 3)).astype("float32")
+        first = token_ids.shape[1] * np.arange(2)[:, None]
+        return {
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "pixel_values": pixels,
+            "image_grid_thw": grids.astype("int32"),
+            "vision_indices": (np.array(self.places) + first).astype("int32"),
+        }
+
+    def preprocessor(self, sequence_length=16):
+        converter = keras_hub.layers.Qwen3_5ImageConverter(
+            patch_size=4, min_pixels=64, max_pixels=256, scale=1 / 255
+        )
+        return self.upstream(f"{self.kind}Preprocessor")(
+            self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
+            image_converter=converter,
             sequence_length=sequence_length,
         )
 
@@ -856,8 +913,21 @@ IMAGE_MODELS += (
     ),
 )
 
+_IN_GRIDS = dict(head_dim=16, partial_rotary_factor=0.75)
+GRID_MODELS = tuple(
+    _family(
+        f"{x.name}_vision",
+        x.prefix,
+        dict(x.config, **_IN_GRIDS),
+        cls=ImagesInGrids,
+        mrope_section=[2, 2, 2],
+    )
+    for x in FAMILIES
+    if x.prefix.startswith("Qwen3_5")
+)
+
 if PATCHED:
-    ENCODER_DECODERS = IMAGE_MODELS = ()
+    ENCODER_DECODERS = IMAGE_MODELS = GRID_MODELS = ()
     # Those that the patches cover.
     FAMILIES = tuple(
         x for x in FAMILIES if x.prefix in ("GPT2", "Gemma", "Llama", "Llama3")
@@ -912,13 +982,17 @@ every_family = pytest.mark.parametrize(
 # For what defines a family whatever it reads beside a text.
 any_family = pytest.mark.parametrize(
     "family",
-    [_with_name(x) for x in (*FAMILIES, *ENCODER_DECODERS, *IMAGE_MODELS)],
+    [
+        _with_name(x)
+        for x in (*FAMILIES, *ENCODER_DECODERS, *IMAGE_MODELS, *GRID_MODELS)
+    ],
 )
 # For what only they have.
 every_encoder_decoder = _taking_turns(ENCODER_DECODERS, jax=1, tensorflow=1)
 STATEFUL = tuple(x for x in FAMILIES if x.keeps_states)
 every_stateful = _taking_turns(STATEFUL, jax=1, tensorflow=1)
 every_image_model = _taking_turns(IMAGE_MODELS, jax=1, tensorflow=1)
+every_grid_model = _taking_turns(GRID_MODELS, jax=1, tensorflow=1)
 # For what comes of upstream's code and of the lines that a family has, and not
 # of a backend: all on PyTorch, which compiles nothing, and elsewhere one of
 # each kind in turn. The deep ones, and:
@@ -942,7 +1016,9 @@ each_kind_that_attends = _taking_turns(
 )
 # Of each kind, those with an encoder and with images, too.
 any_kind = _taking_turns(
-    [*_EACH_KIND, *ENCODER_DECODERS, *IMAGE_MODELS], jax=3, tensorflow=2
+    [*_EACH_KIND, *ENCODER_DECODERS, *IMAGE_MODELS, *GRID_MODELS],
+    jax=3,
+    tensorflow=2,
 )
 # For what code does that does not ask which family it serves.
 deep_families = _taking_turns(DEEP, jax=1, tensorflow=1)

@@ -14,6 +14,7 @@ from tests.families import SOUND
 from tests.families import to_numpy
 from tests.transformers_models import ENCODER_DECODERS
 from tests.transformers_models import FAMILIES
+from tests.transformers_models import GRID_MODELS
 from tests.transformers_models import IMAGE_MODELS
 from tests.transformers_models import MAX_LENGTH
 from tests.transformers_models import PROMPT_LENGTH
@@ -138,4 +139,38 @@ def test_image_models(name, tmp_path):
     output = lm.generate(prompts, stop_token_ids=None)
     np.testing.assert_array_equal(
         output["token_ids"], theirs.greedy(IMAGES, TOKEN_IDS)
+    )
+
+
+@pytest.mark.parametrize("name", GRID_MODELS)
+def test_images_in_grids(name, tmp_path):
+    theirs = GRID_MODELS[name]
+    theirs.save(tmp_path)
+    lm = theirs.load(models, tmp_path)
+    mask = padding_mask([PROMPT_LENGTH, PROMPT_LENGTH - 5], PROMPT_LENGTH)
+    expected = theirs.logits(TOKEN_IDS, mask)
+    inputs = theirs.our_inputs(TOKEN_IDS, mask)
+    inputs["position_ids"] = theirs.positions(TOKEN_IDS, mask)
+    # What is computed of an image depends on its size, and is not compiled.
+    embeddings = lm.backbone.embed(inputs)
+    full = compiled(lm.backbone)(
+        {
+            "token_ids": TOKEN_IDS,
+            "padding_mask": mask,
+            "embeddings": to_numpy(embeddings),
+            "position_ids": inputs["position_ids"],
+        }
+    )
+    real = mask.astype(bool)
+    logits = to_numpy(lm._logits(full))
+    np.testing.assert_allclose(logits[real], expected[real], **TOLERANCE)
+    room = ((0, 0), (0, MAX_LENGTH - PROMPT_LENGTH))
+    lm.compile(sampler="greedy")
+    token_ids = np.pad(TOKEN_IDS, room)
+    mask = np.pad(np.ones_like(TOKEN_IDS), room)
+    prompts = theirs.our_inputs(token_ids, mask)
+    prompts["position_ids"] = theirs.positions(token_ids, mask)
+    output = lm.generate(prompts, stop_token_ids=None)
+    np.testing.assert_array_equal(
+        output["token_ids"][:, PROMPT_LENGTH:], theirs.greedy(TOKEN_IDS)
     )

@@ -18,6 +18,7 @@ from tests.families import decode
 from tests.families import deep_suites
 from tests.families import ENCODER_DECODERS
 from tests.families import FAMILIES
+from tests.families import GRID_MODELS
 from tests.families import IMAGE_MODELS
 from tests.families import on_one_backend
 from tests.families import padding_mask
@@ -34,7 +35,7 @@ def outputs(backbone):
     """All that a backbone returns, in one array."""
     family = next(
         x
-        for x in (*FAMILIES, *ENCODER_DECODERS, *IMAGE_MODELS)
+        for x in (*FAMILIES, *ENCODER_DECODERS, *IMAGE_MODELS, *GRID_MODELS)
         if set(x.inputs(TOKENS, MASK)) == {y.name for y in backbone.inputs}
     )
     returned = backbone(family.inputs(TOKENS, MASK))
@@ -70,7 +71,8 @@ def paths(model):
     each model.
     """
     counted = (
-        r"(_moe_block|t5_layer_norm|\w+_normalization|moonshine_\w+?)_\d+/"
+        r"(_moe_block|t5_layer_norm|\w+_normalization|moonshine_\w+?"
+        r"|vision_encoder)_\d+/"
     )
     return [re.sub(counted, r"\1/", w.path) for w in model.weights]
 

@@ -14,12 +14,16 @@ CORPUS = (
 
 
 # Which families have the tokenizer of which others.
-_SAME = {"Moonshine": "Llama", "T5Gemma2": "T5Gemma"}
+_SAME = {
+    "Moonshine": "Llama",
+    "T5Gemma2": "T5Gemma",
+    "Qwen3_5Moe": "Qwen3_5",
+}
 
 
 def tokenizer_arguments(prefix):
     """Constructor arguments of the tokenizer of a model family."""
-    if prefix in ("Bart", "BLIP2", "GPT2", "Llama3"):
+    if prefix in ("Bart", "BLIP2", "GPT2", "Llama3", "Qwen3_5", "Qwen3_5Moe"):
         return _byte_pair(prefix)
     return {"proto": _sentence_piece(_SAME.get(prefix, prefix))}
 
@@ -40,7 +44,16 @@ def _byte_pair(prefix):
             "<|start_header_id|>",
             "<|end_header_id|>",
         ],
-    }[prefix]
+        "Qwen3_5": [
+            "<|endoftext|>",
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|image_pad|>",
+            "<|video_pad|>",
+        ],
+    }[_SAME.get(prefix, prefix)]
     vocabulary = {piece: i for i, piece in enumerate([*pieces, *special])}
     return {"vocabulary": vocabulary, "merges": merges}
 

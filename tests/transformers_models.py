@@ -58,7 +58,8 @@ class Family:
                 if any(x in name for x in ("embed", "wte", "wpe")):
                     # What the layers add is to outweigh the last token.
                     scale = 0.1 if deep else 0.2
-                if "vision" in name and parameter.ndim > 1:
+                of_tower = "vision" in name or "visual" in name
+                if of_tower and parameter.ndim > 1:
                     # Whose rounding is enlarged by all that follows.
                     scale = 0.2
                 value = scale * torch.randn_like(parameter)
@@ -368,6 +369,68 @@ class ImagesInText(ImageText):
             axis=1,
         )
         return generated
+
+
+class ImagesInGrids(Family):
+    """A small model in whose text images of any size stand, in grids."""
+
+    auto_class = transformers.AutoModelForImageTextToText
+    # How many patches images have, and where in the text of each row their
+    # tokens stand, four patches each.
+    grids = (((1, 4, 4), (1, 2, 2)), ((1, 2, 4), (1, 2, 6)))
+    places = ((1, 2, 3, 4, 6), (7, 8, 10, 11, 12))
+
+    def our_inputs(self, token_ids, padding_mask):
+        grids = np.array(self.grids)
+        count = grids[0].prod(axis=1).sum()
+        rng = np.random.default_rng(4)
+        first = token_ids.shape[1] * np.arange(2)[:, None]
+        return {
+            "token_ids": token_ids,
+            "padding_mask": padding_mask,
+            "pixel_values": rng.uniform(size=(2, count, 2, 4, 4, 3)),
+            "image_grid_thw": grids,
+            "vision_indices": np.array(self.places) + first,
+        }
+
+    def inputs(self, token_ids, padding_mask):
+        """What transformers takes for the same images and texts."""
+        ours = self.our_inputs(token_ids, padding_mask)
+        of_images = np.zeros_like(token_ids)
+        of_images.flat[ours["vision_indices"].reshape(-1)] = 1
+        ids = np.where(of_images, self.config.image_token_id, token_ids)
+        pixels = np.concatenate(ours["pixel_values"]).transpose(0, 4, 1, 2, 3)
+        return dict(
+            input_ids=torch.tensor(ids).long(),
+            attention_mask=torch.tensor(padding_mask).long(),
+            pixel_values=torch.tensor(pixels).float().flatten(1),
+            image_grid_thw=torch.tensor(np.concatenate(self.grids)),
+            mm_token_type_ids=torch.tensor(of_images).int(),
+        )
+
+    def positions(self, token_ids, padding_mask):
+        """Where tokens stand, `(B, 4, T)`, as keras_hub's preprocessor says."""
+        inputs = self.inputs(token_ids, padding_mask)
+        found, _ = self.model.model.get_rope_index(
+            inputs["input_ids"],
+            inputs["mm_token_type_ids"],
+            image_grid_thw=inputs["image_grid_thw"],
+        )
+        found = found.numpy().swapaxes(0, 1)
+        return np.concatenate([found[:, :1], found], axis=1)
+
+    def logits(self, token_ids, padding_mask):
+        with torch.no_grad():
+            inputs = self.inputs(token_ids, padding_mask)
+            return self.model(**inputs).logits.numpy()
+
+    def greedy(self, token_ids):
+        """What transformers continues the prompts by."""
+        return self.model.generate(
+            **self.inputs(token_ids, np.ones_like(token_ids)),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        ).numpy()[:, token_ids.shape[1] :]
 
 
 def _t5_arguments(config):
@@ -994,6 +1057,12 @@ _QWEN3_5 = dict(
     eos_token_id=None,
     pad_token_id=None,
 )
+_QWEN3_5_MOE = dict(
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=24,
+    num_experts=4,
+    num_experts_per_tok=2,
+)
 FAMILIES = {
     "gpt2": Family(
         "GPT2",
@@ -1129,13 +1198,7 @@ FAMILIES = {
     ),
     "qwen3_5_moe": OfSeveralMedia(
         "Qwen3_5Moe",
-        transformers.Qwen3_5MoeTextConfig(
-            **_QWEN3_5,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=24,
-            num_experts=4,
-            num_experts_per_tok=2,
-        ),
+        transformers.Qwen3_5MoeTextConfig(**_QWEN3_5, **_QWEN3_5_MOE),
     ),
     "phi3": _phi3(MAX_LENGTH),
     "phi3_long": _phi3(PROMPT_LENGTH - 4),
@@ -1322,6 +1385,56 @@ IMAGE_MODELS["blip2"] = WithQFormer(
         ),
     ),
 )
+_IN_GRIDS = dict(
+    text_config=dict(
+        # With one for the token that stands for an image.
+        dict(_QWEN3_5, vocab_size=101),
+        head_dim=16,
+        rope_parameters=dict(
+            rope_type="default",
+            rope_theta=1000.0,
+            partial_rotary_factor=0.75,
+            mrope_section=[2, 2, 2],
+        ),
+    ),
+    vision_config=dict(
+        depth=2,
+        hidden_size=16,
+        num_heads=2,
+        intermediate_size=24,
+        in_channels=3,
+        patch_size=4,
+        temporal_patch_size=2,
+        spatial_merge_size=2,
+        out_hidden_size=32,
+        num_position_embeddings=16,
+    ),
+    image_token_id=100,
+    tie_word_embeddings=False,
+    attn_implementation="eager",
+)
+GRID_MODELS = {
+    "qwen3_5": ImagesInGrids(
+        "Qwen3_5",
+        transformers.Qwen3_5Config(
+            **{
+                **_IN_GRIDS,
+                "text_config": dict(
+                    _IN_GRIDS["text_config"], intermediate_size=48
+                ),
+            }
+        ),
+    ),
+    "qwen3_5_moe": ImagesInGrids(
+        "Qwen3_5Moe",
+        transformers.Qwen3_5MoeConfig(
+            **{
+                **_IN_GRIDS,
+                "text_config": dict(_IN_GRIDS["text_config"], **_QWEN3_5_MOE),
+            }
+        ),
+    ),
+}
 
 _T5GEMMA = dict(
     vocab_size=100,

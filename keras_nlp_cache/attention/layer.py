@@ -298,6 +298,8 @@ class CachedAttention(Specialized, Remembers):
         if nearer is None:
             return None
         slot = slots(cache.index, x.shape[1])
+        if len(cache.positions.shape) > 2:
+            nearer = nearer[:, :, None]  # In a grid, on all axes.
         moved, *_ = self.project(x, cache.positions - nearer)
         if isinstance(key, Int8):
             moved = turn(moved)

@@ -221,6 +221,19 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         """
         return source
 
+    @property
+    def source_names(self):
+        """Names of what is read of a batch of prompts beside its text."""
+        return self.backbone.roles.of_prefill
+
+    def fitted(self, inputs, max_length, truncation):
+        """A batch of prompts that are token ids, padded to some length.
+
+        Takes and returns what `reading.fitted()` does.
+        """
+        masks = self.backbone.roles.beside_images[-1:]
+        return reading.fitted(inputs, max_length, truncation, masks)
+
     def overridden(self, *names):
         """Which methods are not those of this package.
 
@@ -259,6 +272,15 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         Otherwise it calls it only for samplers with a loop of their own.
         """
         self.refuse_partial_steering()
+        self.refuse_states()
+        if self.overridden("_build_cache", "call_with_cache"):
+            # They may keep the cache.
+            return super().generate_step(inputs, stop_token_ids)
+        with accessing(loop_access()):
+            return super().generate_step(inputs, stop_token_ids)
+
+    def refuse_states(self):
+        """Raises a `ValueError` if a token must not be read twice."""
         if self.backbone.has_states:
             raise ValueError(
                 "Expected a sampler that picks one token at a time, such as "
@@ -266,11 +288,6 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 f"{type(self.sampler).__name__}, on a loop that reads padding, "
                 "and tokens twice, by which a state would change."
             )
-        if self.overridden("_build_cache", "call_with_cache"):
-            # They may keep the cache.
-            return super().generate_step(inputs, stop_token_ids)
-        with accessing(loop_access()):
-            return super().generate_step(inputs, stop_token_ids)
 
     def refuse_partial_steering(self):
         """Raises a `ValueError` if it matters which tokens are generated."""

@@ -1,5 +1,7 @@
 """Checks that prompts have a placeholder for each of their images."""
 
+import numpy as np
+
 from keras_nlp_cache.generate import reading
 
 
@@ -36,6 +38,46 @@ def check_placeholders(inputs, placeholder, most=None):
         f"`images` for it. Received: {list(wanted)} of them, for "
         f"{list(given)} images."
     )
+
+
+def of_each_prompt(prompts, given, placeholder, name, rank):
+    """Divides images among prompts, by the placeholders in these.
+
+    Args:
+        prompts: List of strings.
+        given: Arrays, all in one, in a list, or in a list for each prompt. Or
+            `None`.
+        placeholder: str, what stands for one of them.
+        name: str, what they are called.
+        rank: int. How many axes one of them has.
+
+    Returns:
+        A list with a list of arrays for each prompt.
+
+    Raises:
+        ValueError: If there are more of the ones than of the others.
+    """
+    found = [] if given is None else _flat(given, rank)
+    wanted, counts = [x.count(placeholder) for x in prompts], len(found)
+    if isinstance(given, (list, tuple)) and len(given) == len(prompts):
+        if any(isinstance(x, (list, tuple)) for x in given):
+            counts = [len(_flat(x, rank)) for x in given]
+    if counts != wanted and counts != sum(wanted):
+        raise ValueError(
+            f"Expected as many {placeholder!r} in `prompts` as there are "
+            f"`{name}`. Received: {wanted} of them, for {counts} {name}."
+        )
+    ends = np.cumsum(wanted)
+    return [
+        found[end - count : end] for count, end in zip(wanted, ends.tolist())
+    ]
+
+
+def _flat(given, rank):
+    """A list of arrays, of one with some more axes or of a nested list."""
+    if len(getattr(given, "shape", ())) == rank:
+        return [given]
+    return [y for x in given for y in _flat(x, rank)]
 
 
 def _counts(prompts, placeholder):

@@ -136,6 +136,9 @@ class ImageTextLM(CausalLM):
         """
         if isinstance(inputs, dict):
             inputs = dict(inputs)  # Upstream writes into it.
+            if "prompts" in inputs:
+                # By what is last, upstream sees whether there is one prompt.
+                inputs["prompts"] = inputs.pop("prompts")
             if further:
                 raise ValueError(
                     "Expected `inputs`, `max_length`, `stop_token_ids` and "
@@ -166,6 +169,8 @@ class ImageTextLM(CausalLM):
             return super()._generate(inputs, stop_token_ids)
         stops = prompts.stop_tokens(stop_token_ids)
         prompts.check_tokens(inputs, self.backbone)
+        if not self._has_loop():
+            self.refuse_states()
         inputs = self._as_arrays({**inputs, self.backbone.roles.images: images})
         self._check_images(inputs)
         inputs = self.with_masks(inputs)
@@ -175,14 +180,16 @@ class ImageTextLM(CausalLM):
             outputs = generate_batch(self, self._in_slots(inputs), stops)
         else:
             outputs = self._in_groups(inputs, stops)
-        return {
-            "token_ids": outputs["token_ids"][:, before:],
-            "padding_mask": outputs["padding_mask"][:, before:],
-            "images": images,
-        }
+        found = {name: x[:, before:] for name, x in outputs.items()}
+        if self.returns_images:
+            found[self.backbone.roles.images] = images
+        return found
+
+    # Whether `generate()` returns the images, too, as upstream's does.
+    returns_images = True
 
     def with_masks(self, inputs):
-        """A batch of prompts, with all that `Roles.beside_images` names."""
+        """A batch of prompts, with all that is read of them with images."""
         return inputs
 
     def _images_in(self, inputs):
@@ -197,7 +204,7 @@ class ImageTextLM(CausalLM):
         rank = len(self.backbone.cuts.images.shape)
         if len(images.shape) == rank - 1:
             images = images[None]
-        if len(images.shape) > 1 and images.shape[1] == 0:
+        if 0 in images.shape:
             return None
         return images
 
@@ -235,7 +242,7 @@ class ImageTextLM(CausalLM):
                 )
 
     def _as_arrays(self, inputs):
-        names = "token_ids", "padding_mask", *self.backbone.roles.of_images[:-2]
+        names = "token_ids", "padding_mask", *self.backbone.roles.of_images
         return {
             name: np.asarray(ops.convert_to_numpy(inputs[name]))
             for name in names
@@ -244,7 +251,7 @@ class ImageTextLM(CausalLM):
 
     def _check_images(self, inputs):
         """Has the backbone look at what it is going to read."""
-        names = self.backbone.roles.of_images[:-2]
+        names = self.backbone.roles.of_images
         images = {name: inputs.get(name) for name in names}
         self.backbone._normalize({"token_ids": inputs["token_ids"], **images})
 
@@ -335,6 +342,7 @@ class ImageTextLM(CausalLM):
         Upstream's calls the tower of its backbone, this one the graph.
         """
         self.refuse_partial_steering()
+        self.refuse_states()
         images = self._images_in(inputs)
         if images is None:
             self._check_text_alone(inputs)

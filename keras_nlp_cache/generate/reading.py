@@ -156,9 +156,8 @@ class Call:
     def _normalize_generate_inputs(self, inputs):
         batches, is_scalar = self._lm._normalize_generate_inputs(inputs)
         if self.preprocessor is None and self._max_length is not None:
-            masks = self._lm.backbone.roles.beside_images[-1:]
             batches = [
-                fitted(x, self._max_length, self._truncation, masks)
+                self._lm.fitted(x, self._max_length, self._truncation)
                 for x in batches
             ]
         return batches, is_scalar

@@ -225,7 +225,9 @@ class CachedGraph:
     @plain_python
     def __call__(self, inputs, *args, **kwargs):
         inputs = self._normalize(inputs)
-        if isinstance(inputs["cache"][0][0], keras.KerasTensor):
+        # A state, or what a policy keeps, is a structure of tensors.
+        first, *_ = tree.flatten(inputs["cache"][0][0])
+        if isinstance(first, keras.KerasTensor):
             return CallWithCache(self)(inputs, *args, **kwargs)
         return super().__call__(inputs, *args, **kwargs)
 

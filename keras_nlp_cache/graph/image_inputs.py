@@ -44,12 +44,14 @@ def normalize_images(inputs, backbone, text):
     ):
         if name in given:
             found[name] = as_tensor(name, inputs[name], like.dtype, "iuf")
-            names = _AXES[len(like.shape)]
-            check_shape(name, found[name], **dict(zip(names, like.shape)))
-    for name in roles.beside_images:
+            _check_like(name, found[name], like.shape, _AXES)
+    beside = {name: backbone.input[name].shape for name in roles.beside_images}
+    if roles.grid_positions is not None:
+        beside[roles.grid_positions] = None, 4, None
+    for name, shape in beside.items():
         if inputs.get(name) is not None:
             found[name] = as_tensor(name, inputs[name], "int32")
-            check_shape(name, found[name], batch=None, length=None)
+            _check_like(name, found[name], shape, _AXES_BESIDE)
     if text is not None:
         backbone.check_images(found, text)
     return found
@@ -60,7 +62,14 @@ _AXES = {
     3: ("batch", "length", "hidden_dim"),
     4: ("batch", "height", "width", "channels"),
     5: ("batch", "images", "height", "width", "channels"),
+    6: ("batch", "patches", "frames", "height", "width", "channels"),
 }
+# What those of whatever comes beside images are.
+_AXES_BESIDE = {2: ("batch", "length"), 3: ("batch", "rows", "columns")}
+
+
+def _check_like(name, x, shape, axes):
+    check_shape(name, x, **dict(zip(axes[len(shape)], shape)))
 
 
 def known(x):

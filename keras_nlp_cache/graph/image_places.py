@@ -1,5 +1,8 @@
 """Checks that images are where a text has places for them."""
 
+import math
+
+import keras
 import numpy as np
 
 from keras_nlp_cache.graph.image_inputs import check_length
@@ -169,3 +172,135 @@ def _check_whole(name, mask, count):
                 f"all of them in one call. Received a `{name}` of shape "
                 f"{mask.shape} with {lengths.tolist()} in row {row}."
             )
+
+
+def check_in_grids(images, text, roles, merged):
+    """Checks images of any size that stand in the place of tokens.
+
+    Args:
+        images: Dictionary of tensors, or `None`, for `Roles.of_images`, of
+            which two are beside images: how many patches they have, `(B, N,
+            3)`, and where tokens of images are, counted over all rows.
+        text: What `normalize()` made of all other inputs.
+        roles: `Roles`.
+        merged: int. How many patches of a row, and how many rows, become one
+            token.
+
+    Raises:
+        ValueError: If a shape does not fit the text, or if there are images and
+            no places or the other way round.
+    """
+    token_ids = text[roles.token_ids]
+    _check_grid_positions(images, text, roles)
+    if not roles.has_images(images):
+        for name in roles.beside_images:
+            if images[name] is not None:
+                raise ValueError(
+                    f"Expected `{roles.images}` with `{name}`. Received: no "
+                    f"images, and `{name}` of shape "
+                    f"{tuple(images[name].shape)}."
+                )
+        return
+    embeddings = images[roles.embeddings]
+    if embeddings is not None:
+        check_rows(roles.embeddings, embeddings, token_ids)
+        check_length(
+            roles.embeddings, embeddings, token_ids.shape[1], token_ids
+        )
+        return
+    grid, places = roles.beside_images
+    given, needed = roles.images, (grid, places)
+    if images[given] is None:
+        given, needed = roles.image_embeddings, (places,)
+    shape = tuple(images[given].shape)
+    missing = [name for name in needed if images[name] is None]
+    if missing:
+        raise ValueError(
+            f"Expected {' and '.join(f'`{x}`' for x in needed)} with images. "
+            f"Received: `{given}` of shape {shape}, and no "
+            f"{' and no '.join(missing)}."
+        )
+    count = shape[0] * shape[1] if None not in shape[:2] else None
+    if given == roles.images:
+        count = _check_grid(images, roles, count, merged)
+    _check_flat_places(places, images[places], count, token_ids)
+
+
+def _check_grid_positions(images, text, roles):
+    """Checks where tokens stand, if that is given."""
+    positions = images.get(roles.grid_positions)
+    if positions is None:
+        return
+    name, token_ids = roles.grid_positions, text[roles.token_ids]
+    check_rows(name, positions, token_ids)
+    if text["token_positions"] is not None:
+        raise ValueError(
+            f"Expected `{name}` or `token_positions`, which both say where "
+            "tokens stand. Received both."
+        )
+    length = token_ids.shape[1]
+    if None not in (length, positions.shape[2]):
+        if positions.shape[2] != length:
+            raise ValueError(
+                f"Expected `{name}` of shape (batch, 4, {length}), for "
+                f"`token_ids` of shape {tuple(token_ids.shape)}. Received "
+                f"shape: {tuple(positions.shape)}."
+            )
+
+
+def _check_grid(images, roles, patches, merged):
+    """Checks that images have the patches that is said of them.
+
+    Returns:
+        How many tokens they become, `None` if that is not known.
+    """
+    name, (grid, _) = roles.images, roles.beside_images
+    if isinstance(images[grid], keras.KerasTensor):
+        return None
+    sizes = known(images[grid])
+    if sizes is None:
+        raise ValueError(
+            f"Expected `{grid}` to hold numbers, of which it depends what is "
+            "to be computed. Received: a tensor without any yet, in a function "
+            f"that is being compiled. Call `embed()` before it, and pass "
+            f"`{roles.embeddings}` to it, or train with `run_eagerly=True`."
+        )
+    sizes = sizes.reshape(-1, 3)
+    if (sizes < 1).any() or (sizes[:, 1:] % merged).any():
+        raise ValueError(
+            f"Expected `{grid}` to hold numbers of patches of 1 or more, in "
+            f"height and width multiples of {merged}. Received: "
+            f"{sizes.tolist()}."
+        )
+    found = int(sizes.prod(axis=1).sum())
+    if patches is not None and found != patches:
+        raise ValueError(
+            f"Expected `{name}` to have the {found} patches of `{grid}`, "
+            f"{sizes.tolist()}. Received: {patches}, of shape "
+            f"{tuple(images[name].shape)}."
+        )
+    return found // merged**2
+
+
+def _check_flat_places(name, places, count, token_ids):
+    """Checks that each token of an image has a place in some text."""
+    shape = tuple(places.shape)
+    if count is not None and None not in shape and math.prod(shape) != count:
+        raise ValueError(
+            f"Expected `{name}` to name the places of all {count} tokens of "
+            f"images. Received shape: {shape}. A text that was cut may have "
+            "lost some."
+        )
+    indices = known(places)
+    if indices is None or None in token_ids.shape:
+        return
+    indices, size = indices.reshape(-1), math.prod(token_ids.shape)
+    if (
+        len(np.unique(indices)) < len(indices)
+        or ((indices < 0) | (indices >= size)).any()
+    ):
+        raise ValueError(
+            f"Expected `{name}` to name tokens from 0 to {size - 1}, row by "
+            "row, each once, for `token_ids` of shape "
+            f"{tuple(token_ids.shape)}. Received: {indices.tolist()}."
+        )

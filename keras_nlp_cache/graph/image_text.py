@@ -18,6 +18,7 @@ from keras_nlp_cache.cache.spans import ImageSpans
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.calling import flatten
 from keras_nlp_cache.graph.constructed import nodes_of
+from keras_nlp_cache.graph.grid_wiring import GridWiring
 from keras_nlp_cache.graph.image_inputs import normalize_images
 from keras_nlp_cache.graph.image_wiring import ImageWiring
 from keras_nlp_cache.graph.inputs import normalize
@@ -152,11 +153,13 @@ class ImageTextBackbone(CachedBackbone):
         if not self.sees:
             return super().new_wiring(graph)
         dtype = floating_policy(self.blocks[0])
-        return ImageWiring(dtype, graph, self.roles, self)
+        in_grids = self.roles.grid_positions is not None
+        wiring = GridWiring if in_grids else ImageWiring
+        return wiring(dtype, graph, self.roles, self)
 
     def _set_graph(self, wiring, *args, **kwargs):
         if isinstance(wiring, ImageWiring):
-            self._roles = self.image_roles
+            self._roles = wiring.roles
         super()._set_graph(wiring, *args, **kwargs)
 
     def with_graph(self, wiring, *args, **kwargs):
@@ -187,7 +190,7 @@ class ImageTextBackbone(CachedBackbone):
         )
 
     def new_spans(self, inputs, **kwargs):
-        """The symbolic spans of a call, int32 `(B, T)`.
+        """The symbolic spans of a call, int32 `(B, T)`, or `None` for none.
 
         Args:
             inputs: Dictionary of the symbolic inputs of a graph.
@@ -198,17 +201,20 @@ class ImageTextBackbone(CachedBackbone):
 
     # === How it is called ===
 
-    def encode_images(self, images):
+    def encode_images(self, images, **beside):
         """Runs the tower alone.
 
         Args:
             images: As upstream's backbone takes them.
+            **beside: What else the tower takes, by the names that it has for
+                the backbone.
 
         Returns:
             Tensor `(images, tokens, hidden_dim)`, to be passed as
             `"img_embeddings"`.
         """
-        given = normalize_images({self.roles.images: images}, self, None)
+        given = {self.roles.images: images, **beside}
+        given = normalize_images(self.unpacked(given), self, None)
         return self._computed(given, EncoderOutput)
 
     def embed(self, inputs):
@@ -270,7 +276,15 @@ class ImageTextBackbone(CachedBackbone):
             self.before if roles.has_images(inputs) else 0,
         )
         images = {name: inputs.get(name) for name in roles.of_images}
-        return {**text, **normalize_images(images, self, text)}
+        return {**text, **normalize_images(self.unpacked(images), self, text)}
+
+    def unpacked(self, images):
+        """What was passed of images, as upstream's graph takes it.
+
+        Args:
+            images: Dictionary for some of `Roles.of_images`.
+        """
+        return images
 
     def _output_spec(self, inputs, x):
         spec = super()._output_spec(inputs, x)

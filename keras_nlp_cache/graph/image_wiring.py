@@ -34,23 +34,37 @@ class ImageWiring(Wiring):
         self._cuts = backbone.cuts
         super().__init__(dtype, graph, roles)
 
+    @property
+    def roles(self):
+        """`Roles`, what inputs are called."""
+        return self._roles
+
     def _new_input(self, name):
-        if name != self._roles.images:
+        if name not in self._roles.images_of_upstream:
             return super()._new_input(name)
-        return _input_like(self._cuts.inputs[0], name)
+        if self._graph is None:
+            return _input_like(self._backbone.input[name], name)
+        (x,) = (x for x in self._graph.inputs if x.name == name)
+        return _input_like(x, name)
 
     def _new_positions(self):
         names = self._roles.image_embeddings, self._roles.embeddings
         for name, x in zip(names, self._cuts.inputs[1:]):
             self.inputs[name] = _input_like(x, name)
+        return self._place_tokens(
+            index=self.inputs["cache_update_index"],
+            token_positions=self.inputs["token_positions"],
+            attention_mask=self.inputs["attention_mask"],
+        )
+
+    def _place_tokens(self, **arguments):
+        """The symbolic positions of tokens, and of images before them."""
         positions = PositionsAfter(
             self._backbone.before, dtype=self._dtype, name="positions"
         )
         return positions(
             self.inputs[self._roles.token_ids],
-            index=self.inputs["cache_update_index"],
-            token_positions=self.inputs["token_positions"],
-            attention_mask=self.inputs["attention_mask"],
+            **arguments,
             images=self.inputs[self._roles.images],
             image_embeddings=self.inputs[self._roles.image_embeddings],
             embeddings=self.inputs[self._roles.embeddings],

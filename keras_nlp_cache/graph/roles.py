@@ -19,6 +19,8 @@ class Roles(typing.NamedTuple):
             last one has a column for each token of the text.
         image_embeddings: The output of the tower.
         embeddings: That and the embedded text, as one sequence.
+        grid_positions: Where tokens stand if those of an image stand in a grid,
+            `None` if all stand in a row.
     """
 
     token_ids: str = "token_ids"
@@ -31,6 +33,7 @@ class Roles(typing.NamedTuple):
     beside_images: tuple = ()
     image_embeddings: str | None = None
     embeddings: str | None = None
+    grid_positions: str | None = None
 
     @property
     def of_upstream(self):
@@ -40,7 +43,7 @@ class Roles(typing.NamedTuple):
             self.token_ids,
             self.padding_mask,
             *self.beside_text,
-            *self.of_images[:-2],
+            *self.images_of_upstream,
         )
 
     @property
@@ -51,15 +54,21 @@ class Roles(typing.NamedTuple):
         return self.source_ids, self.source_mask, self.source
 
     @property
+    def images_of_upstream(self):
+        """The inputs of images that upstream's backbone has. Empty without."""
+        return () if self.images is None else (self.images, *self.beside_images)
+
+    @property
     def of_images(self):
         """The inputs of images, or in their place. Empty without any."""
         if self.images is None:
             return ()
+        further = () if self.grid_positions is None else (self.grid_positions,)
         return (
-            self.images,
-            *self.beside_images,
+            *self.images_of_upstream,
             self.image_embeddings,
             self.embeddings,
+            *further,
         )
 
     def has_images(self, inputs):

@@ -8,9 +8,10 @@ from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.experts.mixture import ExpertBank
 from keras_nlp_cache.experts.mixture import SparseBlock
-from keras_nlp_cache.generate.causal_lm import CausalLM
-from keras_nlp_cache.graph.backbone import CachedBackbone
-from keras_nlp_cache.models.qwen3_5 import attend_to_all
+from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.models.qwen3_5 import GeneratesInGrids
+from keras_nlp_cache.models.qwen3_5 import ReadsOfEachPrompt
+from keras_nlp_cache.models.qwen3_5 import SeesInGrids
 
 decoder_block(qwen3_5_moe_decoder.Qwen3_5MoeTransformerDecoder)
 
@@ -31,14 +32,15 @@ class Qwen3_5MoeSparseMoeBlock(
 
 
 @replaces(keras_hub.models.Qwen3_5MoeBackbone)
-class Qwen3_5MoeBackbone(keras_hub.models.Qwen3_5MoeBackbone, CachedBackbone):
-    """Qwen 3.5 MoE, for text, with a cache in its graph.
+class Qwen3_5MoeBackbone(
+    SeesInGrids, keras_hub.models.Qwen3_5MoeBackbone, ImageTextBackbone
+):
+    """Qwen 3.5 MoE with a cache in its graph.
 
-    A drop-in replacement for `keras_hub.models.Qwen3_5MoeBackbone`, without a
-    `vision_encoder`: the same arguments, weights and files. `CachedBackbone`
-    describes what it can be called with beyond upstream's inputs.
-
-    Differs from upstream, on purpose: as `Qwen3_5Backbone`.
+    A drop-in replacement for `keras_hub.models.Qwen3_5MoeBackbone`: the same
+    arguments, weights and files. `Qwen3_5Backbone` describes what it can be
+    called with beyond upstream's inputs, how images are read, and what differs
+    from upstream, on purpose.
 
     Example:
 
@@ -61,12 +63,20 @@ class Qwen3_5MoeBackbone(keras_hub.models.Qwen3_5MoeBackbone, CachedBackbone):
         https://arxiv.org/abs/2412.06464
     """
 
-    def mend(self):
-        attend_to_all(self.blocks)
+
+@replaces(keras_hub.models.Qwen3_5MoeCausalLMPreprocessor)
+class Qwen3_5MoeCausalLMPreprocessor(
+    ReadsOfEachPrompt, keras_hub.models.Qwen3_5MoeCausalLMPreprocessor
+):
+    """Prompts with images of their own, each.
+
+    A drop-in replacement for `keras_hub.models.Qwen3_5MoeCausalLMPreprocessor`.
+    See `Qwen3_5CausalLMPreprocessor`.
+    """
 
 
 @replaces(keras_hub.models.Qwen3_5MoeCausalLM)
-class Qwen3_5MoeCausalLM(CausalLM, keras_hub.models.Qwen3_5MoeCausalLM):
+class Qwen3_5MoeCausalLM(GeneratesInGrids, keras_hub.models.Qwen3_5MoeCausalLM):
     """Qwen 3.5 MoE that generates through the graph of its backbone.
 
     A drop-in replacement for `keras_hub.models.Qwen3_5MoeCausalLM`. See
@@ -74,3 +84,4 @@ class Qwen3_5MoeCausalLM(CausalLM, keras_hub.models.Qwen3_5MoeCausalLM):
     """
 
     backbone_cls = Qwen3_5MoeBackbone
+    preprocessor_cls = Qwen3_5MoeCausalLMPreprocessor

@@ -40,7 +40,7 @@ def generate_batch(lm, inputs, stop_token_ids, assistant=None):
     given = ops.convert_to_numpy(inputs[roles.padding_mask]).astype(bool)
     source = {
         name: ops.convert_to_numpy(inputs[name])
-        for name in roles.of_prefill
+        for name in lm.source_names
         if inputs.get(name) is not None
     }
     limit = token_ids.shape[1]
