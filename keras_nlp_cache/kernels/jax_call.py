@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import threading
 
 import jax
 import numpy as np
@@ -10,11 +11,14 @@ from keras_nlp_cache.kernels.xla_handler import attributes
 from keras_nlp_cache.kernels.xla_handler import prepare
 
 _TARGET = "keras_nlp_cache_kernel"
+# Steps may be compiled in one thread while a prompt is read in another.
+_preparing = threading.Lock()
 
 
 def call(kernel, arguments, shape, dtype, sizes, pieces):
     """What `Kernel` does on JAX, by a custom call."""
-    _prepare(kernel)
+    with _preparing:
+        _prepare(kernel)
     function = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, dtype))
     values = attributes(kernel, arguments, sizes, pieces)
     return function(
