@@ -20,9 +20,8 @@ from keras_nlp_cache.generate.paired_seq_2_seq_lm import PairedSeq2SeqLM
 from keras_nlp_cache.graph.encoder_decoder import EncoderDecoderBackbone
 
 
-@replaces(t5gemma_attention.T5GemmaAttention)
-class T5GemmaAttention(CachedAttention, t5gemma_attention.T5GemmaAttention):
-    """Grouped-query attention that remembers, to a text or across."""
+class PairedAttention(CachedAttention):
+    """Attention of Gemma's in blocks that take two caches as a pair."""
 
     dropout_of_weights = "dropout_layer"
     returns_cache = True
@@ -36,6 +35,11 @@ class T5GemmaAttention(CachedAttention, t5gemma_attention.T5GemmaAttention):
     def rotary(self):
         return getattr(self, "rotary_embedding", None)
 
+
+@replaces(t5gemma_attention.T5GemmaAttention)
+class T5GemmaAttention(PairedAttention, t5gemma_attention.T5GemmaAttention):
+    """Grouped-query attention that remembers, to a text or across."""
+
     def _all_at_once(self, x, attention_mask, **kwargs):
         # Upstream's is added to the logits.
         return super()._all_at_once(x, attention_mask[:, 0] > MASKED, **kwargs)
@@ -46,55 +50,48 @@ class T5GemmaAttention(CachedAttention, t5gemma_attention.T5GemmaAttention):
         return super().answer(x, cache, kwargs)
 
 
-@replaces(t5gemma_decoder.T5GemmaDecoderLayer)
-class T5GemmaDecoderLayer(DecoderBlock, t5gemma_decoder.T5GemmaDecoderLayer):
-    """A block of the decoder, whose attention remembers."""
+class PairedBlock:
+    """Mixin for a decoder block of Gemma's that takes two caches as a pair.
+
+    And hidden states together with what the encoder returned.
+    """
 
     own_arguments = ("entries", "source")
     packs_source = True
+
+    def own_parts(self):
+        return {
+            "attention": "post_self_attn_layernorm",
+            "attention.norm": "pre_self_attn_layernorm",
+            "attention.post_norm": "post_self_attn_layernorm",
+            "feedforward": "post_feedforward_layernorm",
+            "feedforward.norm": "pre_feedforward_layernorm",
+            "feedforward.post_norm": "post_feedforward_layernorm",
+            "feedforward.down": "mlp.down_proj",
+            "feedforward.gate": "mlp.gate_proj",
+            "feedforward.up": "mlp.up_proj",
+        }
+
+    def upstream_spec(self, *args, source=None, **kwargs):
+        x = super().upstream_spec(*args, **kwargs)
+        shape = self.num_key_value_heads, self.head_dim
+        return x, tuple(
+            keras.KerasTensor((None, 2, y.shape[1], *shape), self.compute_dtype)
+            for y in (x, source)
+        )
+
+
+@replaces(t5gemma_decoder.T5GemmaDecoderLayer)
+class T5GemmaDecoderLayer(
+    PairedBlock, DecoderBlock, t5gemma_decoder.T5GemmaDecoderLayer
+):
+    """A block of the decoder, whose attention remembers."""
 
     def on_specialized(self):
         super().on_specialized()
         if self.layer_type == "sliding_attention":
             # Upstream counts the positions before the query's own.
             self.self_attn.window = self.sliding_window + 1
-
-    def own_parts(self):
-        return parts_of_gemma()
-
-    def upstream_spec(self, *args, source=None, **kwargs):
-        x = super().upstream_spec(*args, **kwargs)
-        return of_gemma(self, x, source)
-
-
-def parts_of_gemma():
-    """The `own_parts()` of a block of a decoder of Gemma's."""
-    return {
-        "attention": "post_self_attn_layernorm",
-        "attention.norm": "pre_self_attn_layernorm",
-        "attention.post_norm": "post_self_attn_layernorm",
-        "feedforward": "post_feedforward_layernorm",
-        "feedforward.norm": "pre_feedforward_layernorm",
-        "feedforward.post_norm": "post_feedforward_layernorm",
-        "feedforward.down": "mlp.down_proj",
-        "feedforward.gate": "mlp.gate_proj",
-        "feedforward.up": "mlp.up_proj",
-    }
-
-
-def of_gemma(block, x, source):
-    """What such a block returns: hidden states, and upstream's two caches.
-
-    Args:
-        block: The block.
-        x: `KerasTensor` like the hidden states.
-        source: `KerasTensor`, what the encoder returned.
-    """
-    shape = block.num_key_value_heads, block.head_dim
-    return x, tuple(
-        keras.KerasTensor((None, 2, y.shape[1], *shape), block.compute_dtype)
-        for y in (x, source)
-    )
 
 
 @replaces(t5gemma_encoder.T5GemmaEncoderLayer)
@@ -111,8 +108,19 @@ class T5GemmaEncoderLayer(EncoderBlock, t5gemma_encoder.T5GemmaEncoderLayer):
         return ops.minimum(mask, ops.cast(near, mask.dtype))
 
 
+class PairedBackbone(EncoderDecoderBackbone):
+    """An encoder and a decoder of Gemma's, with embeddings of their own."""
+
+    blocks_name = "decoder_layers"
+    encoder_blocks_name = "encoder_layers"
+
+    @property
+    def output_embedding(self):
+        return self.decoder_token_embedding
+
+
 @replaces(keras_hub.models.T5GemmaBackbone)
-class T5GemmaBackbone(keras_hub.models.T5GemmaBackbone, EncoderDecoderBackbone):
+class T5GemmaBackbone(keras_hub.models.T5GemmaBackbone, PairedBackbone):
     """T5Gemma with a cache in its graph.
 
     A drop-in replacement for `keras_hub.models.T5GemmaBackbone`: the same
@@ -148,13 +156,6 @@ class T5GemmaBackbone(keras_hub.models.T5GemmaBackbone, EncoderDecoderBackbone):
     Reference:
         https://arxiv.org/abs/2504.06225
     """
-
-    blocks_name = "decoder_layers"
-    encoder_blocks_name = "encoder_layers"
-
-    @property
-    def output_embedding(self):
-        return self.decoder_token_embedding
 
     def mend(self):
         for block in self.blocks:

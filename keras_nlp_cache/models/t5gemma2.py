@@ -13,30 +13,18 @@ from keras_nlp_cache.cache.masks import additive
 from keras_nlp_cache.cache.masks import MASKED
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.paired_seq_2_seq_lm import PairedSeq2SeqLM
-from keras_nlp_cache.graph.encoder_decoder import EncoderDecoderBackbone
-from keras_nlp_cache.models.t5gemma import of_gemma
-from keras_nlp_cache.models.t5gemma import parts_of_gemma
+from keras_nlp_cache.models.t5gemma import PairedAttention
+from keras_nlp_cache.models.t5gemma import PairedBackbone
+from keras_nlp_cache.models.t5gemma import PairedBlock
 
 encoder_block(t5gemma2_encoder.T5Gemma2EncoderLayer)
 
 
 @replaces(t5gemma2_attention.T5Gemma2MergedAttention)
 class T5Gemma2MergedAttention(
-    JoinedAttention, t5gemma2_attention.T5Gemma2MergedAttention
+    PairedAttention, JoinedAttention, t5gemma2_attention.T5Gemma2MergedAttention
 ):
     """Grouped-query attention that remembers both that it attends to."""
-
-    dropout_of_weights = "dropout_layer"
-    returns_cache = True
-    # Upstream's blocks keep it to themselves, and ours pass it on.
-    window = None
-
-    @property
-    def scale(self):
-        return self.scaling
-
-    def rotary(self):
-        return getattr(self, "rotary_embedding", None)
 
     def project_source(self, x):
         key, value = super().project_source(x)
@@ -57,23 +45,15 @@ class T5Gemma2MergedAttention(
 
 
 @replaces(t5gemma2_decoder.T5Gemma2DecoderLayer)
-class T5Gemma2DecoderLayer(DecoderBlock, t5gemma2_decoder.T5Gemma2DecoderLayer):
+class T5Gemma2DecoderLayer(
+    PairedBlock, DecoderBlock, t5gemma2_decoder.T5Gemma2DecoderLayer
+):
     """A block of the decoder, whose attention remembers."""
-
-    own_arguments = ("entries", "source")
-    packs_source = True
 
     def on_specialized(self):
         super().on_specialized()
         if self.attention_type == "sliding_attention":
             self.merged_attn.window = self.sliding_window
-
-    def own_parts(self):
-        return parts_of_gemma()
-
-    def upstream_spec(self, *args, source=None, **kwargs):
-        x = super().upstream_spec(*args, **kwargs)
-        return of_gemma(self, x, source)
 
     def _make_causal_mask(self, *args, **kwargs):
         if self._remembers_now():
@@ -87,48 +67,17 @@ class T5Gemma2DecoderLayer(DecoderBlock, t5gemma2_decoder.T5Gemma2DecoderLayer):
 
 
 @replaces(keras_hub.models.T5Gemma2Backbone)
-class T5Gemma2Backbone(
-    keras_hub.models.T5Gemma2Backbone, EncoderDecoderBackbone
-):
+class T5Gemma2Backbone(keras_hub.models.T5Gemma2Backbone, PairedBackbone):
     """T5Gemma 2 with a cache in its graph, for text.
 
     A drop-in replacement for `keras_hub.models.T5Gemma2Backbone`: the same
     arguments, weights and files. `EncoderDecoderBackbone` describes what it can
-    be called with beyond upstream's inputs. With a `vision_encoder`, it is
-    refused.
-
-    Example:
-
-    ```python
-    sizes = dict(
-        hidden_dim=32, intermediate_dim=64, num_layers=2, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    backbone = keras_nlp_cache.models.T5Gemma2Backbone(
-        vocabulary_size=100, sliding_window=4,
-        **{f"encoder_{name}": size for name, size in sizes.items()},
-        **{f"decoder_{name}": size for name, size in sizes.items()},
-    )
-    cache = backbone.make_cache(batch_size=1, max_length=8)
-    outputs, cache = backbone({
-        "encoder_token_ids": [[4, 5, 6]],
-        "decoder_token_ids": [[1, 2, 3]],
-        "cache": cache,
-        "cache_update_index": 0,
-    })
-    ```
+    be called with beyond upstream's inputs, and the example of
+    `T5GemmaBackbone` is one of it, too. With a `vision_encoder`, it is refused.
 
     Reference:
         https://arxiv.org/abs/2512.14856
     """
-
-    blocks_name = "decoder_layers"
-    encoder_blocks_name = "encoder_layers"
-
-    @property
-    def output_embedding(self):
-        return self.decoder_token_embedding
 
     @classmethod
     def from_config(cls, config):
