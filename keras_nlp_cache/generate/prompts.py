@@ -218,6 +218,33 @@ def check_source(inputs, backbone, rows):
         check_vocabulary(read[mask], backbone)
 
 
+def check_sound(prompt, preprocessor):
+    """Checks what a preprocessor is to make an encoder's input of, if sound.
+
+    Args:
+        prompt: A prompt or several, of which dictionaries may have `"audio"`.
+        preprocessor: The preprocessor of the task, or `None`.
+    """
+    converter = getattr(preprocessor, "audio_converter", None)
+    audio = prompt.get("audio") if isinstance(prompt, dict) else None
+    if converter is None or audio is None:
+        return
+    try:
+        x = np.asarray(ops.convert_to_numpy(audio))
+        received = f"{x.dtype} of the shape {x.shape}"
+    except (TypeError, ValueError):
+        x, received = np.asarray(None), f"a {type(audio).__name__}"
+    is_mono = x.ndim in (1, 2) or (x.ndim == 3 and x.shape[2] == 1)
+    if not is_mono or not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(
+            "Expected `audio` to be floating numbers of the shape (samples,), "
+            "(batch, samples) or (batch, samples, 1), with "
+            f"{converter.sampling_rate} samples a second. Received: "
+            f"{received}. Mix channels, divide integers by the largest there "
+            "is, and resample what has another rate."
+        )
+
+
 def check_vocabulary(token_ids, backbone):
     """Checks an array of token ids, of which there are some."""
     size = backbone.token_embedding.input_dim

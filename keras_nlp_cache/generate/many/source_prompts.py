@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate.many.requests import Prompts
+from keras_nlp_cache.generate.prompts import check_sound
 from keras_nlp_cache.generate.prompts import check_source
 from keras_nlp_cache.generate.prompts import check_vocabulary
 
@@ -78,6 +79,7 @@ class SourcePrompts(Prompts):
                 for name, x in prompt.items()
             }
         else:
+            check_sound(prompt, preprocessor)
             read = self._preprocessed(_batch_of_one(prompt))
         source = read[roles.source_ids]
         ones = np.ones(source.shape[:2], "int32")
