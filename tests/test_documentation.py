@@ -22,6 +22,7 @@ import keras_nlp_cache
 from keras_nlp_cache import default_model
 from keras_nlp_cache import models
 from keras_nlp_cache import surgery
+from tests.families import ENCODER_DECODERS
 from tests.families import FAMILIES
 from tests.families import IMAGE_MODELS
 from tests.families import IMAGES
@@ -101,7 +102,10 @@ def namespace():
 )
 def test_docstrings(name, namespace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(textwrap.dedent(EXAMPLES[name]), dict(namespace))
+    known = dict(namespace)
+    if name.startswith(("Seq2SeqLM.", "SourceSession")):
+        known["lm"] = ENCODER_DECODERS[0].text_lm()
+    exec(textwrap.dedent(EXAMPLES[name]), known)
 
 
 def test_there_are_examples():

@@ -13,6 +13,7 @@ from keras import tree
 from keras_nlp_cache.cache.kept import has_policy
 from keras_nlp_cache.cache.kept import places
 from keras_nlp_cache.cache.kept import read_slots
+from keras_nlp_cache.cache.policies.encoded import is_encoded
 from keras_nlp_cache.cache.policies.state import is_state
 
 
@@ -40,10 +41,12 @@ def take_out(cache, filled, mark):
             `filled` may have taken places.
 
     Returns:
-        A tuple of pairs of `Tokens`.
+        A tuple of pairs of `Tokens`, or of `Encoded` where the cache has them.
     """
 
     def taken(kept):
+        if is_encoded(kept):
+            return tree.map_structure(ops.convert_to_numpy, kept)
         if is_state(kept):
             last = np.arange(filled, dtype="int32")[-1:]
             return Tokens(last, ops.convert_to_numpy(kept.stored))
@@ -79,15 +82,21 @@ def put_in(backbone, tokens, filled, slots, dtype, policy):
         `(cache, mark)`: a cache of arrays, and how many slots count as written.
 
     Raises:
-        ValueError: If tokens are missing that the policy keeps.
+        ValueError: If tokens are missing that the policy keeps, or what an
+            encoder returned.
     """
     empty = backbone.make_cache(1, slots, dtype, policy, zeros=_zeros)
     marks = [filled]
 
     def put(kept, some):
+        if is_encoded(kept) or is_encoded(some):
+            tree.assert_same_structure(kept, some)
+            return tree.map_structure(
+                lambda empty, x: x.astype(empty.dtype), kept, some
+            )
         if is_state(kept):
             kept.stored[:] = some.stored
-            return
+            return kept
         wanted = _slots(kept, filled)
         here = np.isin(wanted, some.slots)
         needed = np.arange(filled)
@@ -112,11 +121,22 @@ def put_in(backbone, tokens, filled, slots, dtype, policy):
             first = some.slots[some.slots >= kept.first_in_turns]
             if len(first) and first[0] > kept.first_in_turns:
                 marks.append(int(first[0]) + kept.count_in_turns)
+        return kept
 
-    for pair, some in zip(empty, tokens, strict=True):
-        for kept, x in zip(pair, some):
-            put(kept, x)
-    return empty, max(marks)
+    cache = tuple(
+        tuple(map(put, *pair)) for pair in zip(empty, tokens, strict=True)
+    )
+    return cache, max(marks)
+
+
+def filled_slots(tokens):
+    """How many slots of a text are filled.
+
+    Args:
+        tokens: From `take_out()`.
+    """
+    of_text = next(x for y in tokens for x in y if not is_encoded(x))
+    return int(max(of_text.slots, default=-1)) + 1
 
 
 def _slots(kept, filled):

@@ -1,5 +1,7 @@
 """Text from tokens that come one at a time."""
 
+from keras_nlp_cache.generate.options.stop_strings import StopStrings
+
 # What `detokenize()` puts in place of bytes that are not yet a character.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -45,3 +47,24 @@ class TextPieces:
         if not self._window:
             return ""
         return self._detokenize(self._window)[len(self._shown) :]
+
+
+def pieces_of(tokens, detokenize, stop_token_ids, stop_strings):
+    """Yields text for each token, up to where it is to end.
+
+    Args:
+        tokens: Iterator of token ids. It is not asked for more after the end.
+        detokenize: As for `TextPieces`.
+        stop_token_ids: Collection of ints. A text ends before one of them.
+        stop_strings: As for `StopStrings`.
+    """
+    pieces, until = TextPieces(detokenize), StopStrings(stop_strings)
+    for token_id in tokens:
+        if token_id in stop_token_ids:
+            break
+        yield until.add(pieces.add(token_id))
+        if until.found is not None:
+            return
+    rest = until.add(pieces.rest()) + until.rest()
+    if rest:
+        yield rest

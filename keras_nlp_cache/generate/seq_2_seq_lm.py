@@ -3,9 +3,13 @@
 import keras_hub
 from keras import ops
 
-from keras_nlp_cache.generate import source_stream
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.generate.many.call import BATCH_SIZE
+from keras_nlp_cache.generate.many.requests import Limits
+from keras_nlp_cache.generate.prompts import check_count
+from keras_nlp_cache.generate.prompts import check_sound
+from keras_nlp_cache.generate.reading import check_truncation
+from keras_nlp_cache.generate.source_session import SourceSession
 
 
 class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
@@ -193,6 +197,7 @@ class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
                 "since nothing says what the assistant is to read. Received: "
                 f"{further['assistant_model']!r}."
             )
+        check_sound(inputs, self.preprocessor)
         if strip_prompt and further.get("batch_size") is None:
             # Upstream's does not know how.
             further["batch_size"] = BATCH_SIZE
@@ -241,24 +246,74 @@ class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
             print(piece, end="", flush=True)
         ```
         """
-        return source_stream.stream(
-            self, prompt, max_new_tokens, stop_token_ids, truncation, options
+        check_truncation(truncation)
+        check_count("max_new_tokens", max_new_tokens)
+        limits = Limits(max_new_tokens, None, truncation)
+        return SourceSession.after(self, prompt, limits).stream(
+            "", max_new_tokens, stop_token_ids, truncation, **options
         )
 
-    def start_session(self, path=None):
-        self._refuse("start_session()")
+    def start_session(self, path=None, prompt=None):
+        """Starts a text that can be continued turn by turn.
+
+        Args:
+            path: A file that `SourceSession.save()` wrote, to go on with.
+            prompt: Or what `generate()` takes for one text: a string for the
+                encoder, or a dictionary of `encoder_text` and `decoder_text`.
+                The encoder reads it once, for all turns.
+
+        Returns:
+            A `keras_nlp_cache.generate.source_session.SourceSession`.
+
+        Raises:
+            ValueError: If there is not one of the two, the model has no
+                preprocessor, the prompt is not what it should be, or the file
+                is damaged or of another model.
+
+        Example:
+        ```python
+        session = lm.start_session(prompt="the quick brown fox")
+        session.send("", max_new_tokens=4)
+        session.send("and then", max_new_tokens=4)
+        ```
+        """
+        if (path is None) == (prompt is None):
+            raise ValueError(
+                "Expected `prompt`, what the encoder is to read, or the `path` "
+                "of a session that was saved. Received "
+                f"{'neither' if path is None else 'both'} of them."
+            )
+        if path is None:
+            return SourceSession.after(self, prompt)
+        session = SourceSession(self)
+        session.load(path)
+        return session
 
     def chat(self, *args, **kwargs):
-        self._refuse("chat()")
+        self.refuse_chat("chat()")
 
     def stream_chat(self, *args, **kwargs):
-        self._refuse("stream_chat()")
+        self.refuse_chat("stream_chat()")
+
+    def refuse_chat(self, method):
+        """Raises a `ValueError`.
+
+        Args:
+            method: str. What was called.
+        """
+        raise ValueError(
+            f"Expected a model without an encoder for `{method}`, since a chat "
+            "template makes one text of what all sides say, and an encoder and "
+            f"a decoder read two. Received: a `{type(self).__name__}`. Call "
+            "`start_session(prompt=...)`, and `send()` what the decoder's text "
+            "is to go on with."
+        )
 
     def score(self, *args, **kwargs):
-        self._refuse("score()")
-
-    def _refuse(self, method):
         raise ValueError(
-            f"Expected a model without an encoder for `{method}`. Received: a "
-            f"`{type(self).__name__}`. Call `generate()` or `stream()`."
+            "Expected a model without an encoder for `score()`, which takes "
+            "token ids of one text and which keras_hub has for no other model. "
+            f"Received: a `{type(self).__name__}`. Call the model on a "
+            f"dictionary of {sorted(self.backbone.input)}, for logits, and "
+            "look into it with `surgery.tap()`."
         )

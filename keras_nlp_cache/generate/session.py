@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.cache.kept import can_go_back
+from keras_nlp_cache.cache.moving import filled_slots
 from keras_nlp_cache.cache.moving import put_in
 from keras_nlp_cache.cache.moving import take_out
 from keras_nlp_cache.generate import conversation
@@ -14,8 +15,7 @@ from keras_nlp_cache.generate.loops.generation import drawn
 from keras_nlp_cache.generate.loops.generation import slots_for
 from keras_nlp_cache.generate.loops.sampling import check_loop
 from keras_nlp_cache.generate.options.options import Options
-from keras_nlp_cache.generate.options.stop_strings import StopStrings
-from keras_nlp_cache.generate.pieces import TextPieces
+from keras_nlp_cache.generate.pieces import pieces_of
 from keras_nlp_cache.generate.prompts import check_continuation
 from keras_nlp_cache.generate.prompts import check_count
 from keras_nlp_cache.generate.prompts import is_int
@@ -64,6 +64,11 @@ class Session:
     Reference:
         https://github.com/keras-team/keras-hub/issues/976
     """
+
+    # How many tokens cannot be rewound.
+    fewest_tokens = 0
+    # What an encoder reads before the text, a batch of one.
+    _source = None
 
     def __init__(self, lm):
         if lm.preprocessor is None:
@@ -401,11 +406,17 @@ class Session:
             token_ids = self.token_ids
 
     def _stream(self, token_ids, max_new_tokens, stop, options, turn, images):
-        pieces = TextPieces(self.lm.preprocessor.tokenizer.detokenize)
-        until = StopStrings(options.stop_strings or ())
         tokens = self.stream_tokens(
             token_ids, max_new_tokens, stop, options, images
         )
+        return pieces_of(
+            self._while_unchanged(tokens, turn),
+            self.lm.preprocessor.tokenizer.detokenize,
+            stop,
+            options.stop_strings or (),
+        )
+
+    def _while_unchanged(self, tokens, turn):
         while True:
             if turn != self._turn:
                 raise RuntimeError(
@@ -414,14 +425,9 @@ class Session:
                     "stream, or `fork()` the session first."
                 )
             token_id = next(tokens, None)
-            if token_id is None or token_id in stop:
-                break
-            yield until.add(pieces.add(token_id))
-            if until.found is not None:
+            if token_id is None:
                 return
-        rest = until.add(pieces.rest()) + until.rest()
-        if rest:
-            yield rest
+            yield token_id
 
     def _prefill(self, loop, token_ids, end, images, *decoding):
         """Reads what is new, with room for a text of `end` tokens.
@@ -452,7 +458,8 @@ class Session:
                 slots,
                 cache=cache,
                 start=start,
-                source=images.source(start, len(token_ids), backbone.roles),
+                source=images.source(start, len(token_ids), backbone.roles)
+                or self._source,
             )
         self.prefilled_tokens += max(0, len(token_ids) - 1 - start)
         self.token_ids, self._filled = token_ids, len(token_ids) - 1
@@ -473,9 +480,13 @@ class Session:
         )
         return loop.restore_cache(arrays)
 
+    def _empty(self):
+        """A session of the same model, and of the same source."""
+        return Session(self.lm)
+
     def fork(self):
         """Returns a copy that goes its own way from here."""
-        other = Session(self.lm)
+        other = self._empty()
         other.token_ids = self.token_ids.copy()
         other.prefilled_tokens = self.prefilled_tokens
         other.conversation = self.conversation.copy()
@@ -500,10 +511,12 @@ class Session:
                 of an image.
         """
         total = len(self.token_ids)
-        if not is_int(count) or not 0 <= count <= total:
+        most = total - self.fewest_tokens
+        if not is_int(count) or not 0 <= count <= most:
+            but = ", but for the first" if self.fewest_tokens else ""
             raise ValueError(
-                f"Expected `count` to be an integer from 0 to {total}, the "
-                f"tokens of this session. Received: count={count!r}."
+                f"Expected `count` to be an integer from 0 to {most}, the "
+                f"tokens of this session{but}. Received: count={count!r}."
             )
         self._images.check_end(total - count, f"count={count}")
         # The last token that is left will be read once more.
@@ -555,6 +568,7 @@ class Session:
             arrays,
             self._images,
             self.conversation.to_json() if self.messages else None,
+            self._source,
         )
 
     def load(self, path):
@@ -568,14 +582,15 @@ class Session:
                 model. The session is then what it was.
             OSError: If the file cannot be read.
         """
-        token_ids, tokens, images, said = session_file.read(
+        token_ids, tokens, images, said, source = session_file.read(
             path, self.lm.backbone, conversation.Conversation.from_json
         )
-        new = Session(self.lm)
+        new = self._empty()
         new.token_ids, new._images = token_ids, images
+        new._source = source
         new.conversation = said or conversation.Conversation()
         if tokens is not None:
-            new._filled = int(max(tokens[0][0].slots, default=-1)) + 1
+            new._filled = filled_slots(tokens)
             new._slots = slots_for(
                 max(new._filled, 1), self.lm.backbone.max_positions
             )

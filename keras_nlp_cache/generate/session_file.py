@@ -10,8 +10,11 @@ from keras import ops
 
 from keras_nlp_cache.cache.int8 import Int8
 from keras_nlp_cache.cache.moving import Tokens
+from keras_nlp_cache.cache.policies.encoded import Encoded
+from keras_nlp_cache.cache.policies.encoded import is_encoded
 from keras_nlp_cache.cache.policies.state import StateShapes
 from keras_nlp_cache.files import atomic_file
+from keras_nlp_cache.generate.prompts import check_source
 from keras_nlp_cache.generate.session_images import SessionImages
 
 _FORMAT = "keras_nlp_cache.session"
@@ -44,7 +47,15 @@ def fingerprint(backbone):
     return digest.hexdigest()
 
 
-def write(path, backbone, token_ids, tokens, images, conversation=None):
+def write(
+    path,
+    backbone,
+    token_ids,
+    tokens,
+    images,
+    conversation=None,
+    source=None,
+):
     """Writes a session. See `Session.save()`.
 
     Args:
@@ -54,6 +65,7 @@ def write(path, backbone, token_ids, tokens, images, conversation=None):
         tokens: From `moving.take_out()`, or `None`.
         images: `SessionImages`.
         conversation: Optional str, what was said in chat.
+        source: Optional dictionary of arrays, what an encoder reads.
     """
     import safetensors.numpy
 
@@ -63,9 +75,13 @@ def write(path, backbone, token_ids, tokens, images, conversation=None):
             f"Received: {str(path)!r}."
         )
     tensors, dtype = {"token_ids": np.asarray(token_ids, "int32")}, ""
+    for name, x in (source or {}).items():
+        tensors[f"source.{name}"] = np.ascontiguousarray(x)
     for i, pair in enumerate(tokens or ()):
         for name, some in zip(("key", "value"), pair):
-            if len(some.slots) and some.slots[-1] + 1 > len(some.slots):
+            if is_encoded(some):
+                tensors[f"{name}.{i}.mask"] = np.ascontiguousarray(some.mask)
+            elif len(some.slots) and some.slots[-1] + 1 > len(some.slots):
                 tensors[f"{name}.{i}.slots"] = some.slots
             if isinstance(some.stored, Int8):
                 tensors[f"{name}.{i}.scale"] = _as_bits(some.stored.scale)
@@ -101,8 +117,8 @@ def read(path, backbone, parse_conversation):
             there is one, and raises a `ValueError` if it is damaged.
 
     Returns:
-        `(token_ids, tokens, images, conversation)`, as they were written, the
-        last one as it was parsed.
+        `(token_ids, tokens, images, conversation, source)`, as they were
+        written, the conversation as it was parsed.
 
     Raises:
         ValueError: If the file is damaged, no session's, or another model's.
@@ -146,8 +162,9 @@ def read(path, backbone, parse_conversation):
             conversation = parse_conversation(conversation)
         except ValueError as e:
             raise _damaged(path, f"a conversation that is damaged ({e})") from e
+    source = _source(path, tensors, backbone)
     if not tensors:
-        return token_ids, None, images, conversation
+        return token_ids, None, images, conversation, source
     tokens = tuple(
         tuple(
             _tokens(path, tensors, f"{name}.{i}", spec, metadata["dtype"])
@@ -155,12 +172,17 @@ def read(path, backbone, parse_conversation):
         )
         for i, spec in enumerate(backbone.cache_spec)
     )
-    ends = {int(x.slots[-1]) if len(x.slots) else -1 for y in tokens for x in y}
+    ends = {
+        int(x.slots[-1]) if len(x.slots) else -1
+        for pair in tokens
+        for x in pair
+        if not is_encoded(x)
+    }
     if tensors or max(ends) >= len(token_ids):
         raise _damaged(path, "more keys than tokens or blocks")
     if len(ends) > 1:
         raise _damaged(path, "a block incomplete")
-    return token_ids, tokens, images, conversation
+    return token_ids, tokens, images, conversation, source
 
 
 def _images(path, tensors, backbone, count):
@@ -183,8 +205,26 @@ def _images(path, tensors, backbone, count):
     return SessionImages(places, x)
 
 
+def _source(path, tensors, backbone):
+    """Takes what an encoder reads out of the tensors of a file."""
+    if backbone.roles.source is None:
+        return None
+    names = backbone.roles.of_source[:2]
+    source = {name: tensors.pop(f"source.{name}", None) for name in names}
+    if any(x is None for x in source.values()):
+        raise _damaged(path, "nothing for the encoder to read")
+    try:
+        check_source(source, backbone, rows=1)
+    except ValueError as e:
+        raise _damaged(path, f"something else for the encoder ({e})") from e
+    return source
+
+
 def _tokens(path, tensors, name, spec, dtype):
-    """Takes the `Tokens` of some name out of the tensors of a file."""
+    """Takes the `Tokens` of some name out of the tensors of a file.
+
+    Or the `Encoded`, if that is what there is.
+    """
     if isinstance(spec, StateShapes):
         slots = tensors.pop(f"{name}.slots", np.arange(1))
         x, shape = tensors.pop(name, None), getattr(spec, name.split(".")[0])
@@ -192,8 +232,9 @@ def _tokens(path, tensors, name, spec, dtype):
             raise _damaged(path, f"block {name.split('.')[1]} incomplete")
         return Tokens(slots, x)
     heads, head_dim = spec
-    x, scale, slots = (
-        tensors.pop(name + end, None) for end in ("", ".scale", ".slots")
+    x, scale, slots, mask = (
+        tensors.pop(name + end, None)
+        for end in ("", ".scale", ".slots", ".mask")
     )
     count = 0 if x is None or x.ndim != 4 else x.shape[2]
     slots = np.arange(count) if slots is None else slots
@@ -202,10 +243,16 @@ def _tokens(path, tensors, name, spec, dtype):
     if slots.shape != (count,) or (np.diff(slots) <= 0).any():
         raise _damaged(path, f"other slots than those of {name}")
     if scale is None:
-        return Tokens(slots, _from_bits(x, dtype))
-    if scale.shape != (1, heads, count, 1):
+        stored = _from_bits(x, dtype)
+    elif scale.shape == (1, heads, count, 1):
+        stored = Int8(x, scale)
+    else:
         raise _damaged(path, f"{name}.scale incomplete")
-    return Tokens(slots, Int8(x, scale))
+    if mask is None:
+        return Tokens(slots, stored)
+    if mask.shape != (1, 1, 1, count):
+        raise _damaged(path, f"{name}.mask incomplete")
+    return Encoded(stored, mask)
 
 
 def _damaged(path, what):

@@ -106,17 +106,21 @@ def answers_after_source(
     queue = _Queue(requests)
     while waiting := list(queue.take(batch)):
         together = {}
-        for request in _padded(waiting, lm.backbone.roles):
+        for request in padded_sources(waiting, lm.backbone.roles):
             shapes = tuple(x.shape for x in request.source.values())
             together.setdefault(shapes, []).append(request)
         for some in together.values():
             yield from checked(lm, some, stops, options, guesser, count, watch)
 
 
-def _padded(requests, roles):
+def padded_sources(requests, roles):
     """Requests with as much padding of what an encoder reads, if that is text.
 
     Of sound, an encoder may hear padding, too.
+
+    Args:
+        requests: List of `Request`s.
+        roles: `Roles`.
     """
     lengths = [len(x.source[roles.source_mask]) for x in requests]
     if requests[0].source[roles.source_ids].ndim > 1:
