@@ -662,6 +662,30 @@ def bad_calls(family):
     )
     yield {**text, name: source[:, :0]}, r"at least one token per row.*\(2, 0"
     yield {**family.source}, "no 'decoder_token_ids'"
+    across = backbone.cache_encoded.index(True)
+    step = {"decoder_token_ids": TOKENS[:, :1], "cache_update_index": 7}
+    for change, message in (
+        (lambda x: x.stored, rf"`cache\[{across}\]\[0\]`"),
+        (
+            lambda x: x._replace(stored=x.stored[:1], mask=x.mask[:1]),
+            rf"`cache\[{across}\]\[0\]`.*batch=2.*\(1, ",
+        ),
+        (
+            lambda x: x._replace(stored=x.stored[:, :, 1:]),
+            rf"`cache\[{across}\]\[0\].mask`.*encoder_length=6.*1, 7\)",
+        ),
+        (
+            lambda x: x._replace(
+                stored=x.stored[:, :, 1:], mask=x.mask[..., 1:]
+            ),
+            r"of one text that .* lengths \[6, 7\]",
+        ),
+    ):
+        pairs = list(cache)
+        pairs[across] = change(pairs[across][0]), pairs[across][1]
+        yield {**step, "cache": tuple(pairs)}, message
+    pairs = cache[across], *cache[1:across], cache[0], *cache[across + 1 :]
+    yield {**step, "cache": pairs}, r"`cache\[0\]\[0\]`.*"
     yield (
         {**text, **family.source, "token_ids": TOKENS},
         "unknown key: 'token_ids'",
@@ -724,7 +748,7 @@ def test_bad_prompts(family):
         lm.stream("the fox")
     with pytest.raises(ValueError, match="to be a dictionary of .*'the fox'"):
         list(lm.generate_many(["the fox"], stop_token_ids=None))
-    for method in ("chat", "start_session", "score"):
+    for method in ("chat", "score"):
         with pytest.raises(ValueError, match="without an encoder"):
             getattr(lm, method)("the fox")
     with pytest.raises(ValueError, match="without an encoder, whose prompts"):

@@ -30,8 +30,8 @@ class StepModel(keras.Model):
             rather than all at the same.
 
     Raises:
-        ValueError: If the model is of another package, or a size is no
-            positive integer or more than the model can hold.
+        ValueError: If the model is of another package or has an encoder, or a
+            size is no positive integer or more than the model can hold.
 
     Attributes:
         input_signature: `keras.InputSpec` of each input, by name.
@@ -85,6 +85,13 @@ class StepModel(keras.Model):
                 "Expected a model that treats all tokens alike. Received: "
                 f"{model.name!r}, steered at generated tokens only, which a "
                 "step cannot tell. Apply the control vector to all tokens."
+            )
+        if backbone.roles.source is not None:
+            raise ValueError(
+                "Expected a model without an encoder, since what that returned "
+                "would be as long as what it read, and be an input of each "
+                f"step. Received: {model.name!r}. Call `generate()` or "
+                "`stream()`."
             )
         backbone.check_cache_size(batch_size, max_length)
         _check_length(length, max_length)

@@ -12,6 +12,7 @@ from keras_nlp_cache.graph.calling import plain_python
 from keras_nlp_cache.graph.constructed import learned_positions
 from keras_nlp_cache.graph.encoder_wiring import EncoderWiring
 from keras_nlp_cache.graph.roles import ENCODER_DECODER
+from keras_nlp_cache.graph.source_inputs import check_encoded
 from keras_nlp_cache.graph.source_inputs import check_remembered
 from keras_nlp_cache.graph.source_inputs import normalize_source
 from keras_nlp_cache.quantization.quantizing import floating_policy
@@ -231,6 +232,7 @@ class EncoderDecoderBackbone(CachedBackbone):
             {name: inputs.get(name) for name in roles.of_source},
             text[roles.token_ids].shape[0],
         )
+        check_encoded(text["cache"], self.cache_encoded)
         check_remembered(text["cache"], source, roles, self.encoded_length)
         return {**text, **source}
 

@@ -98,6 +98,41 @@ def normalize_source(
     return {**none, name: given, roles.source_mask: mask}
 
 
+def check_encoded(cache, encoded):
+    """Raises a `ValueError` unless a cache has its entries where they belong.
+
+    Args:
+        cache: Pairs of what is kept, or of `None`.
+        encoded: For each pair, whether it is of what an encoder returned.
+    """
+    for i, (pair, wanted) in enumerate(zip(cache, encoded)):
+        for j, kept in enumerate(pair):
+            if kept is None:
+                continue
+            name = f"cache[{i}][{j}]"
+            if is_encoded(kept) != wanted:
+                what = (
+                    "of what an encoder returned" if wanted else "of the text"
+                )
+                raise ValueError(
+                    f"Expected `{name}` to be {what}, "
+                    f"{'an `Encoded`' if wanted else 'and no `Encoded`'}. "
+                    f"Received: a {type(kept).__name__}. Make a cache with "
+                    "`backbone.make_cache(batch_size, max_length)`, and keep "
+                    "its pairs in their order."
+                )
+            if wanted:
+                shape = _tensor_of(kept).shape
+                check_shape(
+                    f"{name}.mask",
+                    kept.mask,
+                    batch=shape[0],
+                    heads=1,
+                    length=1,
+                    encoder_length=shape[2],
+                )
+
+
 def check_remembered(cache, source, roles, length_of):
     """Raises a `ValueError` if there is nothing to read, or something else.
 
@@ -147,9 +182,13 @@ def check_remembered(cache, source, roles, length_of):
         )
 
 
+def _tensor_of(kept):
+    return keras.tree.flatten(kept.stored)[0]
+
+
 def _shape(cache):
     return next(
-        tuple(keras.tree.flatten(kept.stored)[0].shape)
+        tuple(_tensor_of(kept).shape)
         for pair in cache
         for kept in pair
         if is_encoded(kept)

@@ -146,6 +146,13 @@ def layer_structure(backbone):
         ValueError: If a layer between the blocks takes more than what the one
             before it returned, or if a block reads more than that.
     """
+    if backbone.roles.source is not None:
+        raise ValueError(
+            "Expected decoder blocks that read hidden states and nothing else, "
+            "for GPTQ and AWQ to quantize them in turn. Received: a "
+            f"{type(backbone).__name__}, each of which reads what an encoder "
+            'returned, too. Quantize it with mode="int8" or "int4".'
+        )
     layers = []
     previous = None
     blocks = sum(site.block is not None for site in backbone.sites)
