@@ -5,11 +5,13 @@ Calls of backbones are in `test_bad_input.py`, edits in
 """
 
 import functools
+import shutil
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import keras_nlp_cache
 from keras_nlp_cache import models
@@ -374,21 +376,26 @@ def state():
     return found
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "kept.txt").write_text("kept")
-    lm = text_model()
-    fox = lm.start_session()
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with files that calls are told of, made once."""
+    path = tmp_path_factory.mktemp("files")
+    (path / "kept.txt").write_text("kept")
+    fox = text_model().start_session()
     fox.send("the fox", 2, None)
-    fox.save(str(tmp_path / "whole.safetensors"))
-    content = (tmp_path / "whole.safetensors").read_bytes()
-    (tmp_path / "truncated.safetensors").write_bytes(content[:-9])
-    import safetensors.numpy
-
+    fox.save(str(path / "whole.safetensors"))
+    content = (path / "whole.safetensors").read_bytes()
+    (path / "truncated.safetensors").write_bytes(content[:-9])
     safetensors.numpy.save_file(
-        {"x": np.zeros(3)}, tmp_path / "weights.safetensors"
+        {"x": np.zeros(3)}, path / "weights.safetensors"
     )
-    return tmp_path
+    return path
+
+
+@pytest.fixture
+def folder(files, tmp_path):
+    """A copy of those files, for one call."""
+    return shutil.copytree(files, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize("name", CALLS)
