@@ -1098,18 +1098,21 @@ def to_numpy(x):
     return ops.convert_to_numpy(ops.cast(x, "float32"))
 
 
-@functools.lru_cache(maxsize=32)
-def compiled(function):
+def compiled_as_it_is(function):
     """A model or one of its methods, compiled where that is cheaper.
 
     Called eagerly, JAX compiles every operation for every new shape. Weights
-    become constants: the model must not change any more.
+    become constants, so that it is to be called before the model changes.
     """
     if keras.config.backend() != "jax":
         return function
     import jax
 
     return jax.jit(lambda *args: function(*args))
+
+
+# Of a model that never changes any more, for whoever calls it next.
+compiled = functools.lru_cache(maxsize=32)(compiled_as_it_is)
 
 
 def compiled_as_loops(function):
@@ -1189,7 +1192,8 @@ def assert_greedy(lm, token_ids, start, end=None):
     """
     end = end or token_ids.shape[1]
     inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-    likeliest = to_numpy(lm(inputs)).argmax(axis=-1)
+    logits = compiled_as_it_is(lm)(inputs)
+    likeliest = to_numpy(logits).argmax(axis=-1)
     np.testing.assert_array_equal(
         token_ids[:, start:end], likeliest[:, start - 1 : end - 1]
     )
@@ -1204,7 +1208,8 @@ def assert_greedy_after(prompts, token_ids, lm):
     given = prompts["padding_mask"] == 1
     np.testing.assert_array_equal(token_ids[given], prompts["token_ids"][given])
     inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-    likeliest = to_numpy(lm(inputs)).argmax(axis=-1)
+    logits = compiled_as_it_is(lm)(inputs)
+    likeliest = to_numpy(logits).argmax(axis=-1)
     np.testing.assert_array_equal(
         token_ids[:, 1:][~given[:, 1:]], likeliest[:, :-1][~given[:, 1:]]
     )

@@ -7,6 +7,8 @@ from keras import ops
 import keras_nlp_cache
 from keras_nlp_cache import surgery
 from tests.families import assert_greedy
+from tests.families import compiled
+from tests.families import compiled_as_it_is
 from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import padding_mask
@@ -43,12 +45,13 @@ def test_a_step_to_export(family):
         name: np.zeros(spec.shape, spec.dtype)
         for name, spec in step.input_signature.items()
     }
+    call = compiled(step)
     for i in range(3):
         state |= {
             "token_ids": token_ids[:, i : i + 1],
             "cache_update_index": np.int32(i),
         }
-        outputs = step({k: ops.convert_to_tensor(x) for k, x in state.items()})
+        outputs = call({k: ops.convert_to_tensor(x) for k, x in state.items()})
         state |= {
             name.replace("present", "past"): x
             for name, x in outputs.items()
@@ -57,7 +60,7 @@ def test_a_step_to_export(family):
     inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
     np.testing.assert_allclose(
         to_numpy(outputs["logits"])[:, 0],
-        to_numpy(lm(inputs))[:, -1],
+        to_numpy(compiled(lm)(inputs))[:, -1],
         atol=1e-4,
         rtol=1e-4,
     )
@@ -88,7 +91,8 @@ def test_quantized(family):
     kept = PROMPTS["padding_mask"]
     np.testing.assert_array_equal(tokens[kept], PROMPTS["token_ids"][kept])
     # What it says is what its own call without a cache says.
-    logits = lm({"token_ids": tokens, "padding_mask": np.ones_like(tokens)})
+    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    logits = compiled_as_it_is(lm)(inputs)
     likeliest = to_numpy(logits).argmax(axis=-1)
     assert np.mean((likeliest[:, :-1] == tokens[:, 1:])[~kept[:, 1:]]) > 0.9
 
