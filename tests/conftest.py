@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import random
+import types
 
 import keras
 import pytest
@@ -12,6 +13,8 @@ from tests.families import PATCHED
 
 # Bytes of a process, from which on JAX is to compile again for the next file.
 MOST_MEMORY = 4 * 2**30
+# By how many bytes it may grow until all that it holds is looked through.
+MOST_GROWTH = 2**29
 
 
 def pytest_configure(config):
@@ -72,21 +75,38 @@ def _light_garbage_collection():
     gc.freeze()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _bounded_memory():
-    """What is kept for as long as the process lives, is kept for one file."""
-    yield
-    if keras.config.backend() == "jax" and not PATCHED:
-        import jax
-        import psutil
+@pytest.fixture(scope="session")
+def _last_collection():
+    """How many bytes there were when all garbage was last collected."""
+    return types.SimpleNamespace(memory=0)
 
-        if psutil.Process().memory_info().rss > MOST_MEMORY:
-            jax.clear_caches()
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory(_last_collection):
+    """What is kept for as long as the process lives, is kept for one file.
+
+    Garbage among what was frozen is kept until it may be much: to look through
+    all that three frameworks import takes a second, as many files do.
+    """
+    yield
     if keras.config.backend() == "tensorflow":
         _forget_custom_gradients()
         keras.utils.set_random_seed(0)
-    gc.unfreeze()
-    gc.collect()
+    if PATCHED:
+        # Few files, where nothing tells how many bytes there are.
+        return
+    import psutil
+
+    memory = psutil.Process().memory_info
+    if keras.config.backend() == "jax" and memory().rss > MOST_MEMORY:
+        import jax
+
+        jax.clear_caches()
+    if memory().rss > _last_collection.memory + MOST_GROWTH:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        _last_collection.memory = memory().rss
 
 
 def _forget_lowered_programs():
