@@ -58,6 +58,16 @@ def stand_in(upstream):
     return _replacements.get(upstream)
 
 
+def is_exactly(layer, cls):
+    """Whether a layer is of a class of Keras, and of no subclass but ours.
+
+    Args:
+        layer: A layer.
+        cls: `keras.layers.Dense` or `keras.layers.EinsumDense`.
+    """
+    return type(layer) in (cls, stand_in(cls))
+
+
 def family(cls):
     """The class of this package that a class is, or is a subclass of.
 

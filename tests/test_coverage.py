@@ -60,7 +60,7 @@ def test_info_lists_them(capsys):
 
 
 def test_a_class_that_is_not_covered_is_refused():
-    with pytest.raises(ValueError, match=r"BLIP2B.*images.*CONTR"):
-        drop_in.replacement(keras_hub.models.BLIP2Backbone)
+    with pytest.raises(ValueError, match=r"EdRecB.*positions.*CONTR"):
+        drop_in.replacement(keras_hub.models.EdRecBackbone)
     with pytest.raises(ValueError, match="Received: ViTBackbone. Load"):
         drop_in.replacement(keras_hub.models.ViTBackbone)

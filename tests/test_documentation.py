@@ -222,7 +222,7 @@ def test_no_family_is_long():
     three times as many are allowed.
     """
     folder = ROOT / "keras_nlp_cache" / "models"
-    for path in set(folder.glob("*.py")) - {folder / "__init__.py"}:
+    for path in set(folder.rglob("*.py")) - {folder / "__init__.py"}:
         source = path.read_text("utf-8")
         lines = {
             i for i, line in enumerate(source.splitlines(), 1) if line.strip()

@@ -5,10 +5,10 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_nlp_cache.drop_in import is_exactly
 from keras_nlp_cache.experts.mixture import choosing
 from keras_nlp_cache.experts.mixture import have_few_choices
 from keras_nlp_cache.layers import block_call
-from keras_nlp_cache.products.layers import is_exactly
 
 
 class CallsItsLayers:

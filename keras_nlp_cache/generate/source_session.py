@@ -6,6 +6,7 @@ from keras_nlp_cache.generate.many.answering import padded_sources
 from keras_nlp_cache.generate.many.requests import Limits
 from keras_nlp_cache.generate.many.source_prompts import SourcePrompts
 from keras_nlp_cache.generate.session import Session
+from keras_nlp_cache.generate.session_images import SessionImages
 
 
 class SourceSession(Session):
@@ -76,12 +77,18 @@ class SourceSession(Session):
         """Refuses to: see above."""
         self.lm.refuse_chat("chat()")
 
-    def _tokenize(self, text):
+    def _tokenize(self, text, images):
         if not isinstance(text, str):
             raise ValueError(
                 f"Expected `text` to be a string. Received: {text!r}."
             )
-        if not text:
-            return np.zeros((0,), "int32"), 0
-        tokenizer = self.lm.preprocessor.tokenizer
-        return np.asarray(tokenizer.tokenize(text), "int32"), 0
+        if images is not None and len(images):
+            raise ValueError(
+                "Expected no `images` in the text of a decoder, whose encoder "
+                f"has read what there is to read. Received {len(images)}."
+            )
+        tokens = np.zeros((0,), "int32")
+        if text:
+            tokenizer = self.lm.preprocessor.tokenizer
+            tokens = np.asarray(tokenizer.tokenize(text), "int32")
+        return tokens, 0, SessionImages()

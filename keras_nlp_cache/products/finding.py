@@ -6,9 +6,9 @@ import keras
 from keras import ops
 
 from keras_nlp_cache.device import constants
+from keras_nlp_cache.drop_in import is_exactly
 from keras_nlp_cache.kernels import availability
 from keras_nlp_cache.products import choice
-from keras_nlp_cache.products.layers import is_exactly
 from keras_nlp_cache.products.layers import matrix_of
 from keras_nlp_cache.products.layers import specialize_dense
 from keras_nlp_cache.products.logits import is_known

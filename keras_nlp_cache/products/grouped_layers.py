@@ -8,10 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache.drop_in import is_exactly
 from keras_nlp_cache.files.gguf_preset.stored import GROUP
 from keras_nlp_cache.layers import weight_paths
 from keras_nlp_cache.layers.specializing import specialize
-from keras_nlp_cache.products.layers import is_exactly
 from keras_nlp_cache.products.layers import matrix_of
 from keras_nlp_cache.products.layers import specialize_dense
 from keras_nlp_cache.quantization.groups import in_groups

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_nlp_cache import drop_in
+from keras_nlp_cache.drop_in import is_exactly
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.layers.specializing import specialize
 from keras_nlp_cache.products.dense import as_matrix
@@ -20,16 +21,6 @@ from keras_nlp_cache.products.rounding import is_rounding
 from keras_nlp_cache.quantization.groups import in_groups
 from keras_nlp_cache.quantization.groups import refuse_lora
 from keras_nlp_cache.quantization.groups import widened
-
-
-def is_exactly(layer, cls):
-    """Whether a layer is of a class of Keras, and of no subclass but ours.
-
-    Args:
-        layer: A layer.
-        cls: `keras.layers.Dense` or `keras.layers.EinsumDense`.
-    """
-    return type(layer) in (cls, drop_in.stand_in(cls))
 
 
 def specialize_dense(layer):

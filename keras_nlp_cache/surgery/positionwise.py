@@ -20,8 +20,8 @@ from keras import ops
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 from keras_nlp_cache.blocks.encoder_block import hidden_states_alone
 from keras_nlp_cache.cache.masks import causal_mask
+from keras_nlp_cache.drop_in import is_exactly
 from keras_nlp_cache.layers.block_call import first_argument
-from keras_nlp_cache.products.layers import is_exactly
 from keras_nlp_cache.surgery.adapters import AttentionSink
 from keras_nlp_cache.surgery.adapters import LowRankAdapter
 from keras_nlp_cache.surgery.adapters import ScaledHeads

@@ -23,12 +23,12 @@ from keras_nlp_cache.cache.slots import slots
 from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.device import constants
 from keras_nlp_cache.device import kind
+from keras_nlp_cache.drop_in import is_exactly
 from keras_nlp_cache.experts.mixture import one_by_one
 from keras_nlp_cache.experts.mixture import together
 from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.layers.sharing import share
 from keras_nlp_cache.products import logits as own_logits
-from keras_nlp_cache.products.layers import is_exactly
 from keras_nlp_cache.products.multiplying import uses_kernels
 
 

@@ -12,8 +12,8 @@ import math
 import keras
 import tensorflow as tf
 
+from keras_nlp_cache.drop_in import is_exactly
 from keras_nlp_cache.products.dense import as_matrix
-from keras_nlp_cache.products.layers import is_exactly
 
 
 def kernels_as_matrices(model):
