@@ -219,7 +219,8 @@ def test_no_family_is_long():
 
     Where a decoder has an encoder, layers keep a state or share keys, or images
     are read, upstream's layers and methods are called in ways of their own, and
-    three times as many are allowed.
+    three times as many are allowed. A family whose graph has to be made anew is
+    a folder of such modules.
     """
     folder = ROOT / "keras_nlp_cache" / "models"
     for path in set(folder.rglob("*.py")) - {folder / "__init__.py"}:
@@ -231,7 +232,7 @@ def test_no_family_is_long():
             if isinstance(node, ast.stmt) and not is_code(node):
                 lines -= set(range(node.lineno, node.end_lineno + 1))
         kinds = "Seq2SeqLM", "Recurrent", "SharingAttention", "ImageTextLM"
-        own = any(name in source for name in kinds)
+        own = path.parent != folder or any(x in source for x in kinds)
         most = 120 if own else 40
         assert len(lines) <= most, path.name
 

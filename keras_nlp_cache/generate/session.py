@@ -448,8 +448,11 @@ class Session:
             if loop is not self._loop or slots > self._slots:
                 tokens = take_out(cache, start, self._mark)
                 cache = self._restored(loop, tokens, slots)
+        source = images.source(start, len(token_ids), backbone.roles)
         preparing = contextlib.nullcontext()
         if cache is None:
+            # Which the cache holds afterwards.
+            source = source or self._source
             preparing = loop.preparing(1, slots, *decoding)
         with preparing:
             generation = loop.prefill(
@@ -458,8 +461,7 @@ class Session:
                 slots,
                 cache=cache,
                 start=start,
-                source=images.source(start, len(token_ids), backbone.roles)
-                or self._source,
+                source=source,
             )
         self.prefilled_tokens += max(0, len(token_ids) - 1 - start)
         self.token_ids, self._filled = token_ids, len(token_ids) - 1
