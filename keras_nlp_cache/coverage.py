@@ -10,8 +10,10 @@ import keras_hub
 
 _OTHERS = "a decoder without a module in `models/`"
 
-# By what the name of a task begins with, before `CausalLM` or `Seq2SeqLM`.
+# By what the name of a task begins with, before `CausalLM` or `Seq2SeqLM`, or
+# by all of it.
 _REASONS = {
+    "BLIP2Seq2SeqLM": "its encoder reads images before its text",
     "EdRec": "it has no positions, and neither a preprocessor nor presets",
     "Gemma4Assistant": "it reads the cache of another model",
     "PARSeq": "it reads images, in a decoder of two streams",
@@ -47,4 +49,5 @@ def family_name(task):
 
 def reason(task):
     """Why a class that makes text has no counterpart here, if it has none."""
-    return _REASONS.get(family_name(task), _OTHERS)
+    of_family = _REASONS.get(family_name(task), _OTHERS)
+    return _REASONS.get(task.__name__, of_family)

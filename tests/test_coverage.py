@@ -27,8 +27,14 @@ def test_each_class_stands_in_one_place():
     # Two classes of one family share a reason.
     families = {coverage.family_name(task) for task in tasks}
     assert len(families) > 25
-    assert families == COVERED | set(drop_in.not_covered())
-    assert not COVERED & set(drop_in.not_covered())
+    missing = set(drop_in.not_covered())
+    by_name = {x.__name__: x for x in tasks}
+    # Of a family with several classes, one may be covered and another not.
+    alone = {x for x in missing if x in by_name}
+    assert families == COVERED | (missing - alone)
+    assert not COVERED & missing
+    assert {coverage.family_name(by_name[x]) for x in alone} <= COVERED
+    assert alone == {"BLIP2Seq2SeqLM"}
 
 
 def test_covered_classes_are_exported():
