@@ -40,6 +40,8 @@ MODEL_TYPES = {
 WITHOUT_PARTS = ("rwkv7",)
 # Blocks that no other family's go together with.
 OF_THEIR_OWN = ("gemma3n",)
+# Whose last blocks read the keys of earlier ones, of which one has none.
+SHARING = ("gemma4",)
 PROMPTS = {
     "token_ids": TOKENS * padding_mask([3, 5], LENGTH),
     "padding_mask": padding_mask([3, 5], LENGTH),
@@ -73,7 +75,7 @@ def after(family):
     """The family that comes after another, in a circle, of those with parts."""
     if family.name in OF_THEIR_OWN:
         return family
-    apart = WITHOUT_PARTS + OF_THEIR_OWN
+    apart = WITHOUT_PARTS + OF_THEIR_OWN + SHARING
     others = [x for x in FAMILIES if x is family or x.name not in apart]
     return others[(others.index(family) + 1) % len(others)]
 

@@ -1387,8 +1387,9 @@ IMAGE_MODELS["blip2"] = WithQFormer(
 )
 _IN_GRIDS = dict(
     text_config=dict(
-        # With one for the token that stands for an image.
-        dict(_QWEN3_5, vocab_size=101),
+        # With one for the token that stands for an image, and more yet for
+        # norms to add where heads are twice as wide.
+        {**_QWEN3_5, "vocab_size": 101, "rms_norm_eps": 5e-2},
         head_dim=16,
         rope_parameters=dict(
             rope_type="default",

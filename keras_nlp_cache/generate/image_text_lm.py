@@ -139,7 +139,7 @@ class ImageTextLM(CausalLM):
             if "prompts" in inputs:
                 # By what is last, upstream sees whether there is one prompt.
                 inputs["prompts"] = inputs.pop("prompts")
-            if further:
+            if further and self.backbone.sees:
                 raise ValueError(
                     "Expected `inputs`, `max_length`, `stop_token_ids` and "
                     "`strip_prompt`, which is what goes with a dictionary of "

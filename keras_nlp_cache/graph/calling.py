@@ -231,6 +231,10 @@ class CachedGraph:
             return CallWithCache(self)(inputs, *args, **kwargs)
         return super().__call__(inputs, *args, **kwargs)
 
+    def _assert_input_compatibility(self, *args):
+        # It is, by now. Keras would take what a policy keeps for inputs.
+        pass
+
     def call(self, inputs, training=None, mask=None, **kwargs):
         # Again, since `stateless_call` does not come through `__call__`.
         inputs = self._normalize(inputs)

@@ -96,7 +96,7 @@ def product(x, variable, axes=1, scale=None, epsilon=None):
         A tensor `(..., N)` of the dtype of `x`. `None` if the weight is not
         known, or another form is faster.
     """
-    if not is_looked_up(variable) or _is_autocasting():
+    if not is_looked_up(variable) or _has_a_say_in_precision():
         return None
     known = _weights.get()[id(variable)]
     form = known.form
@@ -150,13 +150,14 @@ def _part(known, x, shape, epsilon):
     return y[:, known.start : known.start + known.outputs]
 
 
-def _is_autocasting():
-    """Whether PyTorch chooses dtypes of products."""
+def _has_a_say_in_precision():
+    """Whether PyTorch was told how exact its products are to be."""
     if keras.config.backend() != "torch":
         return False
     import torch
 
-    return torch.is_autocast_enabled("cpu")
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return torch.is_autocast_enabled("cpu") or not exact
 
 
 def _multiply(form, x, arrays, epsilon):

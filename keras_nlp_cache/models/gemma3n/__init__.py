@@ -5,6 +5,7 @@ import keras_hub
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.models.gemma3n import layers  # noqa: F401 (replace upstream)
+from keras_nlp_cache.models.gemma3n import text_model  # noqa: F401 (likewise)
 from keras_nlp_cache.models.gemma3n.opened import OpenedBackbone
 
 

@@ -28,6 +28,13 @@ class OpenedBackbone(CachedBackbone):
     """
 
     def __init__(self, inputs, outputs, **kwargs):
+        # Which attributes upstream lists first depends on the backend.
+        self._listed = tuple(
+            name
+            for layer in getattr(self, "_layers", ())
+            for name, x in vars(self).items()
+            if x is layer
+        )
         inputs = {x.name: x for x in inputs}
         inputs = {name: inputs[name] for name in self.roles.of_upstream}
         specialize_within([self.embedding_processor])
@@ -78,7 +85,8 @@ class OpenedBackbone(CachedBackbone):
 
     def _list_as_upstream(self):
         """Lists layers, and with them weights, as upstream does."""
-        first = self.layers[:2]
+        first = [getattr(self, name) for name in self._listed]
+        first = first or self.layers[:2]
         self._layers[:] = first + [x for x in self._layers if x not in first]
 
     def with_graph(self, *args, **kwargs):
