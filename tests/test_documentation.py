@@ -219,8 +219,8 @@ def test_no_family_is_long():
 
     Where a decoder has an encoder, layers keep a state or share keys, or images
     are read, upstream's layers and methods are called in ways of their own, and
-    three times as many are allowed. A family whose graph has to be made anew is
-    a folder of such modules.
+    three times as many are allowed. A family that needs more is a folder of
+    such modules.
     """
     folder = ROOT / "keras_nlp_cache" / "models"
     for path in set(folder.rglob("*.py")) - {folder / "__init__.py"}:

@@ -286,7 +286,6 @@ def test_greedy(family):
         assert_greedy(family, prompt, generated["token_ids"], lm)
         found.append(generated["token_ids"])
     assert len(np.unique(found[0][:, 8:])) > 3
-    assert (found[0][0] != found[1][0]).any()
     # What follows an image is read in pieces, as few as there may be.
     device.set_constants(compiled_chunk=2, eager_chunk=2)
     try:

@@ -176,6 +176,8 @@ def test_settings_are_seen_while_they_last(family, name):
     eager = fresh(SETTINGS[name], run_eagerly=True)
     if "autocast" in name:
         assert np.abs(changed - plain).max() > 1e-4
+    if "autocast" in name or "precision" in name:
+        # A processor that multiplies in bfloat16 does so by either way.
         # Before the first token that may be another one after rounding.
         changed, eager = changed[:, :, :5], eager[:, :, :5]
         scale = np.abs(eager).max()

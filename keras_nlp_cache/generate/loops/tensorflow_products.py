@@ -30,7 +30,8 @@ def kernels_as_matrices(model):
     """
     matrices = {}
     for layer in model._flatten_layers():
-        if not is_exactly(layer, keras.layers.EinsumDense):
+        # Some layers of upstream's are never called.
+        if not layer.built or not is_exactly(layer, keras.layers.EinsumDense):
             continue
         kernel = layer.kernel
         # With LoRA it is a tensor.
