@@ -1387,9 +1387,14 @@ IMAGE_MODELS["blip2"] = WithQFormer(
 )
 _IN_GRIDS = dict(
     text_config=dict(
-        # With one for the token that stands for an image, and more yet for
-        # norms to add where heads are twice as wide.
-        {**_QWEN3_5, "vocab_size": 101, "rms_norm_eps": 5e-2},
+        {
+            **_QWEN3_5,
+            # With one for the token that stands for an image.
+            "vocab_size": 101,
+            # What a layer with a state makes of rounding, another enlarges.
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
         head_dim=16,
         rope_parameters=dict(
             rope_type="default",
