@@ -48,7 +48,10 @@ def greedy_lm(family, **kwargs):
 
 def optimized_hlo(loop, generation):
     """What XLA makes of a decode loop, as text."""
-    arguments = loop._bounds(generation, 8, ()), *loop._options(None)
+    arguments = (
+        loop._bounds(len(generation.token_ids), 8, ()),
+        *loop._options(None),
+    )
     rows = len(generation.token_ids)
     if BACKEND == "jax":
         lowered = loop._compiled_decode.lower(
