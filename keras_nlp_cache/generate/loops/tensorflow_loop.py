@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import platform
+import weakref
 
 import numpy as np
 import tensorflow as tf
@@ -264,12 +265,18 @@ def _is_on_several_devices(variable):
     )
 
 
+# How often a function was traced when it was called the last time. That it is
+# traced ahead compiles nothing yet.
+_traced = weakref.WeakKeyDictionary()
+
+
 def _call(function, *args):
     """Calls a `tf.function`, and tidies up after the compiler if it ran."""
-    before = function.experimental_get_tracing_count()
     with outside_of_strategies():
         output = function(*args)
-    if function.experimental_get_tracing_count() > before:
+    count = function.experimental_get_tracing_count()
+    if count > _traced.get(function, 0):
+        _traced[function] = count
         give_back_free_memory()
     return output
 
