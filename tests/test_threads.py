@@ -1,9 +1,11 @@
 """`generate()` from several threads gives each its own answer."""
 
 import concurrent.futures
+import threading
 
 import numpy as np
 
+from keras_nlp_cache.kernels.once import once
 from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -35,3 +37,23 @@ def test_each_thread_gets_its_own_answer(family, cold):
         actual = list(threads.map(generate, prompts))
     for x, y in zip(actual, expected):
         np.testing.assert_array_equal(x, y)
+
+
+def test_what_is_done_once_is_done_by_one_thread():
+    calls, together = [], threading.Barrier(4)
+
+    @once
+    def slow(x):
+        calls.append(x)
+        # Others would begin in the meantime.
+        threading.Event().wait(0.05)
+        return [x]
+
+    def ask(_):
+        together.wait()
+        return slow(1)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(ask, range(4)))
+    assert calls == [1]
+    assert all(x is answers[0] for x in answers)

@@ -2,23 +2,20 @@
 
 import ctypes
 import functools
-import threading
 
 import jax
 import numpy as np
 
+from keras_nlp_cache.kernels.once import once
 from keras_nlp_cache.kernels.xla_handler import attributes
 from keras_nlp_cache.kernels.xla_handler import prepare
 
 _TARGET = "keras_nlp_cache_kernel"
-# Steps may be compiled in one thread while a prompt is read in another.
-_preparing = threading.Lock()
 
 
 def call(kernel, arguments, shape, dtype, sizes, pieces):
     """What `Kernel` does on JAX, by a custom call."""
-    with _preparing:
-        _prepare(kernel)
+    _prepare(kernel)
     function = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, dtype))
     values = attributes(kernel, arguments, sizes, pieces)
     return function(
@@ -32,7 +29,7 @@ def call(kernel, arguments, shape, dtype, sizes, pieces):
     )
 
 
-@functools.cache
+@once
 def _prepare(kernel):
     """Compiles a kernel, and tells JAX of it once."""
     _register(prepare(kernel))

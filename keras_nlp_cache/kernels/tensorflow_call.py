@@ -7,6 +7,7 @@ import os
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
+from keras_nlp_cache.kernels.once import once
 from keras_nlp_cache.kernels.xla_handler import attributes
 from keras_nlp_cache.kernels.xla_handler import prepare
 from keras_nlp_cache.kernels.xla_handler import REGISTER
@@ -70,7 +71,7 @@ def _type(shape, dtype):
     return f"tensor<{''.join(f'{size}x' for size in shape)}{_TYPES[dtype]}>"
 
 
-@functools.cache
+@once
 def _prepare(kernel):
     """Compiles a kernel, and tells XLA of it once."""
     _register(prepare(kernel))
