@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import importlib.util
+import sys
 
 import keras
 import numpy as np
@@ -420,25 +421,49 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
 
 @needs_numba
 def test_what_is_compiled_is_that_of_the_code(monkeypatch):
-    import os
-    import types
-
     from keras_nlp_cache.kernels import compiling
     from keras_nlp_cache.kernels import floats
 
     module = "keras_nlp_cache.products.kernels"
-    before, stat = compiling._digest(module), os.stat
+    before, content = compiling._digest(module), compiling._content
 
     def changed(path):
         monkeypatch.setattr(
             compiling,
-            "os",
-            types.SimpleNamespace(
-                stat=lambda x: stat(__file__ if x == path else x)
-            ),
+            "_content",
+            lambda x: content(__file__ if x == path else x),
         )
         return compiling._digest(module)
 
     # What kernels import of this package is looked at, and nothing else.
     assert changed(floats.__file__) != before
     assert changed(loops.__file__) == before
+
+
+@needs_numba
+def test_what_is_compiled_serves_wherever_the_package_lies(
+    monkeypatch, tmp_path
+):
+    """A kernel of its own, in two folders that say the same."""
+    import numba
+
+    from keras_nlp_cache.kernels import compiling
+
+    monkeypatch.setenv("KERAS_NLP_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    signature = numba.types.void(numba.types.int64, numba.types.int64)
+    for place, code, hits in (
+        ("one", "pass", 0),
+        ("another", "pass", 1),
+        ("changed", "return", 0),
+    ):
+        file = tmp_path / place / "kernels" / "of_a_test.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"def piece(job, piece):\n    {code}\n")
+        name = "keras_nlp_cache.kernels.of_a_test"
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        kernel = compiling.compiled(signature, module.piece)
+        assert kernel.cache_hits == hits

@@ -1,8 +1,9 @@
 """Compiles functions for C to call, once for all processes."""
 
 import contextlib
+import functools
 import hashlib
-import os
+import pathlib
 import sys
 import threading
 import types
@@ -19,7 +20,8 @@ def compiled(signature, function):
 
     What is compiled is kept in the user's cache folder, as converted models
     are, unless numba was told another one. It is kept for the code that it was
-    made of, where numba looks at one file and not at what that imports.
+    made of, wherever that is installed, where numba looks at one file, at its
+    place and not at what it imports.
 
     Args:
         signature: Types of numba's.
@@ -41,12 +43,20 @@ def compiled(signature, function):
 
 @contextlib.contextmanager
 def _keeping_in(folder):
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = before or str(folder)
+    """Has numba keep what it compiles, if it was not told where."""
+    config = numba.config
+    if config.CACHE_DIR:
+        yield
+        return
+    locators = config.CACHE_LOCATOR_CLASSES
+    config.CACHE_DIR = str(folder)
+    config.CACHE_LOCATOR_CLASSES = (
+        "keras_nlp_cache.kernels.anywhere.AnywhereLocator"
+    )
     try:
         yield
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = "", locators
 
 
 def _digest(name):
@@ -58,8 +68,7 @@ def _digest(name):
         if name in files or name.partition(".")[0] != package:
             continue
         module = sys.modules[name]
-        state = os.stat(module.__file__)
-        files[name] = state.st_mtime_ns, state.st_size
+        files[name] = _content(module.__file__)
         for value in vars(module).values():
             if isinstance(value, types.ModuleType):
                 left.append(value.__name__)
@@ -67,3 +76,9 @@ def _digest(name):
                 left.append(str(getattr(value, "__module__", "")))
     text = repr(sorted(files.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _content(path):
+    """What stands for the content of a file, as it was imported."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
