@@ -4,11 +4,14 @@ What takes long to import is imported where it is needed: of several processes,
 one hands tests to the others, which wait for it, and runs none.
 """
 
+import collections
+import contextlib
+import functools
 import gc
 import importlib.metadata
 import os
 import random
-import types
+import threading
 
 import pytest
 
@@ -17,7 +20,9 @@ from tests.subject import PATCHED
 
 # Bytes of a process, from which on JAX is to compile again for the next file.
 MOST_MEMORY = 4 * 2**30
-# By how many bytes it may grow until all that it holds is looked through.
+# By how many bytes it may grow until garbage is collected, and until all that
+# it holds is looked through.
+MOST_GARBAGE = 2**26
 MOST_GROWTH = 2**29
 
 
@@ -63,6 +68,27 @@ def _without_xla():
         TensorFlowLoop.jit_compile_by_default = False
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _short_chunks():
+    """What XLA compiles reads 8 positions of a state at a time, not 64.
+
+    Upstream solves for each position of a chunk by operations of its own, so
+    that 64 compile for seconds. On PyTorch they are as many as they are.
+    """
+    if backend() == "torch":
+        yield
+        return
+    from keras_hub.src.models.qwen3_5 import qwen3_5_gated_delta_net as layer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            layer,
+            "_chunk_gated_delta_rule",
+            functools.partial(layer._chunk_gated_delta_rule, chunk_size=8),
+        )
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     import keras
@@ -83,60 +109,107 @@ def _seed_tensorflow(seed):
     context.context()._rng = random.Random(seed)
 
 
+class _Memory:
+    """Bytes of the process, and by how many it has grown."""
+
+    def __init__(self):
+        import psutil
+
+        self._info = psutil.Process().memory_info
+        self._before = collections.Counter()
+
+    def now(self):
+        return self._info().rss
+
+    def has_grown(self, least):
+        """Whether by so many since this was last true."""
+        if self.now() < self._before[least] + least:
+            return False
+        self._before[least] = self.now()
+        return True
+
+
+class _Unknown:
+    """Of few files, where nothing tells how many bytes there are."""
+
+    def now(self):
+        return 0
+
+    def has_grown(self, least):
+        return least == MOST_GARBAGE
+
+
+@pytest.fixture(scope="session")
+def _memory():
+    return _Unknown() if PATCHED else _Memory()
+
+
 @pytest.fixture(autouse=True)
-def _light_garbage_collection():
+def _light_garbage_collection(_memory):
     """Keras collects garbage for each layer it quantizes.
 
     Over all that three frameworks import, that is half a second a layer, and
     more with each graph that TensorFlow never gives back.
     """
-    if backend() == "jax":
-        _forget_lowered_programs()
-    gc.collect()
-    gc.freeze()
-
-
-@pytest.fixture(scope="session")
-def _last_collection():
-    """How many bytes there were when all garbage was last collected."""
-    return types.SimpleNamespace(memory=0)
+    if _memory.has_grown(MOST_GARBAGE):
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _bounded_memory(_last_collection):
+def _bounded_memory(_memory):
     """What is kept for as long as the process lives, is kept for one file.
 
     Garbage among what was frozen is kept until it may be much: to look through
     all that three frameworks import takes a second, as many files do.
     """
-    yield
+    if backend() == "jax":
+        with _one_context():
+            yield
+        _forget_lowered_programs()
+    else:
+        yield
     if backend() == "tensorflow":
         import keras
 
         _forget_custom_gradients()
         keras.utils.set_random_seed(0)
-    if PATCHED:
-        # Few files, where nothing tells how many bytes there are.
-        return
-    import psutil
-
-    memory = psutil.Process().memory_info
-    if backend() == "jax" and memory().rss > MOST_MEMORY:
+    if backend() == "jax" and _memory.now() > MOST_MEMORY:
         import jax
 
         jax.clear_caches()
-    if memory().rss > _last_collection.memory + MOST_GROWTH:
+    if _memory.has_grown(MOST_GROWTH):
         gc.unfreeze()
         gc.collect()
         gc.freeze()
-        _last_collection.memory = memory().rss
+
+
+@contextlib.contextmanager
+def _one_context():
+    """JAX writes down all that it compiles in one context of MLIR's.
+
+    It makes one for each operation and shape, which takes a megabyte and a
+    tenth of the time of all tests.
+    """
+    from jax._src.interpreters import mlir
+
+    local, make = threading.local(), mlir.make_ir_context
+
+    def context():
+        if not hasattr(local, "context"):
+            local.context = make()
+        return local.context
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "make_ir_context", context)
+        yield
 
 
 def _forget_lowered_programs():
-    """JAX keeps what it compiled from, a megabyte for each operation and shape.
+    """JAX keeps what it compiled from.
 
-    What it compiled takes a quarter of that, and serves all tests that follow.
-    To clear that for each file and to compile it again takes many minutes.
+    What it compiled takes less, and serves all tests that follow. To clear
+    that for each file and to compile it again takes many minutes.
     """
     from jax._src import pjit
     from jax._src.interpreters import pxla

@@ -1006,15 +1006,15 @@ _KINDS |= {"qwen3_5", "rwkv7", "gemma3n"}
 _EACH_KIND = [
     x for x in FAMILIES if x.name in _KINDS or keras.config.backend() == "torch"
 ]
-each_kind = _taking_turns(_EACH_KIND, jax=3, tensorflow=2)
+each_kind = _taking_turns(_EACH_KIND, jax=2, tensorflow=2)
 # For what is of attention, which layers that keep a state have none of.
 each_kind_that_attends = _taking_turns(
-    [x for x in _EACH_KIND if not x.keeps_states], jax=3, tensorflow=2
+    [x for x in _EACH_KIND if not x.keeps_states], jax=2, tensorflow=2
 )
 # Of each kind, those with an encoder and with images, too.
 any_kind = _taking_turns(
     [*_EACH_KIND, *ENCODER_DECODERS, *IMAGE_MODELS, *GRID_MODELS],
-    jax=3,
+    jax=2,
     tensorflow=2,
 )
 # For what code does that does not ask which family it serves.
@@ -1049,6 +1049,18 @@ def in_turn(names, values):
             pytest.param(family, *value, id="-".join([family.name, *words]))
         )
     return pytest.mark.parametrize(f"family, {names}", parameters)
+
+
+def divided(values):
+    """All of many values on PyTorch, half where a compiler takes the time.
+
+    For what differs by our own code and not by a backend. JAX has the one half
+    and TensorFlow the other.
+    """
+    values = list(values)
+    half = -(-len(values) // 2)
+    of_backend = {"jax": values[:half], "tensorflow": values[half:]}
+    return of_backend.get(keras.config.backend(), values)
 
 
 def on_one_backend(reason):

@@ -18,6 +18,7 @@ from keras_nlp_cache import models
 from keras_nlp_cache.command_line.cli import main
 from tests import test_bad_input
 from tests import test_command_line
+from tests.families import divided
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -398,7 +399,7 @@ def folder(files, tmp_path):
     return shutil.copytree(files, tmp_path, dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", divided(CALLS))
 def test_mistakes(name, folder):
     call, words = CALLS[name]
     if call is other_session:

@@ -63,7 +63,7 @@ def test_equals_upstream_forward(family):
     )
 
 
-@every_family
+@each_kind
 def test_left_padding_by_positions(family):
     """A row that is padded on the left is as if it were not padded."""
     token_ids = random_tokens(2, LENGTH)

@@ -15,6 +15,7 @@ import keras_nlp_cache
 from keras_nlp_cache import surgery
 from keras_nlp_cache.generate.many.source_prompts import prompts_with_source
 from tests.families import compiled
+from tests.families import divided
 from tests.families import ENCODER_DECODERS
 from tests.families import every_encoder_decoder
 from tests.families import examples
@@ -536,7 +537,7 @@ def _width(model):
 
 
 @every_encoder_decoder
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("edit", divided(EDITS))
 def test_edits(family, edit, tmp_path):
     backbone, _ = family.pair
     before = full_forward(backbone)

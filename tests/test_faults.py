@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from keras_nlp_cache import surgery
+from tests.families import divided
 from tests.families import FAMILIES
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -65,7 +66,7 @@ def files(folder):
     }
 
 
-@pytest.mark.parametrize("owner, name, save", CASES)
+@pytest.mark.parametrize("owner, name, save", divided(CASES))
 @pytest.mark.parametrize("fault", [full, interrupt])
 @pytest.mark.parametrize("older", [True, False])
 def test_saving(owner, name, save, fault, older, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from tests.families import deep_families
+from tests.families import divided
 from tests.families import FAMILIES
 from tests.families import in_turn
 from tests.families import padding_mask
@@ -23,8 +24,10 @@ TARGETS = np.random.default_rng(0).normal(size=(4, 8, 32)).astype("float32")
 
 @in_turn(
     "kind, index",
-    itertools.product(
-        ["list", "numpy", "int64", "tensor"], ["int", "numpy", "tensor"]
+    divided(
+        itertools.product(
+            ["list", "numpy", "int64", "tensor"], ["int", "numpy", "tensor"]
+        )
     ),
 )
 def test_mixtures(family, kind, index):

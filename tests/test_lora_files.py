@@ -7,6 +7,7 @@ import pytest
 from keras_nlp_cache import surgery
 from tests.edits import full_forward
 from tests.families import deep_families
+from tests.families import divided
 from tests.families import FAMILIES
 
 PROJECTIONS = ["query", "output", "up", "down"]
@@ -105,7 +106,7 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("kind", MISFITS)
+@pytest.mark.parametrize("kind", divided(MISFITS))
 def test_refused(kind, tmp_path):
     saved, edit, words = MISFITS[kind]
     path = tmp_path / "x.lora.h5"

@@ -19,6 +19,7 @@ from tests.edits import TOKENS
 from tests.families import assert_greedy_after
 from tests.families import DEEP
 from tests.families import deep_families
+from tests.families import divided
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import randomize
@@ -130,8 +131,10 @@ EDITED = {
 # What is inside of a block is not a family's doing, but what it is called is.
 @pytest.mark.parametrize(
     "edit, family",
-    [("adapters", family) for family in DEEP]
-    + [(edit, LLAMA) for edit in EDITED if edit != "adapters"],
+    divided(
+        [("adapters", family) for family in DEEP]
+        + [(edit, LLAMA) for edit in EDITED if edit != "adapters"]
+    ),
     ids=lambda x: getattr(x, "name", x),
 )
 def test_edited_donors(family, edit, tmp_path):

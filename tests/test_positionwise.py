@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_nlp_cache import surgery
 from tests.edits import original
+from tests.families import divided
 from tests.families import FAMILIES
 from tests.families import in_turn
 
@@ -145,7 +146,7 @@ def _inside(layer):
 
 
 @pytest.mark.parametrize("edit", [_insert, _inside], ids=["after", "inside"])
-@in_turn("kind", MIXING)
+@in_turn("kind", divided(MIXING))
 def test_refused(family, kind, edit):
     lm = original(family)
     with pytest.raises(ValueError, match="treat each position alone"):

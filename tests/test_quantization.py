@@ -13,6 +13,7 @@ from keras_nlp_cache.quantization.logits import mend_quantized
 from tests.families import decode
 from tests.families import deep_families
 from tests.families import deep_suites
+from tests.families import divided
 from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import in_turn
@@ -105,7 +106,7 @@ def test_as_upstream(family, mode):
     assert_as_upstream(family, mode)
 
 
-@in_turn("mode", ["gptq", "awq", "float8"])
+@in_turn("mode", divided(["gptq", "awq", "float8"]))
 def test_as_upstream_in_other_modes(family, mode):
     assert_as_upstream(family, mode)
 
@@ -145,7 +146,7 @@ def generated(lm):
     return lm.generate("the fox", max_length=12)
 
 
-@in_turn("mode", MODES)
+@in_turn("mode", divided(MODES))
 def test_with_a_preprocessor(family, mode, tmp_path):
     lm = text_lm(family)
     backbone = family.ours("Backbone").from_config(lm.backbone.get_config())
@@ -183,7 +184,7 @@ def test_filters_with_a_preprocessor():
         text_lm(FAMILIES[3]).quantize("int8", filters=3)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", divided(MODES))
 def test_an_edited_model(mode):
     """The edit is part of what is calibrated and of what is quantized."""
     lm = lms(FAMILIES[3])[0]

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_nlp_cache import surgery
 from tests.families import deep_families
+from tests.families import divided
 from tests.families import FAMILIES
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -212,7 +213,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", divided(BAD))
 def test_bad_assistants(name):
     assistant, sampler, match = BAD[name]
     lm = LLAMA.lm_pair[0]

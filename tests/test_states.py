@@ -20,6 +20,7 @@ from tests.edits import TOKENS
 from tests.families import assert_greedy
 from tests.families import assert_greedy_after
 from tests.families import compiled
+from tests.families import divided
 from tests.families import every_stateful
 from tests.families import FAMILIES
 from tests.families import padding_mask
@@ -380,7 +381,7 @@ def test_half_precision(family):
 
 
 @every_stateful
-@pytest.mark.parametrize("edit", BLOCK_EDITS)
+@pytest.mark.parametrize("edit", divided(BLOCK_EDITS))
 def test_edits_of_blocks(family, edit, tmp_path):
     lm = original(family)
     before = full_forward(lm.backbone)

@@ -27,6 +27,7 @@ from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
 from tests.families import deep_suites
+from tests.families import divided
 from tests.families import each_kind
 from tests.families import examples
 from tests.families import in_turn
@@ -37,7 +38,7 @@ PROMPTS = {
     "token_ids": TOKENS * padding_mask([3, 5], LENGTH),
     "padding_mask": padding_mask([3, 5], LENGTH),
 }
-every_edit = pytest.mark.parametrize("edit", EDITS)
+every_edit = pytest.mark.parametrize("edit", divided(EDITS))
 
 
 def assert_close(x, y):
@@ -69,7 +70,7 @@ def test_edit(family, edit):
     assert_unchanged(before, snapshot(lm))
 
 
-@in_turn("edit", EDITS)
+@in_turn("edit", divided(EDITS))
 def test_edit_generates(family, edit):
     edited = EDITS[edit].apply(original(family))
     edited.compile(sampler="greedy")

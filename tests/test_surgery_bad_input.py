@@ -10,6 +10,7 @@ from tests.edits import assert_unchanged
 from tests.edits import original
 from tests.edits import snapshot
 from tests.families import deep_families
+from tests.families import divided
 from tests.families import FAMILIES
 from tests.families import in_turn
 
@@ -329,7 +330,7 @@ def test_a_family_without_a_gate():
         assert word in str(error.value)
 
 
-@in_turn("kind", EDITS)
+@in_turn("kind", divided(EDITS))
 def test_refused(family, kind):
     edit, words = EDITS[kind]
     lm = original(family)

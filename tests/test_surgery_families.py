@@ -21,6 +21,7 @@ from tests.edits import original
 from tests.edits import query_of
 from tests.edits import TOKENS
 from tests.families import assert_greedy_after
+from tests.families import divided
 from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import padding_mask
@@ -55,7 +56,7 @@ def assert_close(x, y):
 def on_families(*names):
     return pytest.mark.parametrize(
         "family",
-        [x for x in FAMILIES if x.name in names],
+        divided(x for x in FAMILIES if x.name in names),
         ids=lambda x: x.name,
     )
 

@@ -14,6 +14,7 @@ from tests.edits import TOKENS
 from tests.families import assert_greedy_after
 from tests.families import compiled
 from tests.families import deep_families
+from tests.families import divided
 from tests.families import each_kind_that_attends
 from tests.families import FAMILIES
 from tests.families import in_turn
@@ -303,7 +304,7 @@ COMBINED = {
 }
 
 
-@in_turn("name", COMBINED)
+@in_turn("name", divided(COMBINED))
 def test_edited_inside(family, name, tmp_path):
     """Cached and uncached agree, it generates, and it is saved."""
     lm = original(family)

@@ -17,6 +17,7 @@ from tests.edits import full_forward
 from tests.edits import LENGTH
 from tests.edits import TOKENS
 from tests.families import assert_greedy_after
+from tests.families import divided
 from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import in_turn
@@ -73,7 +74,9 @@ def modes(model):
     }
 
 
-@pytest.mark.parametrize("mode, edit", zip(itertools.cycle(MODES), EDITS))
+@pytest.mark.parametrize(
+    "mode, edit", divided(zip(itertools.cycle(MODES), EDITS))
+)
 def test_edit_of_a_quantized_model(mode, edit, tmp_path):
     lm = quantized(LLAMA, mode)
     before = full_forward(lm.backbone)
@@ -85,7 +88,9 @@ def test_edit_of_a_quantized_model(mode, edit, tmp_path):
     np.testing.assert_array_equal(full_forward(lm.backbone), before)
 
 
-@pytest.mark.parametrize("mode, edit", zip(itertools.cycle(MODES[::-1]), EDITS))
+@pytest.mark.parametrize(
+    "mode, edit", divided(zip(itertools.cycle(MODES[::-1]), EDITS))
+)
 def test_an_edited_model_quantized(mode, edit, tmp_path):
     edited = EDITS[edit].apply(task(LLAMA))
     expected = full_forward(edited.backbone)

@@ -17,6 +17,7 @@ from tests.edits import EDITS
 from tests.edits import full_forward
 from tests.edits import original
 from tests.families import deep_suites
+from tests.families import divided
 from tests.families import each_kind
 from tests.families import FAMILIES
 from tests.families import in_turn
@@ -55,7 +56,7 @@ def several_edits(model):
     return surgery.tap(surgery.remove(model, -1), [0, -1])
 
 
-@in_turn("edit", EDITS)
+@in_turn("edit", divided(EDITS))
 def test_config(family, edit):
     edited = EDITS[edit].apply(original(family).backbone)
     config = json.loads(json.dumps(edited.get_config()))

@@ -6,6 +6,7 @@ import pytest
 
 from keras_nlp_cache import models
 from tests.families import compiled
+from tests.families import divided
 from tests.families import IMAGES
 from tests.families import on_one_backend
 from tests.families import padding_mask
@@ -30,7 +31,7 @@ NAMES = [
 ]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=divided(NAMES))
 def pair(request, tmp_path_factory):
     """A model of transformers, and ours that was read from its directory."""
     family = FAMILIES[request.param]
@@ -77,7 +78,7 @@ def test_greedy_generation(pair):
     np.testing.assert_array_equal(output["token_ids"], theirs.greedy(TOKEN_IDS))
 
 
-@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize("name", divided(ENCODER_DECODERS))
 def test_encoder_decoders(name, tmp_path):
     theirs = ENCODER_DECODERS[name]
     theirs.save(tmp_path)
@@ -118,7 +119,7 @@ def test_encoder_decoders(name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", IMAGE_MODELS)
+@pytest.mark.parametrize("name", divided(IMAGE_MODELS))
 def test_image_models(name, tmp_path):
     theirs = IMAGE_MODELS[name]
     theirs.save(tmp_path)
@@ -142,7 +143,7 @@ def test_image_models(name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", GRID_MODELS)
+@pytest.mark.parametrize("name", divided(GRID_MODELS))
 def test_images_in_grids(name, tmp_path):
     theirs = GRID_MODELS[name]
     theirs.save(tmp_path)

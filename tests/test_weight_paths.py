@@ -20,6 +20,7 @@ from tests.edits import full_forward
 from tests.edits import original
 from tests.edits import snapshot
 from tests.families import deep_families
+from tests.families import divided
 from tests.families import each_kind_that_attends
 from tests.families import examples
 from tests.families import FAMILIES
@@ -167,7 +168,7 @@ def test_colliding_layers(family, edit):
 SAVED = [x for x in COLLIDING if "projection" not in x and "two" not in x]
 
 
-@pytest.mark.parametrize("edit", [*SAVED, "add_lora"])
+@pytest.mark.parametrize("edit", divided([*SAVED, "add_lora"]))
 def test_files(edit, tmp_path):
     lm = original(FAMILIES[3])
     lm = EDITS[edit].apply(lm) if edit in EDITS else COLLIDING[edit](lm)
