@@ -13,7 +13,6 @@ _OTHERS = "a decoder without a module in `models/`"
 # By what the name of a task begins with, before `CausalLM` or `Seq2SeqLM`, or
 # by all of it.
 _REASONS = {
-    "BLIP2Seq2SeqLM": "its encoder reads images before its text",
     "EdRec": "it has no positions, and neither a preprocessor nor presets",
     "Gemma4Assistant": "it reads the cache of another model",
     "PARSeq": "it reads images, in a decoder of two streams",

@@ -130,12 +130,14 @@ def not_covered():
     return dict(sorted(reasons.items()))
 
 
-def task_for(cls, backbone_cls):
+def task_for(cls, backbone_cls, config):
     """The class of tasks to load for a class of backbones.
 
     Args:
         cls: A class of tasks, of a family or a base of several.
         backbone_cls: A class of backbones that has a `family()`.
+        config: Dictionary, what a preset says of the backbone. Some have
+            several tasks, of which it depends on that.
 
     Returns:
         `cls` if it is of a family, and else the subclass of it in this package.
@@ -144,7 +146,8 @@ def task_for(cls, backbone_cls):
     candidates = (cls,) if family(cls) else replacements()
     for task in candidates:
         if issubclass(task, cls) and issubclass(task, keras_hub.models.Task):
-            if family(task.backbone_cls) is family(backbone_cls):
+            of_family = family(task.backbone_cls) is family(backbone_cls)
+            if of_family and task.is_for(config):
                 return task
     return None
 

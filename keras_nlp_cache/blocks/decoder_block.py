@@ -62,7 +62,8 @@ class DecoderBlock(Specialized):
         source_argument: Name of the one that takes what an encoder returned,
             `None` if there is none.
         source_mask_argument: Name of the one that takes which of that is
-            padding, `(B, S)`. `None` if it is what the graph is given.
+            padding, `(B, S)` or `(B, 1, S)`. `None` if it is what the graph is
+            given.
         packs_source: bool. Whether upstream's block takes that together with
             the hidden states, as a pair. Here it is an argument of its own.
         carries: Names of arguments that take what the block before, or an
@@ -106,7 +107,7 @@ class DecoderBlock(Specialized):
         ]
         if masks:
             cls.padding_argument = masks[0]
-        for name in _SOURCES:
+        for name in SOURCES:
             if name in inspect.signature(cls.call).parameters:
                 cls.source_argument = name
 
@@ -465,7 +466,7 @@ def _call(block, args, kwargs):
 
 
 # What upstream's blocks call what they have because of an encoder.
-_SOURCES = ("encoder_sequence", "encoder_hidden_states", "source")
+SOURCES = ("encoder_sequence", "encoder_hidden_states", "source")
 _SOURCE_MASKS = (
     "encoder_padding_mask",
     "encoder_attention_mask",

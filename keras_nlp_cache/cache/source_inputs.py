@@ -71,7 +71,21 @@ class JoinedEmbeddings(Cut):
 
     def compute_output_spec(self, x, text=None, given=None):
         # Upstream's may say that it is as long as an image.
-        return keras.KerasTensor((x.shape[0], None, x.shape[-1]), dtype=x.dtype)
+        shape = x.shape[0], None, *x.shape[2:]
+        return keras.KerasTensor(shape, dtype=x.dtype)
+
+
+@keras.saving.register_keras_serializable("keras_nlp_cache")
+class JoinedSource(JoinedEmbeddings):
+    """Where what an encoder reads beside a text is joined with that.
+
+    Call arguments:
+        x: Tensor `(B, S, ...)`, both of them. `None` if one is not there.
+        text: Tensor `(B, S, ...)`, the text alone.
+
+    Returns:
+        What there is of the two.
+    """
 
 
 @keras.saving.register_keras_serializable("keras_nlp_cache")
@@ -99,7 +113,7 @@ class SourceMask(Weightless):
 
     Call arguments:
         source: Optional tensor `(B, S, source_dim)`, if it is read now.
-        padding_mask: Optional tensor `(B, S)`, 0 for padding.
+        padding_mask: Optional tensor `(B, S)` or `(B, 1, S)`, 0 for padding.
         key: Optional, what is kept of the keys of the first layer that
             attends to it.
         positions: Optional, what `Positions` returned, for layers that attend
@@ -119,7 +133,9 @@ class SourceMask(Weightless):
         if padding_mask is None:
             batch, length = ops.shape(source)[:2]
             return ops.zeros((batch, 1, 1, length), "float32")
-        return additive(padding_mask)[:, None, None, :]
+        mask = additive(padding_mask)
+        batch, length = ops.shape(mask)[0], ops.shape(mask)[-1]
+        return ops.reshape(mask, (batch, 1, 1, length))
 
     def compute_output_spec(
         self, source, padding_mask=None, key=None, positions=None

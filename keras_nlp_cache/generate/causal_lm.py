@@ -61,6 +61,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
     Attributes:
         embeddings_name: Name of the layer of the backbone that returns what
             `score()` calls the embeddings.
+        has_encoder: bool. Whether its backbone has to have an encoder, or must
+            not have one.
 
     Args:
         backbone: A backbone of this package.
@@ -87,6 +89,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
     """
 
     embeddings_name = "token_embedding"
+    has_encoder = False
     _chat_template = None
 
     def __init__(self, *args, **kwargs):
@@ -100,6 +103,14 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 f"{type(backbone).__module__}.{type(backbone).__name__}. Build "
                 "it with the class of the same name from "
                 "`keras_nlp_cache.models`; weights and presets are shared."
+            )
+        if (backbone.roles.source is not None) != self.has_encoder:
+            raise ValueError(
+                f"Expected `backbone` to be one with"
+                f"{'' if self.has_encoder else 'out'} an encoder, for a "
+                f"`{type(self).__name__}`. Received a "
+                f"`{type(backbone).__name__}` that takes "
+                f"{sorted(backbone.input)}. Another task is for that."
             )
         try:
             with without_taps():
@@ -862,6 +873,15 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
     # === Presets ===
 
+    @classmethod
+    def is_for(cls, config):
+        """Whether a preset of its family is one for this task.
+
+        Args:
+            config: Dictionary, what the preset says of the backbone.
+        """
+        return True
+
     @classproperty
     def presets(cls):
         return drop_in.presets(cls)
@@ -898,7 +918,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         with drop_in.scope(*((cls, cls.backbone_cls) if own else ())):
             loader = loader_of(preset, keep_quantized)
             backbone_cls = drop_in.replacement(loader.check_backbone_class())
-            task = drop_in.task_for(cls, backbone_cls)
+            task = drop_in.task_for(cls, backbone_cls, loader.config)
             if task is None:
                 family = drop_in.family(backbone_cls)
                 what = f" of a `{own.backbone_cls.__name__}`" if own else ""

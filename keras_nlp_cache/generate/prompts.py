@@ -208,6 +208,14 @@ def check_source(inputs, backbone, rows):
             f"Expected `{name}` to be floating, as a preprocessor makes it. "
             f"Received: dtype {read.dtype}."
         )
+    for beside in roles.beside_source:
+        shape = rows, *backbone.input[beside].shape[1:]
+        received = np.shape(inputs.get(beside, np.zeros(shape)))
+        if received != shape:
+            raise ValueError(
+                f"Expected `{beside}` of shape {shape}, for the batch of "
+                f"{rows} prompts. Received shape: {received}."
+            )
     reading_nothing = np.flatnonzero(~mask.any(axis=1))
     if len(reading_nothing):
         raise ValueError(

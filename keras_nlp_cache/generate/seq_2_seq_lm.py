@@ -51,6 +51,8 @@ class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
     ```
     """
 
+    has_encoder = True
+
     def run_backbone(self, token_ids, cache, cache_update_index, **inputs):
         outputs, cache = super().run_backbone(
             token_ids, cache, cache_update_index, **inputs
@@ -197,7 +199,7 @@ class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
                 "since nothing says what the assistant is to read. Received: "
                 f"{further['assistant_model']!r}."
             )
-        check_sound(inputs, self.preprocessor)
+        self.check_read(inputs)
         if strip_prompt and further.get("batch_size") is None:
             # Upstream's does not know how.
             further["batch_size"] = BATCH_SIZE
@@ -210,6 +212,27 @@ class Seq2SeqLM(CausalLM, keras_hub.models.Seq2SeqLM):
             strip_prompt=strip_prompt,
             **{"truncation": "right", **further},
         )
+
+    def check_read(self, inputs):
+        """Checks what a preprocessor is to make an encoder's input of.
+
+        Args:
+            inputs: A prompt or several, as for `generate()`.
+        """
+        check_sound(inputs, self.preprocessor)
+
+    def with_rows(self, inputs):
+        """Inputs of the backbone, with an axis for rows where one has none.
+
+        Args:
+            inputs: Dictionary of a batch of prompts.
+        """
+        return inputs
+
+    def _generate(self, inputs, stop_token_ids=None):
+        if isinstance(inputs, dict):
+            inputs = self.with_rows(inputs)
+        return super()._generate(inputs, stop_token_ids)
 
     def stream(
         self,

@@ -209,8 +209,11 @@ def _source(path, tensors, backbone):
     """Takes what an encoder reads out of the tensors of a file."""
     if backbone.roles.source is None:
         return None
-    names = backbone.roles.of_source[:2]
+    names = backbone.roles.read_by_encoder
     source = {name: tensors.pop(f"source.{name}", None) for name in names}
+    for name in backbone.roles.beside_source:
+        if source[name] is None:
+            del source[name]
     if any(x is None for x in source.values()):
         raise _damaged(path, "nothing for the encoder to read")
     try:

@@ -80,6 +80,27 @@ def _has_nothing_to_do(node, values):
     return any(values[id(x)] is None for x in needed)
 
 
+def _value_of(x, values):
+    """Computes a tensor of a graph.
+
+    Args:
+        x: Symbolic tensor.
+        values: Dictionary from the `id()` of symbolic tensors to what they are.
+            Gets what is computed.
+    """
+    if id(x) not in values:
+        history = x._keras_history
+        node = history.operation._inbound_nodes[history.node_index]
+        for y in node.input_tensors:
+            _value_of(y, values)
+        outputs = [None] * len(node.outputs)
+        if not _has_nothing_to_do(node, values):
+            args, kwargs = node.arguments.fill_in(values)
+            outputs = flatten(history.operation(*args, **kwargs))
+        values.update(zip(map(id, node.outputs), outputs))
+    return values[id(x)]
+
+
 class CallWithCache(keras.layers.Layer):
     """A symbolic call of a model with a cache, in a graph of a user's.
 
@@ -302,6 +323,28 @@ class CachedGraph:
                 "that depend on the inputs of another graph."
             )
         return tree.map_structure(lambda x: values[id(x)], self._outputs_struct)
+
+    def nodes_of_kind(self, kind):
+        """The calls of layers of one class in the graph, as Keras' nodes."""
+        return [
+            node
+            for nodes in self._nodes_by_depth.values()
+            for node in nodes
+            if type(node.operation) is kind
+        ]
+
+    def values_of(self, tensors, inputs):
+        """Computes tensors of the graph, and nothing that follows them.
+
+        Args:
+            tensors: Symbolic tensors of the graph, or `None`.
+            inputs: Dictionary of all inputs, as tensors or `None`.
+
+        Returns:
+            A list of what they are.
+        """
+        values = dict(zip(map(id, self._inputs), flatten(inputs)))
+        return [None if x is None else _value_of(x, values) for x in tensors]
 
     def _standardize_inputs(self, inputs):
         # Keras would cast each input to the dtype that the graph declares,

@@ -3,12 +3,15 @@
 import collections
 
 import keras
+from keras import tree
 
 from keras_nlp_cache.blocks.replaying import replaying
 from keras_nlp_cache.cache.layer_cache import LayerCache
 from keras_nlp_cache.cache.source_inputs import EncoderMask
 from keras_nlp_cache.cache.source_inputs import EncoderOutput
+from keras_nlp_cache.cache.source_inputs import JoinedSource
 from keras_nlp_cache.cache.source_inputs import SourceMask
+from keras_nlp_cache.graph.constructed import comes_of
 from keras_nlp_cache.graph.wiring import Wiring
 from keras_nlp_cache.layers.block_call import first_argument
 from keras_nlp_cache.layers.block_call import sequence_first
@@ -18,7 +21,8 @@ class EncoderWiring(Wiring):
     """The inputs of one graph, and what is threaded through it.
 
     What the encoder returns is one more optional input, and where it is
-    returned the graph is cut.
+    returned the graph is cut. So it is where what else the encoder reads is
+    joined with its text, which goes on alone if there is nothing else.
 
     Args:
         dtype: As for `Wiring`, like the next two.
@@ -28,7 +32,8 @@ class EncoderWiring(Wiring):
             upstream's graph returns.
         mask: Optional symbolic tensor `(B, S)`, which of that is padding, if
             upstream's graph says so of something else.
-        reads: Without a graph, symbolic tensor like what the encoder reads.
+        reads: Without a graph, dictionary of symbolic tensors like what the
+            encoder reads.
 
     Attributes:
         encoder_blocks: The blocks of the encoder, in the order in which they
@@ -39,15 +44,13 @@ class EncoderWiring(Wiring):
 
     def __init__(self, dtype, graph, roles, source, mask=None, reads=None):
         super().__init__(dtype, graph, roles)
-        if reads is not None:
-            self.inputs[roles.source_ids] = keras.Input(
-                reads.shape[1:],
-                dtype=reads.dtype,
-                name=roles.source_ids,
-                optional=True,
+        for name, x in (reads or {}).items():
+            self.inputs[name] = keras.Input(
+                x.shape[1:], dtype=x.dtype, name=name, optional=True
             )
         self._source, self._mask_of_source = source, mask
         self._calls = collections.Counter()
+        self._joins = 0
         self._source_masks = {}
         self.encoder_blocks, self.encoded = [], []
         # What the last block of the encoder and of the decoder was called with.
@@ -64,6 +67,11 @@ class EncoderWiring(Wiring):
 
     def call_operation(self, operation, args, kwargs):
         x = super().call_operation(operation, args, kwargs)
+        text = self._text_alone(args, kwargs)
+        if text is not None:
+            name = f"joined_source_{self._joins}"
+            self._joins += 1
+            x = JoinedSource(dtype=self._dtype, name=name)(x, text=text)
         here = operation, self._calls[operation]
         self._calls[operation] += 1
         if here == _call_of(self._source):
@@ -75,6 +83,29 @@ class EncoderWiring(Wiring):
             return EncoderMask(dtype=self._dtype, name="encoder_mask")(
                 x, given=self.inputs[self._roles.source_mask]
             )
+        return x
+
+    def _text_alone(self, args, kwargs):
+        """What an operation joins with something else that the encoder reads.
+
+        Returns:
+            A symbolic tensor, `None` if it joins nothing.
+        """
+        beside = [self.inputs[x] for x in self._roles.beside_source]
+        names = self._roles.source_ids, self._roles.source_mask
+        text = [self.inputs[x] for x in names]
+        alone = {True: [], False: []}
+        for x in tree.flatten((args, kwargs)) if beside else ():
+            if not isinstance(x, keras.KerasTensor):
+                continue
+            of_text, of_others = (
+                any(comes_of(x, y) for y in inputs) for inputs in (text, beside)
+            )
+            if of_text != of_others:
+                alone[of_text].append(x)
+        if not all(alone.values()):
+            return None
+        (x,) = alone[True]
         return x
 
     def call_block(self, block, args, kwargs):

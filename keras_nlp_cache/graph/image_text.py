@@ -16,7 +16,6 @@ from keras_nlp_cache.cache.source_inputs import EncoderOutput
 from keras_nlp_cache.cache.source_inputs import JoinedEmbeddings
 from keras_nlp_cache.cache.spans import ImageSpans
 from keras_nlp_cache.graph.backbone import CachedBackbone
-from keras_nlp_cache.graph.calling import flatten
 from keras_nlp_cache.graph.constructed import nodes_of
 from keras_nlp_cache.graph.grid_wiring import GridWiring
 from keras_nlp_cache.graph.image_inputs import normalize_images
@@ -120,7 +119,7 @@ class ImageTextBackbone(CachedBackbone):
     def prefill_layers(self):
         """The layers that no decode step calls."""
         if not self.sees:
-            return []
+            return getattr(super(), "prefill_layers", [])
         names = self.tower_name, *self.after_tower
         towers = [getattr(self, name) for name in names]
         return [x for tower in towers for x in tower._flatten_layers()]
@@ -128,13 +127,17 @@ class ImageTextBackbone(CachedBackbone):
     # === How the graph is made ===
 
     def __init__(self, inputs, outputs, **kwargs):
-        if getattr(self, self.tower_name) is not None:
-            self._roles = self.image_roles
+        self._roles = self.roles_as_constructed()
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def roles_as_constructed(self):
+        """`Roles` of upstream's graph, by what it was constructed with."""
+        has_tower = getattr(self, self.tower_name) is not None
+        return self.image_roles if has_tower else TEXT
 
     def _output_of_encoder(self, outputs):
         if not self.sees:
-            return None
+            return super()._output_of_encoder(outputs)
         names = self.tower_name, *self.after_tower
         nodes = nodes_of(outputs)
         towers = [nodes[getattr(self, name)][0] for name in names]
@@ -158,8 +161,7 @@ class ImageTextBackbone(CachedBackbone):
         return wiring(dtype, graph, self.roles, self)
 
     def _set_graph(self, wiring, *args, **kwargs):
-        if isinstance(wiring, ImageWiring):
-            self._roles = wiring.roles
+        self._roles = wiring.roles
         super()._set_graph(wiring, *args, **kwargs)
 
     def with_graph(self, wiring, *args, **kwargs):
@@ -230,37 +232,11 @@ class ImageTextBackbone(CachedBackbone):
 
     def _computed(self, inputs, kind):
         """What the layer of a class returns, without what comes after it."""
-        (node,) = (
-            node
-            for nodes in self._nodes_by_depth.values()
-            for node in nodes
-            if type(node.operation) is kind
-        )
+        (node,) = self.nodes_of_kind(kind)
         inputs = {**dict.fromkeys(self._inputs_struct), **inputs}
         inputs["cache"] = ((None, None),) * len(self.cache_spec)
-        values = dict(zip(map(id, self._inputs), flatten(inputs)))
-        return self._value_of(node.outputs[0], values)
-
-    def _value_of(self, x, values):
-        """Computes a tensor of the graph, and nothing that follows it.
-
-        Args:
-            x: Symbolic tensor.
-            values: Dictionary from the `id()` of symbolic tensors to what they
-                are. Gets what is computed.
-        """
-        if id(x) not in values:
-            history = x._keras_history
-            node = history.operation._inbound_nodes[history.node_index]
-            first, *_ = [self._value_of(y, values) for y in node.input_tensors]
-            outputs = [None] * len(node.outputs)
-            if first is not None or hasattr(
-                history.operation, "called_on_nothing"
-            ):
-                args, kwargs = node.arguments.fill_in(values)
-                outputs = flatten(history.operation(*args, **kwargs))
-            values.update(zip(map(id, node.outputs), outputs))
-        return values[id(x)]
+        (found,) = self.values_of(node.outputs[:1], inputs)
+        return found
 
     def _normalize(self, inputs):
         if not self.sees or not isinstance(inputs, dict):

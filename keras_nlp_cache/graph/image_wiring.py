@@ -34,11 +34,6 @@ class ImageWiring(Wiring):
         self._cuts = backbone.cuts
         super().__init__(dtype, graph, roles)
 
-    @property
-    def roles(self):
-        """`Roles`, what inputs are called."""
-        return self._roles
-
     def _new_input(self, name):
         if name not in self._roles.images_of_upstream:
             return super()._new_input(name)

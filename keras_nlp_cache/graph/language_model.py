@@ -6,6 +6,8 @@ graph is made of the layers inside. What users and files know of the backbone is
 what it is made of.
 """
 
+import operator
+
 import keras
 
 from keras_nlp_cache.graph.constructed import inlined
@@ -19,9 +21,10 @@ class HasLanguageModel:
     Attributes:
         made_of: Names of the arguments that are layers, of which upstream's
             `get_config()` says how they are constructed.
-        parts_of_language_model: Names of attributes of the language model that
-            the backbone has, too: what becomes of them in an edit is found
-            there.
+        parts_of_language_model: Names of attributes that the backbone has, too,
+            of those of the language model: what becomes of them in an edit is
+            found there. A dot in one leads to a model inside of that, and to
+            what it is called here.
     """
 
     made_of = ("language_model",)
@@ -49,8 +52,9 @@ class HasLanguageModel:
     @language_model.setter
     def language_model(self, model):
         self._language_model = model
-        for name in self.parts_of_language_model:
-            setattr(self, name, getattr(model, name))
+        for path in self.parts_of_language_model:
+            name = path.rpartition(".")[2]
+            setattr(self, name, operator.attrgetter(path)(model))
 
     def inlined(self, outputs):
         return inlined(outputs)

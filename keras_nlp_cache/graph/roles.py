@@ -14,6 +14,8 @@ class Roles(typing.NamedTuple):
         source_ids: What an encoder reads, `None` without an encoder.
         source_mask: Which of that is padding.
         source: The output of the encoder. Given, the encoder does not run.
+        beside_source: Names of what else the encoder reads, if it is there,
+            such as images before its text.
         images: What a tower of layers sees, `None` without one.
         beside_images: Names of what upstream's backbone takes with them. The
             last one has a column for each token of the text.
@@ -29,6 +31,7 @@ class Roles(typing.NamedTuple):
     source_ids: str | None = None
     source_mask: str | None = None
     source: str | None = None
+    beside_source: tuple = ()
     images: str | None = None
     beside_images: tuple = ()
     image_embeddings: str | None = None
@@ -39,7 +42,7 @@ class Roles(typing.NamedTuple):
     def of_upstream(self):
         """The inputs that upstream's backbone has, too, in its order."""
         return (
-            *self.of_source[:2],
+            *self.read_by_encoder,
             self.token_ids,
             self.padding_mask,
             *self.beside_text,
@@ -51,7 +54,14 @@ class Roles(typing.NamedTuple):
         """The inputs of an encoder, or in its place. Empty without one."""
         if self.source is None:
             return ()
-        return self.source_ids, self.source_mask, self.source
+        return (*self.read_by_encoder, self.source)
+
+    @property
+    def read_by_encoder(self):
+        """The inputs of an encoder. Empty without one."""
+        if self.source is None:
+            return ()
+        return self.source_ids, self.source_mask, *self.beside_source
 
     @property
     def images_of_upstream(self):

@@ -1,6 +1,7 @@
 """Checks and completes what a user passes for an encoder, or in its place."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_nlp_cache.cache.policies.encoded import is_encoded
@@ -19,9 +20,10 @@ def normalize_source(
         roles: `Roles`.
         batch: Optional int. The rows of the text.
         source: Symbolic tensor like what the encoder returns.
-        reads: Symbolic tensor like what the encoder reads.
-        length_of: Function from the length of that to the length of what the
-            encoder returns.
+        reads: Dictionary of symbolic tensors like what the encoder reads, with
+            those names.
+        length_of: Function from the length of that and the dictionary that is
+            returned to the length of what the encoder returns.
         max_positions: Optional int. How many positions the encoder has.
 
     Returns:
@@ -30,11 +32,23 @@ def normalize_source(
 
     Raises:
         ValueError: If a shape does not fit the model or the text, if there are
-            both token ids and what an encoder made of some, or if there is a
-            padding mask of neither.
+            both token ids and what an encoder made of some, if there is a
+            padding mask of neither, or if there is something beside a text
+            that is not read.
     """
-    token_ids, mask, sequence = map(inputs.get, roles.of_source)
+    token_ids, mask, sequence = (
+        inputs.get(x)
+        for x in (roles.source_ids, roles.source_mask, roles.source)
+    )
     none = dict.fromkeys(roles.of_source)
+    for name in roles.beside_source:
+        if token_ids is None and inputs.get(name) is not None:
+            raise ValueError(
+                f"Expected `{name}` with `{roles.source_ids}`, beside which "
+                "the encoder reads them. Received no such text, and "
+                f"`{name}` of shape {tuple(np.shape(inputs[name]))}. What was "
+                "read before is in the cache, or in what the encoder returned."
+            )
     if token_ids is None and sequence is None:
         if mask is not None:
             raise ValueError(
@@ -51,9 +65,10 @@ def normalize_source(
         )
     if token_ids is not None:
         name = roles.source_ids
-        kinds = "iuf" if len(reads.shape) == 2 else "f"
-        given = as_tensor(name, token_ids, reads.dtype, kinds=kinds)
-        further = {} if len(reads.shape) == 2 else {"channels": reads.shape[-1]}
+        like = reads[name]
+        kinds = "iuf" if len(like.shape) == 2 else "f"
+        given = as_tensor(name, token_ids, like.dtype, kinds=kinds)
+        further = {} if len(like.shape) == 2 else {"channels": like.shape[-1]}
         check_shape(name, given, batch=batch, encoder_length=None, **further)
     else:
         name = roles.source
@@ -71,8 +86,9 @@ def normalize_source(
             f"Expected `{name}` to hold at least one token per row. Received "
             f"shape: {tuple(given.shape)}."
         )
+    beside = _beside(inputs, roles, reads, given.shape[0])
     if name == roles.source_ids and isinstance(length, int):
-        if length_of(length) < 1:
+        if length_of(length, beside) < 1:
             raise ValueError(
                 f"Expected `{name}` to be long enough for the encoder to make "
                 "something of it, which it does not of the shape that was "
@@ -95,7 +111,21 @@ def normalize_source(
         )
     elif not isinstance(given, keras.KerasTensor):
         mask = ops.ones(ops.shape(given)[:2], "int32")
-    return {**none, name: given, roles.source_mask: mask}
+    return {**none, **beside, name: given, roles.source_mask: mask}
+
+
+def _beside(inputs, roles, reads, batch):
+    """What is read beside a text, as tensors, with a row for each of that."""
+    found = {}
+    for name in roles.beside_source:
+        if inputs.get(name) is None:
+            continue
+        like = reads[name]
+        found[name] = as_tensor(name, inputs[name], like.dtype, kinds="iuf")
+        axes = ("batch", "height", "width", "channels")
+        sizes = dict(zip(axes, (batch, *like.shape[1:]), strict=True))
+        check_shape(name, found[name], **sizes)
+    return found
 
 
 def check_encoded(cache, encoded):
@@ -140,7 +170,8 @@ def check_remembered(cache, source, roles, length_of):
         cache: Pairs of what is kept, or of `None`.
         source: What `normalize_source()` returned.
         roles: `Roles`.
-        length_of: As for `normalize_source()`.
+        length_of: Function from the length of what the encoder reads to that of
+            what it returns.
     """
     given = source[roles.source_ids]
     name = roles.source_ids

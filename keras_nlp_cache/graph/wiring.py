@@ -111,6 +111,11 @@ class Wiring:
         )
 
     @property
+    def roles(self):
+        """`Roles`, what inputs are called."""
+        return self._roles
+
+    @property
     def generated(self):
         """Symbolic int32 `(B, T)`, for layers that treat prompts otherwise.
 

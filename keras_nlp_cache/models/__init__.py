@@ -6,6 +6,7 @@ from keras_nlp_cache.models.bart import BartBackbone
 from keras_nlp_cache.models.bart import BartSeq2SeqLM
 from keras_nlp_cache.models.blip2 import BLIP2Backbone
 from keras_nlp_cache.models.blip2 import BLIP2CausalLM
+from keras_nlp_cache.models.blip2 import BLIP2Seq2SeqLM
 from keras_nlp_cache.models.bloom import BloomBackbone
 from keras_nlp_cache.models.bloom import BloomCausalLM
 from keras_nlp_cache.models.falcon import FalconBackbone
@@ -66,6 +67,7 @@ from keras_nlp_cache.models.t5gemma2 import T5Gemma2Seq2SeqLM
 __all__ = [
     "BLIP2Backbone",
     "BLIP2CausalLM",
+    "BLIP2Seq2SeqLM",
     "BartBackbone",
     "BartSeq2SeqLM",
     "BloomBackbone",

@@ -143,8 +143,7 @@ class MoonshineBackbone(
         dtype = getattr(dtype, "name", dtype)
         super().__init__(*args, dtype=dtype, **kwargs)
 
-    @staticmethod
-    def encoded_length(length):
+    def encoded_length(self, length, beside=None):
         for kernel, stride in ((127, 64), (7, 3), (3, 2)):
             length = (length - kernel) // stride + 1
         return max(length, 0)
@@ -163,11 +162,7 @@ class MoonshineAudioToText(Seq2SeqLM, keras_hub.models.MoonshineAudioToText):
 
     def call_encoder(self, encoder_input_values, padding_mask):
         """Upstream's method: what the encoder returns, and its mask."""
-        outputs = self.backbone.encoder_outputs(
-            encoder_input_values, padding_mask
-        )
-        mask = outputs["encoder_attention_mask"]
-        return outputs["encoder_sequence_output"], mask
+        return tuple(self.backbone.encoded(encoder_input_values, padding_mask))
 
     def call_decoder_with_cache(
         self,

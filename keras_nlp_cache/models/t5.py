@@ -25,6 +25,8 @@ class T5TransformerLayer(DecoderBlock, t5_transformer_layer.T5TransformerLayer):
     """
 
     carries = ("position_bias",)
+    # Which says so of all that an encoder reads.
+    source_mask_argument = "encoder_attention_mask"
 
     def build(self, hidden_states_shape):
         """Builds the layers inside, which upstream's does when it is called."""

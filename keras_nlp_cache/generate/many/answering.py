@@ -130,7 +130,9 @@ def padded_sources(requests, roles):
     return [
         x._replace(
             source={
-                name: np.pad(y, (0, length - len(y)))
+                name: y
+                if name in roles.beside_source
+                else np.pad(y, (0, length - len(y)))
                 for name, y in x.source.items()
             }
         )

@@ -5,7 +5,6 @@ from keras import ops
 
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate.many.requests import Prompts
-from keras_nlp_cache.generate.prompts import check_sound
 from keras_nlp_cache.generate.prompts import check_source
 from keras_nlp_cache.generate.prompts import check_vocabulary
 
@@ -45,7 +44,8 @@ class SourcePrompts(Prompts):
     def _source(self, i, prompt):
         roles = self._lm.backbone.roles
         read = self._read_once(i, prompt)
-        return {name: read[name] for name in roles.of_source[:2]}
+        names = roles.read_by_encoder
+        return {name: read[name] for name in names if name in read}
 
     def _token_ids(self, i, prompt):
         roles = self._lm.backbone.roles
@@ -79,8 +79,9 @@ class SourcePrompts(Prompts):
                 for name, x in prompt.items()
             }
         else:
-            check_sound(prompt, preprocessor)
+            self._lm.check_read(prompt)
             read = self._preprocessed(_batch_of_one(prompt))
+        read = self._lm.with_rows(read)
         source = read[roles.source_ids]
         ones = np.ones(source.shape[:2], "int32")
         source_mask = read.get(roles.source_mask, ones)
@@ -88,14 +89,17 @@ class SourcePrompts(Prompts):
             roles.padding_mask, np.ones(read[roles.token_ids].shape)
         )
         found = {roles.source_ids: source, roles.source_mask: source_mask}
-        check_source(found, self._lm.backbone, rows=1)
-        found = {name: x[0] for name, x in found.items()}
+        beside = {x: read[x] for x in roles.beside_source if x in read}
+        check_source({**found, **beside}, self._lm.backbone, rows=1)
+        found, beside = (
+            {name: x[0] for name, x in y.items()} for y in (found, beside)
+        )
         if source.ndim == 2:
             # Without padding, of which there may be much.
             kept = np.flatnonzero(found[roles.source_mask]).max() + 1
             found = {name: x[:kept] for name, x in found.items()}
         token_ids = read[roles.token_ids][0][mask[0].astype(bool)]
-        return {**found, roles.token_ids: token_ids}
+        return {**found, **beside, roles.token_ids: token_ids}
 
     def _preprocessed(self, prompt):
         """What the preprocessor makes of it, with all of how a text begins."""
@@ -111,6 +115,10 @@ class SourcePrompts(Prompts):
             if not mask.all() or mask.shape[1] != size:
                 return read
             size *= 4
+
+
+# How many axes there are of what is no text, without one for several of them.
+_AXES_OF_ONE = {"audio": 1, "images": 3}
 
 
 def _on_host(x):
@@ -156,7 +164,8 @@ def prompts_with_source(inputs, roles):
     several = {
         name: x
         for name, x in values.items()
-        if not isinstance(x, str) and getattr(x, "ndim", 2) > (name == "audio")
+        if not isinstance(x, str)
+        and getattr(x, "ndim", 4) > _AXES_OF_ONE.get(name, 0)
     }
     if not several:
         return [values], True, False

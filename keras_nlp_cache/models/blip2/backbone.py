@@ -1,13 +1,15 @@
-"""BLIP-2: what a Q-Former makes of an image, before the text of OPT."""
+"""BLIP-2: what a Q-Former makes of an image, before a text that is read."""
 
 import keras_hub
 from keras import ops
 from keras_hub.src.models.blip2 import blip2_custom_opt
 
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.graph.encoder_decoder import EncoderDecoderBackbone
 from keras_nlp_cache.graph.image_places import check_before_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.language_model import HasLanguageModel
+from keras_nlp_cache.graph.roles import ENCODER_DECODER
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.layers.specializing import Specialized
 
@@ -48,18 +50,44 @@ class BLIP2OPTEmbeddings(Specialized, blip2_custom_opt.BLIP2OPTEmbeddings):
         return super().compute_output_spec(*args, **kwargs)
 
 
+_PARTS_OF_OPT = (
+    "embeddings_layer",
+    "language_projection",
+    "transformer_layers",
+    "layer_norm",
+)
+_PARTS_OF_T5 = (
+    "t5.token_embedding",
+    "language_projection",
+    "t5.encoder_transformer_layers",
+    "t5.encoder_layer_norm",
+    "t5.decoder_transformer_layers",
+    "t5.decoder_layer_norm",
+    "lm_head",
+)
+
+
 @replaces(keras_hub.models.BLIP2Backbone)
 class BLIP2Backbone(
-    HasLanguageModel, keras_hub.models.BLIP2Backbone, ImageTextBackbone
+    HasLanguageModel,
+    keras_hub.models.BLIP2Backbone,
+    ImageTextBackbone,
+    EncoderDecoderBackbone,
 ):
     """BLIP-2 with a cache in its graph.
 
     A drop-in replacement for `keras_hub.models.BLIP2Backbone`: the same
-    arguments, weights and files. `ImageTextBackbone` describes what it can be
-    called with beyond upstream's inputs.
+    arguments, weights and files.
 
-    What the Q-Former makes of an image takes the first `before` slots of a
-    cache. Text alone stands from the first slot on, as in the language model.
+    With OPT, `ImageTextBackbone` describes what it can be called with beyond
+    upstream's inputs. What the Q-Former makes of an image takes the first
+    `before` slots of a cache. Text alone stands from the first slot on, as in
+    the language model.
+
+    With Flan-T5, it is `EncoderDecoderBackbone` that does. The encoder reads
+    what the Q-Former makes of `"images"` before `"encoder_token_ids"`, and of
+    both the decoder reads what is in the cache. Here, too, text may be read
+    without an image. Hidden states alone are returned, those of the decoder.
 
     Example:
 
@@ -105,12 +133,8 @@ class BLIP2Backbone(
     )
     after_tower = ("qformer", "language_projection")
     made_of = ("vision_encoder", "qformer", "language_model")
-    parts_of_language_model = (
-        "embeddings_layer",
-        "language_projection",
-        "transformer_layers",
-        "layer_norm",
-    )
+    # Of T5 alone. OPT has it beside its positions.
+    _token_embedding = None
 
     def __init__(
         self, vision_encoder, qformer, language_model, dtype=None, **kwargs
@@ -121,15 +145,52 @@ class BLIP2Backbone(
         )
 
     @property
+    def parts_of_language_model(self):
+        model = self._language_model
+        has_encoder = self.has_encoder if model is None else _is_t5(model)
+        return _PARTS_OF_T5 if has_encoder else _PARTS_OF_OPT
+
+    def roles_as_constructed(self):
+        if not _is_t5(self.language_model):
+            return super().roles_as_constructed()
+        if self.vision_encoder is None:
+            return ENCODER_DECODER
+        return ENCODER_DECODER._replace(beside_source=("images",))
+
+    @property
+    def blocks_name(self):
+        if self.has_encoder:
+            return "decoder_transformer_layers"
+        return "transformer_layers"
+
+    @property
     def before(self):
-        return self.num_query_tokens
+        return 0 if self.has_encoder else self.num_query_tokens
+
+    def encoded_length(self, length, beside=None):
+        if beside is None or beside.get("images") is None:
+            return length
+        return self.num_query_tokens + length
 
     @property
     def token_embedding(self):
+        """The layer that embeds tokens."""
+        if self._token_embedding is not None:
+            return self._token_embedding
         return self.embeddings_layer.token_embedding
+
+    @token_embedding.setter
+    def token_embedding(self, layer):
+        self._token_embedding = layer
+
+    @property
+    def output_embedding(self):
+        return self.lm_head if self.has_encoder else self.token_embedding
 
     @property
     def max_positions(self):
+        if self.has_encoder:
+            return super().max_positions
         return self.embeddings_layer.max_sequence_length
 
     def new_spans(self, inputs, **kwargs):
@@ -139,12 +200,30 @@ class BLIP2Backbone(
         check_before_text(images, text, self)
 
 
+def reads_with_t5(config):
+    """Whether a preset is of a model with Flan-T5.
+
+    Args:
+        config: Dictionary, what it says of the backbone, in the words of Keras
+            or of transformers.
+    """
+    model = config.get("config", {}).get("language_model")
+    if model is not None:
+        return model["class_name"] == keras_hub.models.BLIP2FlanT5.__name__
+    return config.get("text_config", {}).get("model_type") == "t5"
+
+
+def _is_t5(language_model):
+    return isinstance(language_model, keras_hub.models.BLIP2FlanT5)
+
+
 def _check_parts(vision_encoder, qformer, language_model):
     """Raises a `ValueError` for models that do not go together."""
-    expected = keras_hub.models.BLIP2CustomOPT
+    expected = keras_hub.models.BLIP2CustomOPT, keras_hub.models.BLIP2FlanT5
     if not isinstance(language_model, expected):
         raise ValueError(
-            f"Expected `language_model` to be a `{expected.__name__}`. "
+            "Expected `language_model` to be a "
+            f"{' or a '.join(f'`{x.__name__}`' for x in expected)}. "
             f"Received an instance of {type(language_model).__name__}."
         )
     if (vision_encoder is None) != (qformer is None):

@@ -7,6 +7,7 @@ from keras import ops
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
 from keras_nlp_cache.models.blip2.backbone import BLIP2Backbone
+from keras_nlp_cache.models.blip2.backbone import reads_with_t5
 
 
 @replaces(keras_hub.models.BLIP2CausalLM)
@@ -21,6 +22,11 @@ class BLIP2CausalLM(ImageTextLM, keras_hub.models.BLIP2CausalLM):
     """
 
     backbone_cls = BLIP2Backbone
+
+    @classmethod
+    def is_for(cls, config):
+        return not reads_with_t5(config)
+
     embeddings_name = "embeddings_layer"
 
     def call_with_cache(

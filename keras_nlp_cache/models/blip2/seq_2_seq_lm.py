@@ -1,0 +1,197 @@
+"""What BLIP-2 says of an image, with Flan-T5."""
+
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.generate.seq_2_seq_lm import Seq2SeqLM
+from keras_nlp_cache.models.blip2.backbone import BLIP2Backbone
+from keras_nlp_cache.models.blip2.backbone import reads_with_t5
+
+
+class _OfLayers(keras_hub.models.BLIP2Seq2SeqLM):
+    """Upstream's task, for backbones that have no language model any more."""
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        self.backbone, self.preprocessor = backbone, preprocessor
+        outputs = backbone.output_embedding(backbone(backbone.input))
+        # Past upstream's, which asks that model for its last layer.
+        super(keras_hub.models.BLIP2Seq2SeqLM, self).__init__(
+            inputs=backbone.input, outputs=outputs, **kwargs
+        )
+
+
+@replaces(keras_hub.models.BLIP2Seq2SeqLM)
+class BLIP2Seq2SeqLM(Seq2SeqLM, _OfLayers):
+    """BLIP-2 with Flan-T5 that generates through the graph of its backbone.
+
+    A drop-in replacement for `keras_hub.models.BLIP2Seq2SeqLM`. See
+    `Seq2SeqLM`. The encoder reads the `images` of prompts before their text,
+    or text alone.
+
+    Example:
+    ```python
+    lm = BLIP2Seq2SeqLM.from_preset("blip2_flan_t5_xl")
+    lm.generate({"images": picture, "encoder_text": "What is this?"})
+    ```
+    """
+
+    backbone_cls = BLIP2Backbone
+
+    @classmethod
+    def is_for(cls, config):
+        return reads_with_t5(config)
+
+    def _logits(self, hidden_states):
+        return self.backbone.output_embedding(hidden_states)
+
+    # === What is read ===
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        **further,
+    ):
+        """Generates text from an image and what the encoder reads after it.
+
+        Takes what `Seq2SeqLM.generate()` takes. Dictionaries may have `images`,
+        one or a batch, as upstream's preprocessor takes them. Without a
+        preprocessor, as the backbone does.
+        """
+        if isinstance(inputs, dict) and "images" in inputs:
+            # By what is last, upstream sees whether there is one prompt.
+            inputs = {"images": inputs["images"], **inputs}
+        return super().generate(
+            inputs, max_length, stop_token_ids, strip_prompt, **further
+        )
+
+    def check_read(self, inputs):
+        super().check_read(inputs)
+        if self.preprocessor is None or not isinstance(inputs, dict):
+            return
+        if "prompt" in inputs:
+            return  # Which is looked at by itself.
+        if inputs.get("encoder_text") is None:
+            raise ValueError(
+                "Expected `inputs` with `encoder_text`, a string or one for "
+                f"each image. Received the keys {sorted(inputs)}. Without "
+                'words for the encoder, pass `""`.'
+            )
+        images = inputs.get("images")
+        if images is None:
+            return
+        if not isinstance(images, (list, tuple)):
+            rank = len(getattr(images, "shape", ()))
+            images = [images] if rank == 3 else list(images) if rank else [0]
+        shapes = [tuple(getattr(x, "shape", ())) for x in images]
+        if not shapes or any(len(x) != 3 or x[2] != 3 for x in shapes):
+            raise ValueError(
+                "Expected `images` to be an array `(height, width, 3)`, or "
+                f"several, one for each text. Received the shapes {shapes}."
+            )
+
+    def with_rows(self, inputs):
+        images = inputs.get("images")
+        if images is None:
+            return {k: x for k, x in inputs.items() if k != "images"}
+        if "images" not in self.backbone.roles.beside_source:
+            raise ValueError(
+                "Expected no `images` for a backbone without a "
+                "`vision_encoder`. Received some of shape "
+                f"{tuple(np.shape(images))}."
+            )
+        if not ops.is_tensor(images):
+            images = np.asarray(images)
+        return {**inputs, "images": images[None] if len(images.shape) == 3 else images}
+
+    # === Upstream's methods ===
+
+    def call_encoder(
+        self, encoder_token_ids, encoder_padding_mask, images=None
+    ):
+        """Upstream's method: what the encoder returns, and its mask.
+
+        Args:
+            encoder_token_ids: int `(B, S)`.
+            encoder_padding_mask: `(B, S)`, 0 for padding.
+            images: Optional, as the backbone takes them, or one of them.
+
+        Returns:
+            `(sequence, mask)`, `(B, before + S, hidden_dim)` and
+            `(B, 1, before + S)`.
+        """
+        beside = self.with_rows({"images": images})
+        return tuple(
+            self.backbone.encoded(
+                encoder_token_ids, encoder_padding_mask, **beside
+            )
+        )
+
+    def call_decoder(
+        self,
+        decoder_token_ids,
+        decoder_padding_mask,
+        encoder_hidden_states,
+        encoder_attention_mask,
+    ):
+        """Upstream's method: the hidden states of the decoder, with no cache.
+
+        Args:
+            decoder_token_ids: int `(B, T)`.
+            decoder_padding_mask: Optional `(B, T)`, 0 for padding.
+            encoder_hidden_states: From `call_encoder()`.
+            encoder_attention_mask: From `call_encoder()`.
+        """
+        return self.backbone(
+            {
+                "decoder_token_ids": decoder_token_ids,
+                "decoder_padding_mask": decoder_padding_mask,
+                "encoder_sequence": encoder_hidden_states,
+                "encoder_padding_mask": encoder_attention_mask[:, 0],
+            }
+        )
+
+    def call_decoder_with_cache(
+        self,
+        decoder_token_ids,
+        encoder_hidden_states,
+        encoder_attention_mask,
+        self_attention_cache,
+        self_attention_cache_update_index,
+        cross_attention_cache,
+        cross_attention_cache_update_index,
+    ):
+        """Upstream's method: `Seq2SeqLM`'s, with its arguments in its order.
+
+        The mask is that of `call_encoder()`.
+        """
+        return super().call_decoder_with_cache(
+            encoder_hidden_states,
+            encoder_attention_mask[:, 0],
+            decoder_token_ids,
+            self_attention_cache,
+            self_attention_cache_update_index,
+            cross_attention_cache,
+            cross_attention_cache_update_index,
+        )
+
+    def _build_cache(
+        self, encoder_hidden_states, encoder_attention_mask, decoder_token_ids
+    ):
+        caches = self._initialize_cache(
+            encoder_hidden_states, decoder_token_ids
+        )
+        _, hidden_states, *caches = self.call_decoder_with_cache(
+            decoder_token_ids,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            caches[0],
+            0,
+            caches[1],
+            0,
+        )
+        return hidden_states, *caches
