@@ -58,6 +58,7 @@ SOUND = {
 # What towers see.
 IMAGES = np.random.default_rng(3).uniform(size=(2, 16, 16, 3))
 IMAGES = IMAGES.astype("float32")
+SOURCE_AND_IMAGES = {**SOURCE, "images": IMAGES}
 
 _LLAMA = dict(
     vocabulary_size=VOCABULARY_SIZE,
@@ -198,8 +199,9 @@ class EncoderDecoder(Family):
     """A family whose decoder reads what its encoder returns."""
 
     kind = "Seq2SeqLM"
-    # What the encoder reads for a batch of two.
+    # What the encoder reads for a batch of two, and how long that becomes.
     source = SOURCE
+    read_length = 7
 
     def inputs(self, token_ids, padding_mask):
         """What a backbone is called with, and the same for every encoder."""
@@ -572,6 +574,31 @@ class WithQFormer(ImageText):
         )
 
 
+class ImagesBeforeSource(EncoderDecoder, WithQFormer):
+    """A family whose encoder reads images before its text."""
+
+    language_model = "FlanT5"
+    source = SOURCE_AND_IMAGES
+    read_length = 7 + WithQFormer.qformer["num_query_tokens"]
+
+    def arguments(self, dtype=None, **kwargs):
+        made = super().arguments(dtype, **kwargs)
+        # For weights of backbones to be all that there are of tasks, too.
+        model = made["language_model"]
+        model.lm_head.build((None, None, model.hidden_dim))
+        return made
+
+    def preprocessor(self, sequence_length=16):
+        return self.upstream(f"{self.kind}Preprocessor")(
+            self.upstream("FlanT5Tokenizer")(**text.tokenizer_arguments("T5")),
+            image_converter=self.upstream("ImageConverter")(
+                image_size=(16, 16)
+            ),
+            encoder_sequence_length=sequence_length,
+            decoder_sequence_length=sequence_length,
+        )
+
+
 class ImagesInGrids(ImagesInText, Stateful):
     """A family in whose text images of any size stand, each in a grid."""
 
@@ -863,6 +890,14 @@ ENCODER_DECODERS = (
         encoder_num_heads=4,
         decoder_num_heads=4,
         feedforward_expansion_factor=2,
+    ),
+    _family(
+        "blip2_t5",
+        "BLIP2",
+        dict(_HEADS, dropout=0.0),
+        cls=ImagesBeforeSource,
+        num_query_tokens=4,
+        qformer_hidden_dim=24,
     ),
 )
 

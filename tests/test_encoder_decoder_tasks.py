@@ -17,8 +17,7 @@ from tests.test_encoder_decoder import assert_greedy_after
 from tests.test_encoder_decoder import cached_forward
 from tests.test_encoder_decoder import full_forward
 from tests.test_encoder_decoder import prompts_for
-from tests.test_encoder_decoder import TO_HEAR
-from tests.test_encoder_decoder import TO_READ
+from tests.test_encoder_decoder import prompts_of
 from tests.test_encoder_decoder import TOKENS
 
 
@@ -44,7 +43,7 @@ def test_quantized(family, mode, tmp_path):
     error = np.abs(full - before).max()
     assert error > 1e-3
     theirs = upstream.backbone(family.inputs(TOKENS, np.ones_like(TOKENS)))
-    theirs = to_numpy(theirs["decoder_sequence_output"])
+    theirs = to_numpy(ours.backbone.hidden_states_of(theirs))
     np.testing.assert_allclose(full, theirs, atol=1e-4, rtol=1e-3)
     # Rows of what is called are rounded each for itself.
     cached = cached_forward(ours.backbone)
@@ -102,7 +101,7 @@ def test_what_is_no_sound(name):
 
 @every_encoder_decoder
 def test_task_presets(family, tmp_path):
-    (prompt, *_) = TO_HEAR if family.source is SOUND else TO_READ
+    *_, prompt = prompts_of(family)
     preprocessor = family.preprocessor()
     size = preprocessor.tokenizer.vocabulary_size()
     ours = family.task(family.backbone(vocabulary_size=size), preprocessor)

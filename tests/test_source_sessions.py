@@ -11,6 +11,7 @@ from keras_nlp_cache import surgery
 from keras_nlp_cache.generate.loops import generation
 from tests.families import ENCODER_DECODERS
 from tests.families import every_encoder_decoder
+from tests.families import IMAGES
 from tests.families import on_one_backend
 from tests.families import SOUND
 from tests.families import to_numpy
@@ -22,7 +23,10 @@ T5 = next(x for x in ENCODER_DECODERS if x.name == "t5")
 def prompt_for(family, row=0):
     if family.source is SOUND:
         return {"audio": SOUND["encoder_input_values"][row, :, 0]}
-    return ("the quick brown fox", "airplane at airport")[row]
+    words = ("the quick brown fox", "airplane at airport")[row]
+    if "images" in family.source:
+        return {"images": IMAGES[row], "encoder_text": words}
+    return words
 
 
 def with_start(family):
@@ -30,7 +34,9 @@ def with_start(family):
     prompt = prompt_for(family)
     if family.source is SOUND:
         return {**prompt, "text": "the fox"}
-    return {"encoder_text": prompt, "decoder_text": "the fox"}
+    if isinstance(prompt, str):
+        prompt = {"encoder_text": prompt}
+    return {**prompt, "decoder_text": "the fox"}
 
 
 def likeliest(session, source=None):

@@ -231,6 +231,7 @@ class EncoderDecoderBackbone(CachedBackbone):
         if not self.has_encoder:
             return
         self.cache_encoded = tuple(wiring.encoded)
+        self._joins = _joins(self.sites)
         # Looked for once: they are asked for in every call.
         self._max_positions, self._max_source_positions = (
             learned_positions(
@@ -247,7 +248,7 @@ class EncoderDecoderBackbone(CachedBackbone):
 
     def _check_joins(self, edited):
         """Raises a `ValueError` if text alone would not go through an edit."""
-        expected, received = map(_joins, (self, edited))
+        expected, received = self._joins, edited._joins
         if received == expected:
             return
         raise ValueError(
@@ -354,10 +355,10 @@ class EncoderDecoderBackbone(CachedBackbone):
         }
 
 
-def _joins(backbone):
+def _joins(sites):
     """Where a text is joined with something else, and by what kind of layer."""
-    return sorted(
-        (x.name, type(x.node.input_tensors[0]._keras_history.operation).__name__)
-        for x in backbone.sites
-        if type(x.layer) is JoinedSource
+    joins = [x for x in sites if type(x.layer) is JoinedSource]
+    before = [x.node.input_tensors[0]._keras_history.operation for x in joins]
+    return tuple(
+        sorted((x.name, type(y).__name__) for x, y in zip(joins, before))
     )

@@ -7,6 +7,7 @@ what it is made of.
 """
 
 import operator
+import types
 
 import keras
 
@@ -21,14 +22,14 @@ class HasLanguageModel:
     Attributes:
         made_of: Names of the arguments that are layers, of which upstream's
             `get_config()` says how they are constructed.
-        parts_of_language_model: Names of attributes that the backbone has, too,
-            of those of the language model: what becomes of them in an edit is
-            found there. A dot in one leads to a model inside of that, and to
-            what it is called here.
+        parts_of_language_model: Dictionary from names of attributes that the
+            backbone has to those of the language model that they are: what
+            becomes of them in an edit is found there. A dot leads into a model
+            inside of that.
     """
 
     made_of = ("language_model",)
-    parts_of_language_model = ()
+    parts_of_language_model = types.MappingProxyType({})
     only_as_constructed = ("_language_model", "_configs")
     _language_model = None
     # How what an edited backbone was made of was constructed.
@@ -52,8 +53,7 @@ class HasLanguageModel:
     @language_model.setter
     def language_model(self, model):
         self._language_model = model
-        for path in self.parts_of_language_model:
-            name = path.rpartition(".")[2]
+        for name, path in self.parts_of_language_model.items():
             setattr(self, name, operator.attrgetter(path)(model))
 
     def inlined(self, outputs):

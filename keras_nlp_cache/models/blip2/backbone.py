@@ -50,21 +50,21 @@ class BLIP2OPTEmbeddings(Specialized, blip2_custom_opt.BLIP2OPTEmbeddings):
         return super().compute_output_spec(*args, **kwargs)
 
 
-_PARTS_OF_OPT = (
-    "embeddings_layer",
-    "language_projection",
-    "transformer_layers",
-    "layer_norm",
-)
-_PARTS_OF_T5 = (
-    "t5.token_embedding",
-    "language_projection",
-    "t5.encoder_transformer_layers",
-    "t5.encoder_layer_norm",
-    "t5.decoder_transformer_layers",
-    "t5.decoder_layer_norm",
-    "lm_head",
-)
+_PARTS_OF_OPT = {
+    "embeddings_layer": "embeddings_layer",
+    "language_projection": "language_projection",
+    "transformer_layers": "transformer_layers",
+    "layer_norm": "layer_norm",
+}
+_PARTS_OF_T5 = {
+    "embeddings_layer": "t5.token_embedding",
+    "language_projection": "language_projection",
+    "encoder_transformer_layers": "t5.encoder_transformer_layers",
+    "encoder_layer_norm": "t5.encoder_layer_norm",
+    "decoder_transformer_layers": "t5.decoder_transformer_layers",
+    "decoder_layer_norm": "t5.decoder_layer_norm",
+    "lm_head": "lm_head",
+}
 
 
 @replaces(keras_hub.models.BLIP2Backbone)
@@ -133,9 +133,6 @@ class BLIP2Backbone(
     )
     after_tower = ("qformer", "language_projection")
     made_of = ("vision_encoder", "qformer", "language_model")
-    # Of T5 alone. OPT has it beside its positions.
-    _token_embedding = None
-
     def __init__(
         self, vision_encoder, qformer, language_model, dtype=None, **kwargs
     ):
@@ -175,13 +172,9 @@ class BLIP2Backbone(
     @property
     def token_embedding(self):
         """The layer that embeds tokens."""
-        if self._token_embedding is not None:
-            return self._token_embedding
+        if self.has_encoder:
+            return self.embeddings_layer
         return self.embeddings_layer.token_embedding
-
-    @token_embedding.setter
-    def token_embedding(self, layer):
-        self._token_embedding = layer
 
     @property
     def output_embedding(self):
