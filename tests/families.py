@@ -137,6 +137,10 @@ class Family:
         cls = self.upstream(self.kind)
         return cls(backbone=backbone, preprocessor=preprocessor)
 
+    def as_trained(self, model):
+        """A backbone of upstream's, with what ours puts right in its layers."""
+        return model
+
     def inputs(self, token_ids, padding_mask):
         """What a backbone is called with to read a text."""
         return {"token_ids": token_ids, "padding_mask": padding_mask}
@@ -586,7 +590,17 @@ class ImagesBeforeSource(EncoderDecoder, WithQFormer):
         # For weights of backbones to be all that there are of tasks, too.
         model = made["language_model"]
         model.lm_head.build((None, None, model.hidden_dim))
+        self.as_trained(model)
         return made
+
+    def as_trained(self, model):
+        t5 = getattr(model, "language_model", model).t5
+        for block in (
+            *t5.encoder_transformer_layers,
+            *t5.decoder_transformer_layers,
+        ):
+            block.input_projector.activation = _gelu_approximate
+        return model
 
     def preprocessor(self, sequence_length=16):
         return self.upstream(f"{self.kind}Preprocessor")(
@@ -649,6 +663,10 @@ class ImagesInGrids(ImagesInText, Stateful):
             image_converter=converter,
             sequence_length=sequence_length,
         )
+
+
+def _gelu_approximate(x):
+    return keras.activations.gelu(x, approximate=True)
 
 
 def _without_none(x):

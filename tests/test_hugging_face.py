@@ -7,6 +7,7 @@ import pytest
 from keras_nlp_cache import models
 from keras_nlp_cache.files import hugging_face
 from tests.families import on_one_backend
+from tests.transformers_models import ENCODER_DECODERS
 from tests.transformers_models import FAMILIES
 from tests.transformers_models import IMAGE_MODELS
 from tests.transformers_models import WINDOW
@@ -18,12 +19,13 @@ YARN = FAMILIES["gpt_oss"].config.rope_parameters
 
 def config_of(name, **changed):
     # As it is written to a file and read again.
-    family = FAMILIES.get(name) or IMAGE_MODELS[name]
+    family = (FAMILIES | IMAGE_MODELS | ENCODER_DECODERS)[name]
     config = json.loads(family.config.to_json_string(use_diff=False))
     return {**config, **changed}
 
 
 OPT = IMAGE_MODELS["blip2"].config.text_config.to_dict()
+T5 = ENCODER_DECODERS["blip2_t5"].config.text_config.to_dict()
 REFUSED = [
     (
         "blip2",
@@ -39,6 +41,16 @@ REFUSED = [
         "blip2",
         {"vision_config": {"hidden_act": "relu"}},
         "`hidden_act` of `vision_config` to be gelu",
+    ),
+    (
+        "blip2_t5",
+        {"text_config": {**T5, "feed_forward_proj": "gated-silu"}},
+        "`feed_forward_proj` to be gated-gelu",
+    ),
+    (
+        "blip2_t5",
+        {"text_config": {**T5, "num_decoder_layers": 3}},
+        "`num_decoder_layers` to be 2",
     ),
     ("gpt2", {"layer_norm_epsilon": 1e-6}, "`layer_norm_epsilon` to be 1e-05"),
     ("gemma", {"rms_norm_eps": 1e-5}, "`rms_norm_eps` to be 1e-06"),

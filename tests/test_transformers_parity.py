@@ -93,6 +93,7 @@ def test_encoder_decoders(name, tmp_path):
     token_ids[:, 0] = theirs.start
     expected = theirs.logits(source, mask, token_ids)
     inputs = dict(zip(lm.backbone.roles.of_source, (source, mask)))
+    inputs |= theirs.beside
     full = compiled(lm)(
         {
             **inputs,

@@ -165,6 +165,7 @@ def test_backbone_presets(family, tmp_path):
     assert len({file.stat().st_mode for file in files}) == 1
     loaded = keras_hub.models.Backbone.from_preset(str(tmp_path / "ours"))
     assert type(loaded) is family.upstream("Backbone")
+    family.as_trained(loaded)
     np.testing.assert_array_equal(outputs(loaded), outputs(ours))
 
     upstream.save_to_preset(tmp_path / "upstream")

@@ -10,6 +10,7 @@ import functools
 import json
 import pathlib
 import re
+import types
 import typing
 
 import keras
@@ -18,6 +19,8 @@ import safetensors.torch
 import torch
 import transformers
 from keras_hub.src.utils.transformers import convert_gemma3n
+
+from tests.families import IMAGES
 
 PROMPT_LENGTH = 20
 NEW_TOKENS = 24
@@ -201,6 +204,8 @@ class EncoderDecoder(Family):
     auto_class = transformers.AutoModelForSeq2SeqLM
     # With which transformers begins what it generates.
     start = 2
+    # What its encoder reads beside its text.
+    beside = types.MappingProxyType({})
 
     def save(self, folder):
         super().save(folder)
@@ -328,6 +333,38 @@ class WithQFormer(ImageText):
     def inputs(self, images, token_ids, padding_mask):
         inputs = super().inputs(images, token_ids, padding_mask)
         return {k: x for k, x in inputs.items() if k != "token_type_ids"}
+
+
+class ImagesBeforeSource(EncoderDecoder, WithQFormer):
+    """A small model whose encoder reads images before its text."""
+
+    auto_class = transformers.AutoModelForImageTextToText
+    start = 0
+    beside = {"images": IMAGES}
+
+    def save(self, folder):
+        super().save(folder)
+        # Which transformers 5 has and the published files have not in common.
+        path = pathlib.Path(folder) / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        head = tensors["language_model.shared.weight"].clone()
+        tensors["language_model.lm_head.weight"] = head
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+    def logits(self, source, source_mask, token_ids):
+        with torch.no_grad():
+            return self.model(
+                **self.inputs(IMAGES, source, source_mask),
+                decoder_input_ids=torch.tensor(token_ids).long(),
+            ).logits.numpy()
+
+    def greedy(self, source, source_mask, token_ids):
+        return self.model.generate(
+            **self.inputs(IMAGES, source, source_mask),
+            decoder_input_ids=torch.tensor(token_ids).long(),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        ).numpy()
 
 
 class ImagesInText(ImageText):
@@ -1543,6 +1580,27 @@ ENCODER_DECODERS = {
         ),
         _t5gemma2_arguments,
         _t5gemma2_weights,
+    ),
+    "blip2_t5": ImagesBeforeSource(
+        "BLIP2",
+        transformers.Blip2Config(
+            **_BLIP2,
+            text_config=dict(
+                _COMMON,
+                model_type="t5",
+                pad_token_id=0,
+                vocab_size=101,
+                d_model=32,
+                d_kv=12,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                layer_norm_epsilon=1e-3,
+                tie_word_embeddings=False,
+                decoder_start_token_id=0,
+            ),
+        ),
     ),
     "moonshine": FromSound(
         "Moonshine",

@@ -41,6 +41,11 @@ _BUILT_IN = {
     },
     "qwen3": _NO_BIAS,
     "qwen3_moe": {**_ALL_SPARSE, **_NO_BIAS},
+    "t5": {
+        "feed_forward_proj": ("gated-gelu",),
+        "relative_attention_num_buckets": (32,),
+        "relative_attention_max_distance": (128,),
+    },
     "smollm3": {
         "mlp_bias": (False,),
         "tie_word_embeddings": (True,),
@@ -132,6 +137,8 @@ def _check_blip2(config, text):
         _check(config[name], key, (expected,), f" of `{name}`")
     if text.get("model_type") == "opt":
         _check(text, "word_embed_proj_dim", (text["hidden_size"],))
+    if text.get("model_type") == "t5":
+        _check(text, "num_decoder_layers", (text["num_layers"],))
 
 
 def _check(config, key, expected, where=""):

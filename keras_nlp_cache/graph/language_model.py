@@ -6,12 +6,14 @@ graph is made of the layers inside. What users and files know of the backbone is
 what it is made of.
 """
 
+import copy
 import operator
 import types
 
 import keras
 
 from keras_nlp_cache.graph.constructed import inlined
+from keras_nlp_cache.quantization.quantizing import policies
 
 
 class HasLanguageModel:
@@ -83,10 +85,15 @@ class HasLanguageModel:
 
     def get_config(self):
         if self._configs is None:
-            return super().get_config()
-        # Past upstream's, which would ask the layers for it.
-        config = super(_upstream(type(self)), self).get_config()
-        return {**config, **self._configs}
+            config = super().get_config()
+        else:
+            # Past upstream's, which would ask the layers for it.
+            config = super(_upstream(type(self)), self).get_config()
+            config |= copy.deepcopy(self._configs)
+        quantized = policies(self._flatten_layers(include_self=False))
+        for name in self.made_of if quantized else ():
+            _say_quantized(config[name], quantized)
+        return config
 
     @classmethod
     def from_config(cls, config):
@@ -96,6 +103,27 @@ class HasLanguageModel:
                 config[name] = keras.layers.deserialize(config[name])
         # Past upstream's, which knows of no saved graph.
         return super(_upstream(cls), cls).from_config(config)
+
+
+def _say_quantized(config, quantized):
+    """Has the config of a model say which layers inside are quantized.
+
+    Args:
+        config: What `keras.layers.serialize()` made of a model or a layer, or
+            something else. Changed in place, with those in it.
+        quantized: What `policies()` returned.
+    """
+    if not isinstance(config, dict) or "config" not in config:
+        return
+    config = config["config"]
+    for inside in config.values():
+        _say_quantized(inside, quantized)
+    if config.get("dtype") is None:
+        return
+    dtype = keras.dtype_policies.get(config["dtype"])
+    if type(dtype) is keras.dtype_policies.DTypePolicy:
+        dtype = keras.dtype_policies.DTypePolicyMap(dtype, quantized)
+        config["dtype"] = keras.dtype_policies.serialize(dtype)
 
 
 def _upstream(cls):

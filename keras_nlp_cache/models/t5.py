@@ -28,6 +28,11 @@ class T5TransformerLayer(DecoderBlock, t5_transformer_layer.T5TransformerLayer):
     # Which says so of all that an encoder reads.
     source_mask_argument = "encoder_attention_mask"
 
+    @property
+    def activation(self):
+        """Function, what the constructor was given, or what stands for it."""
+        return self.input_projector.activation
+
     def build(self, hidden_states_shape):
         """Builds the layers inside, which upstream's does when it is called."""
         attention = [self.self_attention]

@@ -1,5 +1,6 @@
 """BLIP-2: what a Q-Former makes of an image, before a text that is read."""
 
+import keras
 import keras_hub
 from keras import ops
 from keras_hub.src.models.blip2 import blip2_custom_opt
@@ -12,6 +13,12 @@ from keras_nlp_cache.graph.language_model import HasLanguageModel
 from keras_nlp_cache.graph.roles import ENCODER_DECODER
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.layers.specializing import Specialized
+
+
+@keras.saving.register_keras_serializable("keras_nlp_cache")
+def gelu_approximate(x):
+    """The activation of Flan-T5."""
+    return keras.activations.gelu(x, approximate=True)
 
 
 @replaces(blip2_custom_opt.BLIP2OPTEmbeddings)
@@ -120,7 +127,8 @@ class BLIP2Backbone(
     ```
 
     Differs from upstream, on purpose: a text without an image can be read, and
-    stands where text stands that OPT reads.
+    stands where text stands that OPT reads. The activation of Flan-T5 is the
+    approximation of GELU that it was trained with. Upstream's is GELU.
 
     Reference:
         https://arxiv.org/abs/2301.12597
@@ -185,6 +193,11 @@ class BLIP2Backbone(
         if self.has_encoder:
             return super().max_positions
         return self.embeddings_layer.max_sequence_length
+
+    def mend(self):
+        if self.has_encoder:
+            for block in (*self.encoder_blocks, *self.blocks):
+                block.input_projector.activation = gelu_approximate
 
     def new_spans(self, inputs, **kwargs):
         return None  # All is causal.
