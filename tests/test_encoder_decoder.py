@@ -673,9 +673,7 @@ def bad_calls(family):
     empty = {"cache": backbone.make_cache(2, 8), "cache_update_index": 0}
     _, cache = backbone({**text, **family.source, **empty})
     read = {"cache": cache, "cache_update_index": 0}
-    sequence = to_numpy(
-        encoded(backbone, family.source)["encoder_sequence"]
-    )
+    sequence = to_numpy(encoded(backbone, family.source)["encoder_sequence"])
     name, mask_name, *beside = family.source
     source, mask, *_ = family.source.values()
     length, read_length = source.shape[1], family.read_length
@@ -741,9 +739,9 @@ def bad_calls(family):
     )
     if not beside:
         return
-    for given in ({}, {"encoder_sequence": sequence}):
+    for instead in ({}, {"encoder_sequence": sequence}):
         yield (
-            {**text, **given, "images": IMAGES},
+            {**text, **instead, "images": IMAGES},
             "`images` with `encoder_token_ids`.*no such text",
         )
     for images in (IMAGES[:1], IMAGES[:, :8], IMAGES[0]):

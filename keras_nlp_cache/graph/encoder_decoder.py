@@ -14,8 +14,8 @@ from keras_nlp_cache.cache.source_inputs import SourceMask
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.calling import floating_dtype
 from keras_nlp_cache.graph.calling import plain_python
-from keras_nlp_cache.graph.constructed import nodes_of
 from keras_nlp_cache.graph.constructed import learned_positions
+from keras_nlp_cache.graph.constructed import nodes_of
 from keras_nlp_cache.graph.encoder_wiring import EncoderWiring
 from keras_nlp_cache.graph.roles import ENCODER_DECODER
 from keras_nlp_cache.graph.source_inputs import check_encoded

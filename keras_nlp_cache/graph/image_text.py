@@ -215,6 +215,12 @@ class ImageTextBackbone(CachedBackbone):
             Tensor `(images, tokens, hidden_dim)`, to be passed as
             `"img_embeddings"`.
         """
+        if not self.sees:
+            raise ValueError(
+                "Expected a model that reads images with the text that it "
+                f"generates. Received: {self.name!r}, which reads none, or "
+                "whose encoder reads them: call `encode()`."
+            )
         given = {self.roles.images: images, **beside}
         given = normalize_images(self.unpacked(given), self, None)
         return self._computed(given, EncoderOutput)

@@ -141,6 +141,7 @@ class BLIP2Backbone(
     )
     after_tower = ("qformer", "language_projection")
     made_of = ("vision_encoder", "qformer", "language_model")
+
     def __init__(
         self, vision_encoder, qformer, language_model, dtype=None, **kwargs
     ):

@@ -32,8 +32,33 @@ class BLIP2Seq2SeqLM(Seq2SeqLM, _OfLayers):
 
     Example:
     ```python
-    lm = BLIP2Seq2SeqLM.from_preset("blip2_flan_t5_xl")
-    lm.generate({"images": picture, "encoder_text": "What is this?"})
+    backbone = BLIP2Backbone(
+        vision_encoder=keras_hub.models.BLIP2VisionEncoder(
+            image_size=16, patch_size=8, num_layers=1, num_heads=2,
+            hidden_dim=16, intermediate_dim=24, use_patch_bias=True,
+            use_class_token=True, use_mha_bias=True, use_mlp_bias=True,
+            dropout_rate=0.0, layer_norm_epsilon=1e-6, initializer_range=0.02,
+        ),
+        qformer=keras_hub.models.BLIP2QFormer(
+            num_query_tokens=4, num_layers=2, num_heads=2, hidden_dim=24,
+            intermediate_dim=32, vision_dim=16, cross_attention_frequency=2,
+            dropout=0.0, layer_norm_epsilon=1e-12,
+        ),
+        language_model=keras_hub.models.BLIP2FlanT5(
+            vocabulary_size=100, num_layers=2, num_heads=4, hidden_dim=32,
+            intermediate_dim=64, num_query_tokens=4, qformer_hidden_dim=24,
+        ),
+    )
+    lm = BLIP2Seq2SeqLM(backbone, preprocessor=None)
+    lm.compile(sampler="greedy")
+    prompt = {
+        "images": np.ones((1, 16, 16, 3)),
+        "encoder_token_ids": np.array([[5, 6, 7]]),
+        "encoder_padding_mask": np.array([[1, 1, 1]]),
+        "decoder_token_ids": np.array([[0, 0, 0, 0, 0, 0]]),
+        "decoder_padding_mask": np.array([[1, 0, 0, 0, 0, 0]]),
+    }
+    lm.generate(prompt, stop_token_ids=None)
     ```
     """
 
@@ -106,7 +131,8 @@ class BLIP2Seq2SeqLM(Seq2SeqLM, _OfLayers):
             )
         if not ops.is_tensor(images):
             images = np.asarray(images)
-        return {**inputs, "images": images[None] if len(images.shape) == 3 else images}
+        one = len(images.shape) == 3
+        return {**inputs, "images": images[None] if one else images}
 
     # === Upstream's methods ===
 
