@@ -19,7 +19,7 @@ YARN = FAMILIES["gpt_oss"].config.rope_parameters
 
 def config_of(name, **changed):
     # As it is written to a file and read again.
-    family = (FAMILIES | IMAGE_MODELS | ENCODER_DECODERS)[name]
+    family = (ENCODER_DECODERS | IMAGE_MODELS | FAMILIES)[name]
     config = json.loads(family.config.to_json_string(use_diff=False))
     return {**config, **changed}
 

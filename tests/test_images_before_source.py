@@ -122,7 +122,10 @@ def test_what_is_refused():
     words = "the quick fox"
     for inputs, message in (
         ({"images": IMAGES}, "`encoder_text`, a string.*\\['images'\\]"),
-        ({"images": IMAGES[0, 0], "encoder_text": words}, r"shapes \[\(3,\)"),
+        (
+            {"images": IMAGES[0, 0], "encoder_text": words},
+            r"shapes \[\(16, 3\)",
+        ),
         ({"images": "fox.png", "encoder_text": words}, r"shapes \[\(\)\]"),
         (
             {"images": IMAGES[..., :1], "encoder_text": [words] * 2},

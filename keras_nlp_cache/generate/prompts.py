@@ -255,6 +255,23 @@ def check_sound(prompt, preprocessor):
         )
 
 
+def check_pictures(images):
+    """Checks what a preprocessor is to make an encoder's input of, if it sees.
+
+    Args:
+        images: What a user passed.
+    """
+    if not isinstance(images, (list, tuple)):
+        rank = len(getattr(images, "shape", ()))
+        images = list(images) if rank == 4 else [images]
+    shapes = [tuple(getattr(x, "shape", ())) for x in images]
+    if not shapes or any(len(x) != 3 or x[2] != 3 for x in shapes):
+        raise ValueError(
+            "Expected `images` to be an array `(height, width, 3)`, or "
+            f"several, one for each text. Received the shapes {shapes}."
+        )
+
+
 def check_vocabulary(token_ids, backbone):
     """Checks an array of token ids, of which there are some."""
     size = backbone.token_embedding.input_dim

@@ -7,7 +7,7 @@ from keras import ops
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
 from keras_nlp_cache.models.blip2.backbone import BLIP2Backbone
-from keras_nlp_cache.models.blip2.backbone import reads_with_t5
+from keras_nlp_cache.models.blip2.language_models import reads_with_t5
 
 
 @replaces(keras_hub.models.BLIP2CausalLM)

@@ -5,9 +5,10 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.drop_in import replaces
+from keras_nlp_cache.generate.prompts import check_pictures
 from keras_nlp_cache.generate.seq_2_seq_lm import Seq2SeqLM
 from keras_nlp_cache.models.blip2.backbone import BLIP2Backbone
-from keras_nlp_cache.models.blip2.backbone import reads_with_t5
+from keras_nlp_cache.models.blip2.language_models import reads_with_t5
 
 
 class _OfLayers(keras_hub.models.BLIP2Seq2SeqLM):
@@ -106,18 +107,8 @@ class BLIP2Seq2SeqLM(Seq2SeqLM, _OfLayers):
                 f"each image. Received the keys {sorted(inputs)}. Without "
                 'words for the encoder, pass `""`.'
             )
-        images = inputs.get("images")
-        if images is None:
-            return
-        if not isinstance(images, (list, tuple)):
-            rank = len(getattr(images, "shape", ()))
-            images = [images] if rank == 3 else list(images) if rank else [0]
-        shapes = [tuple(getattr(x, "shape", ())) for x in images]
-        if not shapes or any(len(x) != 3 or x[2] != 3 for x in shapes):
-            raise ValueError(
-                "Expected `images` to be an array `(height, width, 3)`, or "
-                f"several, one for each text. Received the shapes {shapes}."
-            )
+        if inputs.get("images") is not None:
+            check_pictures(inputs["images"])
 
     def with_rows(self, inputs):
         images = inputs.get("images")
