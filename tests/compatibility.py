@@ -44,6 +44,7 @@ FEATURES = {
     "`StepModel.export()`": "test_step_model::test_same_tokens",
     # The real Gemma 3 is there for whoever takes its terms.
     "GGUF files": "test_gguf_preset::(?!test_gemma_3_270m)",
+    "GGUF files, kept as they are stored": "test_kept_quantized::",
     "surgery": "test_surgery",
     "surgery inside of blocks": "test_surgery_parts::",
     "surgery of quantized models": "test_surgery_quantized::",
@@ -66,8 +67,10 @@ FAMILIES = {
     ),
 }
 # Where what others show says nothing: GGUF files are read for these alone.
+_OF_GGUF = ("GPT-2, OPT", "Llama 1 to 3, Mistral", "Gemma 1 to 3")
 OF_SOME = {
-    "GGUF files": ("GPT-2, OPT", "Llama 1 to 3, Mistral", "Gemma 1 to 3"),
+    "GGUF files": _OF_GGUF,
+    "GGUF files, kept as they are stored": _OF_GGUF,
 }
 BACKENDS = {"jax": "J", "tensorflow": "T", "torch": "P"}
 

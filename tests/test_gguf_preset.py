@@ -16,7 +16,6 @@ from keras_nlp_cache import models
 from keras_nlp_cache.files import gguf_preset
 from keras_nlp_cache.files.gguf_preset import conversion
 from tests import gguf_files
-from tests.families import divided
 from tests.families import random_tokens
 from tests.families import to_numpy
 
@@ -78,7 +77,7 @@ def test_tensors_are_those_of_transformers(name, quantization, tmp_path):
         np.testing.assert_array_equal(x.numpy(), expected[key].numpy())
 
 
-@pytest.mark.parametrize("name", divided(gguf_files.MODELS))
+@every_model
 def test_logits_and_tokens(name, tmp_path):
     path = tmp_path / "x.gguf"
     model = gguf_files.write(path, name)

@@ -21,7 +21,6 @@ from keras_nlp_cache.products import grouped_layers
 from keras_nlp_cache.products import multiplying
 from keras_nlp_cache.quantization.groups import in_groups
 from tests import gguf_files
-from tests.families import divided
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -93,7 +92,7 @@ def weight_bytes(lm):
 
 
 @every_format
-@pytest.mark.parametrize("name", divided(gguf_files.MODELS))
+@pytest.mark.parametrize("name", gguf_files.MODELS)
 def test_logits_are_those_of_the_widened(name, kind, tmp_path, capsys):
     write(tmp_path / "x.gguf", name, kind)
     expected, lm = both(tmp_path / "x.gguf")

@@ -106,7 +106,7 @@ def test_as_upstream(family, mode):
     assert_as_upstream(family, mode)
 
 
-@in_turn("mode", divided(["gptq", "awq", "float8"]))
+@in_turn("mode", ["gptq", "awq", "float8"])
 def test_as_upstream_in_other_modes(family, mode):
     assert_as_upstream(family, mode)
 
