@@ -4,7 +4,6 @@ What takes long to import is imported where it is needed: of several processes,
 one hands tests to the others, which wait for it, and runs none.
 """
 
-import collections
 import contextlib
 import functools
 import gc
@@ -20,9 +19,7 @@ from tests.subject import PATCHED
 
 # Bytes of a process, from which on JAX is to compile again for the next file.
 MOST_MEMORY = 4 * 2**30
-# By how many bytes it may grow until garbage is collected, and until all that
-# it holds is looked through.
-MOST_GARBAGE = 2**26
+# By how many bytes it may grow until all that it holds is looked through.
 MOST_GROWTH = 2**29
 
 
@@ -110,38 +107,25 @@ def _seed_tensorflow(seed):
 
 
 class _Memory:
-    """Bytes of the process, and by how many it has grown."""
+    """Bytes of the process, and how many they were after a collection."""
+
+    after_collection = 0
 
     def __init__(self):
-        import psutil
+        # Few files run where nothing tells how many bytes there are.
+        if not PATCHED:
+            import psutil
 
-        self._info = psutil.Process().memory_info
-        self._before = collections.Counter()
+            self._process = psutil.Process()
 
+    @property
     def now(self):
-        return self._info().rss
-
-    def has_grown(self, least):
-        """Whether by so many since this was last true."""
-        if self.now() < self._before[least] + least:
-            return False
-        self._before[least] = self.now()
-        return True
-
-
-class _Unknown:
-    """Of few files, where nothing tells how many bytes there are."""
-
-    def now(self):
-        return 0
-
-    def has_grown(self, least):
-        return least == MOST_GARBAGE
+        return 0 if PATCHED else self._process.memory_info().rss
 
 
 @pytest.fixture(scope="session")
 def _memory():
-    return _Unknown() if PATCHED else _Memory()
+    return _Memory()
 
 
 @pytest.fixture(autouse=True)
@@ -149,20 +133,19 @@ def _light_garbage_collection(_memory):
     """Keras collects garbage for each layer it quantizes.
 
     Over all that three frameworks import, that is half a second a layer, and
-    more with each graph that TensorFlow never gives back.
+    more with each graph that TensorFlow never gives back. So nothing older than
+    a test is looked through, until garbage may be much.
     """
-    if _memory.has_grown(MOST_GARBAGE):
+    if _memory.now > _memory.after_collection + MOST_GROWTH:
+        gc.unfreeze()
         gc.collect()
-        gc.freeze()
+        _memory.after_collection = _memory.now
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_memory(_memory):
-    """What is kept for as long as the process lives, is kept for one file.
-
-    Garbage among what was frozen is kept until it may be much: to look through
-    all that three frameworks import takes a second, as many files do.
-    """
+    """What is kept for as long as the process lives, is kept for one file."""
     if backend() == "jax":
         with _one_context():
             yield
@@ -174,14 +157,10 @@ def _bounded_memory(_memory):
 
         _forget_custom_gradients()
         keras.utils.set_random_seed(0)
-    if backend() == "jax" and _memory.now() > MOST_MEMORY:
+    if backend() == "jax" and _memory.now > MOST_MEMORY:
         import jax
 
         jax.clear_caches()
-    if _memory.has_grown(MOST_GROWTH):
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
 
 
 @contextlib.contextmanager
