@@ -65,7 +65,7 @@ def _without_xla():
         TensorFlowLoop.jit_compile_by_default = False
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _short_chunks():
     """What XLA compiles reads 8 positions of a state at a time, not 64.
 

@@ -342,7 +342,7 @@ def test_beams(family):
     rows = 1 if family.prefix.startswith("T5Gemma") else 2
     prompts = {name: x[:rows] for name, x in prompts_for(family).items()}
     for x in (lm, upstream):
-        x.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2), **XLA)
+        x.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
     generated, expected = (
         x.generate(prompts, stop_token_ids=None) for x in (lm, upstream)
     )
@@ -362,7 +362,7 @@ def test_text(family):
         family.upstream_backbone(backbone, vocabulary_size=size), preprocessor
     )
     for x in (lm, upstream):
-        x.compile(sampler="greedy", **XLA)
+        x.compile(sampler="greedy")
     for prompt in prompts_of(family):
         before = copy.deepcopy(prompt)
         generated = lm.generate(prompt)
@@ -386,7 +386,7 @@ def test_text(family):
 @every_encoder_decoder
 def test_options(family):
     lm, _ = family.lm_pair
-    lm.compile(sampler="greedy", **XLA)
+    lm.compile(sampler="greedy")
     prompts = prompts_for(family)
     whole = lm.generate(prompts, stop_token_ids=None)["decoder_token_ids"]
     expected = [row[n : n + 4] for n, row in zip(GIVEN, whole)]

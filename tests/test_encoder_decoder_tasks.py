@@ -12,7 +12,6 @@ from tests.families import every_encoder_decoder
 from tests.families import on_one_backend
 from tests.families import SOUND
 from tests.families import to_numpy
-from tests.families import XLA
 from tests.test_encoder_decoder import assert_greedy_after
 from tests.test_encoder_decoder import cached_forward
 from tests.test_encoder_decoder import full_forward
@@ -22,7 +21,7 @@ from tests.test_encoder_decoder import TOKENS
 
 
 def greedy(lm, prompts):
-    lm.compile(sampler="greedy", **XLA)
+    lm.compile(sampler="greedy")
     return np.asarray(
         lm.generate(prompts, stop_token_ids=None)["decoder_token_ids"]
     )
@@ -111,7 +110,7 @@ def test_task_presets(family, tmp_path):
         for side in ("encoder", "decoder"):
             if hasattr(lm.preprocessor, f"{side}_sequence_length"):
                 setattr(lm.preprocessor, f"{side}_sequence_length", 16)
-        lm.compile(sampler="greedy", **XLA)
+        lm.compile(sampler="greedy")
         return lm.generate(prompt, max_length=9)
 
     expected = said(ours)

@@ -238,7 +238,7 @@ def test_inputs_that_all_backbones_take(family):
 @every_image_model
 def test_greedy(family):
     lm, upstream = greedy(family), family.lm_pair[1]
-    upstream.compile(sampler="greedy", **XLA)
+    upstream.compile(sampler="greedy")
     prompt = prompts(family, [8, 8])
     generated = lm.generate(prompt, stop_token_ids=None)
     expected = upstream.generate(prompt, stop_token_ids=None)
@@ -270,7 +270,7 @@ def test_prompts_of_different_lengths(family):
     device.set_constants(compiled_chunk=2, eager_chunk=2)
     try:
         for policy in POLICIES:
-            lm.compile(sampler="greedy", cache_policy=policy, **XLA)
+            lm.compile(sampler="greedy", cache_policy=policy)
             generated = lm.generate(prompt, stop_token_ids=None)
             assert_greedy_after(family, prompt, generated, lm)
     finally:
@@ -313,9 +313,7 @@ def test_beams(family):
         beams, upstream = 1, lm
     prompt = prompts(family, [8, 8])
     for x in (lm, upstream):
-        x.compile(
-            sampler=keras_hub.samplers.BeamSampler(num_beams=beams), **XLA
-        )
+        x.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=beams))
     generated = lm.generate(prompt, stop_token_ids=None)
     if upstream is lm:
         upstream = greedy(family)
@@ -455,7 +453,7 @@ def test_text(family):
         family.upstream_backbone(backbone, vocabulary_size=size), preprocessor
     )
     for x in (lm, upstream):
-        x.compile(sampler="greedy", **XLA)
+        x.compile(sampler="greedy")
     image = "<start_of_image>" if family.prefix == "Gemma3" else ""
     # Larger than the tower sees.
     pictures = np.repeat(255 * IMAGES, 2, axis=1)
@@ -563,7 +561,7 @@ def test_edits_show_in_generation(family):
     before = lm.generate(prompt, stop_token_ids=None)["token_ids"]
     for where, sampler in places_to_edit(lm.backbone):
         edited = surgery.insert_after(lm, where, keras.layers.Rescaling(-3.0))
-        edited.compile(sampler=sampler, **XLA)
+        edited.compile(sampler=sampler)
         after = edited.generate(prompt, stop_token_ids=None)
         assert_greedy_after(family, prompt, after, edited)
         assert (after["token_ids"] != before).any(), where
@@ -731,7 +729,7 @@ def test_several_images_and_none():
     preprocessor = family.preprocessor(sequence_length=40)
     size = preprocessor.tokenizer.vocabulary_size()
     lm = family.task(family.backbone(vocabulary_size=size), preprocessor)
-    lm.compile(sampler="greedy", **XLA)
+    lm.compile(sampler="greedy")
     see = "<start_of_image>"
     batch = {
         "prompts": [f"the {see} and {see} fox", f"the quick {see} fox"],
@@ -796,7 +794,7 @@ def test_text_alone_stands_where_there_is_no_image():
         index += count
     plain.preprocessor = preprocessor
     for x in (lm, plain):
-        x.compile(sampler="greedy", **XLA)
+        x.compile(sampler="greedy")
     texts = ["the quick fox", "airplane"]
     expected = plain.generate(texts)
     assert lm.generate(texts) == expected

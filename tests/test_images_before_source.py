@@ -10,7 +10,6 @@ from tests.families import IMAGES
 from tests.families import on_one_backend
 from tests.families import SOURCE
 from tests.families import to_numpy
-from tests.families import XLA
 from tests.test_encoder_decoder import assert_greedy_after
 from tests.test_encoder_decoder import cached_forward
 from tests.test_encoder_decoder import full_forward
@@ -47,7 +46,7 @@ def test_text_alone():
     assert np.abs(full - full_forward(backbone)).max() > 1e-2
     lm, upstream = FAMILY.lm_pair
     for x in (lm, upstream):
-        x.compile(sampler="greedy", **XLA)
+        x.compile(sampler="greedy")
     prompts = {**SOURCE, **TEXTS}
     generated, expected = (
         x.generate(dict(prompts), stop_token_ids=None)["decoder_token_ids"]

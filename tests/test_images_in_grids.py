@@ -289,7 +289,7 @@ def test_greedy(family):
     # What follows an image is read in pieces, as few as there may be.
     device.set_constants(compiled_chunk=2, eager_chunk=2)
     try:
-        lm.compile(sampler="greedy", cache_policy="rotating", **XLA)
+        lm.compile(sampler="greedy", cache_policy="rotating")
         again = lm.generate(prompt, stop_token_ids=None)["token_ids"]
     finally:
         device.set_constants()
@@ -299,7 +299,7 @@ def test_greedy(family):
 @every_grid_model
 def test_more_images_in_some_rows(family):
     lm, _ = family.lm_pair
-    lm.compile(sampler="greedy", **XLA)
+    lm.compile(sampler="greedy")
     prompt = prompts(family, [9, 11])
     # The second row has one less, the first one of them.
     pixels, grids = prompt["pixel_values"], prompt["image_grid_thw"]
@@ -424,7 +424,7 @@ def with_text(family):
     theirs = family.preprocessor(sequence_length=40)
     size = theirs.tokenizer.vocabulary_size()
     lm = family.task(family.backbone(vocabulary_size=size), theirs)
-    lm.compile(sampler="greedy", **XLA)
+    lm.compile(sampler="greedy")
     return lm, theirs
 
 
@@ -531,7 +531,7 @@ def test_a_video(family):
         sequence_length=64,
     )
     lm = family.task(lm.backbone, seeing)
-    lm.compile(sampler="greedy", **XLA)
+    lm.compile(sampler="greedy")
     video = np.stack([picture(8, 8, seed) for seed in range(4)])
     marker = "<|vision_start|><|video_pad|><|vision_end|>"
     batch = {
@@ -563,7 +563,7 @@ def test_a_preset_goes_both_ways(family, tmp_path):
     assert type(upstream.preprocessor) is type(theirs)
     assert upstream.backbone.vision_encoder is not None
     loaded = models.CausalLM.from_preset(str(tmp_path))
-    loaded.compile(sampler="greedy", **XLA)
+    loaded.compile(sampler="greedy")
     assert loaded.generate(prompt) == expected
     upstream.save_to_preset(tmp_path / "again")
     loaded = models.CausalLM.from_preset(str(tmp_path / "again"))
@@ -676,7 +676,7 @@ def test_edits(family, edit, tmp_path):
 @every_grid_model
 def test_edits_show_in_generation(family):
     lm, _ = family.lm_pair
-    lm.compile(sampler="greedy", **XLA)
+    lm.compile(sampler="greedy")
     prompt = prompts(family, [8, 11], position_ids=in_grids(family, LENGTH))
     before = lm.generate(prompt, stop_token_ids=None)["token_ids"]
     tower = lm.backbone.vision_encoder.name

@@ -42,7 +42,7 @@ def token_prompts(count, longest=24, seed=0):
 
 def new_lm(family, sampler="greedy", **kwargs):
     lm = family.task(family.backbone())
-    lm.compile(sampler=sampler, **{**XLA, **kwargs})
+    lm.compile(sampler=sampler, **kwargs)
     return lm
 
 
@@ -97,13 +97,13 @@ def cache_bytes(lm, batch, slots):
 
 @each_kind
 def test_each_answer_is_its_own(family):
-    lm, prompts = new_lm(family), token_prompts(7)
+    lm, prompts = new_lm(family, **XLA), token_prompts(7)
     answers = generated(lm, prompts, batch_size=3)
     assert_likeliest(lm, prompts, answers)
 
 
 def test_many_prompts_compile_little_and_take_no_more_memory(monkeypatch):
-    lm, prompts = new_lm(LLAMA), token_prompts(200)
+    lm, prompts = new_lm(LLAMA, **XLA), token_prompts(200)
     made, of_all, of_one = [], cache_bytes(lm, 8, 256), cache_bytes(lm, 1, 256)
     make_cache = lm.backbone.make_cache
 
@@ -261,7 +261,7 @@ def test_edited_models(family):
     vector = np.full(32, 0.5, "float32")
     lm = new_lm(family)
     edited = surgery.insert_after(lm, 0, keras.layers.Rescaling(-2.0))
-    edited.compile(sampler="greedy", **XLA)
+    edited.compile(sampler="greedy")
     prompts = token_prompts(4)
     answers = generated(edited, prompts, batch_size=2)
     assert_likeliest(edited, prompts, answers)
@@ -299,7 +299,7 @@ def test_guesses_for_a_method_that_users_override():
     """It knows of one index for all, and rows accept as much as they do."""
     lm, prompts = new_lm(LLAMA), token_prompts(3)
     draft = surgery.insert_before(lm, 1, keras.layers.Rescaling(1.5))
-    draft.compile(sampler="greedy", **XLA)
+    draft.compile(sampler="greedy")
     expected = generated(lm, prompts)
     call = lm.call_with_cache
     lm.call_with_cache = lambda *args, **kwargs: call(*args, **kwargs)

@@ -15,7 +15,6 @@ from tests.families import IMAGES
 from tests.families import on_one_backend
 from tests.families import SOUND
 from tests.families import to_numpy
-from tests.families import XLA
 
 T5 = next(x for x in ENCODER_DECODERS if x.name == "t5")
 
@@ -65,7 +64,7 @@ def assert_greedy(session, start, end=None):
 @every_encoder_decoder
 def test_turns(family, tmp_path):
     lm = family.text_lm()
-    lm.compile(sampler="greedy", **XLA)
+    lm.compile(sampler="greedy")
     session = lm.start_session(prompt=with_start(family))
     start = len(session.token_ids)
     said = session.text

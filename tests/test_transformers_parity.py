@@ -31,6 +31,11 @@ NAMES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _short_chunks():
+    """As long as those of transformers: what is rounded counts here."""
+
+
 @pytest.fixture(scope="module", params=divided(NAMES))
 def pair(request, tmp_path_factory):
     """A model of transformers, and ours that was read from its directory."""
