@@ -231,7 +231,7 @@ def test_a_seed_says_what_is_drawn_whoever_the_neighbors_are(family, sampler):
     # One seed for all, and where the sampler is.
     without = token_prompts(5)
     first = generated(lm, without, seed=1)
-    lm.compile(sampler=make(), **XLA)
+    lm.compile(sampler=make())
     for again in (
         generated(lm, without, batch_size=2),
         generated(lm, without, batch_size=2, seed=1),
@@ -519,7 +519,7 @@ def test_guesses_of_each_row_are_its_own(monkeypatch):
     """What one row accepts does not depend on what another one does."""
     lm = new_lm(LLAMA)
     draft = surgery.remove(lm, 1)
-    draft.compile(sampler="greedy", **XLA)
+    draft.compile(sampler="greedy")
     prompts = [{**x, "max_new_tokens": 20} for x in token_prompts(4)]
     plain = generated(lm, prompts)
     loop, accepted = lm.generation_loop, []
