@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 
+from benchmarks import kinds
 from benchmarks.device import torch_device
 
 
@@ -23,13 +24,15 @@ def matrix_shapes(preset):
     """Shapes `(out, in)` of all matrices that a decode step multiplies by."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(preset)
+    kind = kinds.of(preset)
+    auto_class = getattr(transformers, kind.transformers_class)
+    model = auto_class.from_pretrained(preset)
     return [
         # GPT-2 keeps its matrices the other way around, as `Conv1D`.
         tuple(x.weight.shape[::-1])
         if type(x).__name__ == "Conv1D"
         else tuple(x.weight.shape)
-        for x in model.modules()
+        for x in kind.only_in_steps(model.named_modules())
         if type(x).__name__ in ("Linear", "Conv1D")
     ]
 

@@ -11,13 +11,13 @@ import sys
 import numpy as np
 
 from benchmarks import busy
+from benchmarks import kinds
 from benchmarks import machine
 from benchmarks import models
 from benchmarks import perplexities
 from benchmarks.running import check_tokens
 from benchmarks.running import EXACT
 from benchmarks.running import planned
-from benchmarks.running import prompt
 from benchmarks.running import workers
 
 
@@ -36,19 +36,18 @@ def measure_floors(args, batch):
     return floors
 
 
-def in_turns(args, running, method, prompts, **request):
+def in_turns(args, running, method, prompt, **request):
     """The answers of all workers, round by round, after one that compiles.
 
     Returns:
         The first answer of each, a list of the others for each, and what
         `check_tokens()` found.
     """
-    name = "prompt" if method == "timed" else "prompts"
-    request[name] = prompts
+    request["prompt"] = prompt
     first = {
         name: worker.ask(method, **request) for name, worker in running.items()
     }
-    agreement = check_tokens(first, running, prompts)
+    agreement = check_tokens(first, running, prompt)
     rounds = {name: [] for name in running}
     with busy.neighbors(args.busy):
         for _ in range(args.rounds):
@@ -72,6 +71,7 @@ def rates(first, answers, tokens):
 def speed(args):
     """Tokens per second of whole calls, beside what the machine allows."""
     results = {}
+    kind = kinds.of(args.preset)
     if args.perplexity:
         tokens = perplexities.token_ids(args.preset, args.text)
     with workers(args) as running:
@@ -80,9 +80,9 @@ def speed(args):
             for name, worker in running.items()
         }
         for batch in args.batch:
-            prompts = prompt(batch, args.prompt)
+            prompt = kind.prompt(batch, args.prompt)
             first, rounds, agreement = in_turns(
-                args, running, "timed", prompts, new=args.new
+                args, running, "timed", prompt, new=args.new
             )
             systems = {
                 name: {
@@ -108,7 +108,8 @@ def speed(args):
             slot = models.cache_bytes_per_slot(
                 args.preset, precisions[name].dtype
             )
-            filled = batch * (args.prompt + args.new // 2) * slot
+            half_way = kind.slots(args.prompt) + args.new // 2
+            filled = batch * half_way * slot
             row["bytes_per_token"] = (weights[name] + filled) / batch
             row["of_bandwidth_floor"] = (
                 step * (weights[name] + filled) / bandwidth
@@ -141,6 +142,7 @@ def rows(args):
     Prompts have from `shortest` to `longest` tokens. What is to be generated
     after each is drawn from a geometric law between `least` and `most`.
     """
+    kinds.check_text(args.preset, "rows")
     rng = np.random.default_rng(0)
     lengths = np.linspace(args.shortest, args.longest, args.prompts).astype(int)
     prompts = [
@@ -150,7 +152,12 @@ def rows(args):
     new = np.clip(drawn + args.least - 1, args.least, args.most).tolist()
     with workers(args) as running:
         first, rounds, agreement = in_turns(
-            args, running, "timed_rows", prompts, new=new, places=args.places
+            args,
+            running,
+            "timed_rows",
+            {"token_ids": prompts},
+            new=new,
+            places=args.places,
         )
         systems = {
             name: {
@@ -168,15 +175,15 @@ def rows(args):
 
 def first_token(args):
     """Seconds from a prompt to its first token, by `max_length`."""
-    prompts = prompt(1, args.prompt)
+    prompt = kinds.of(args.preset).prompt(1, args.prompt)
     systems = {}
     with workers(args) as running:
         for name, worker in running.items():
-            answer = worker.ask("timed", prompt=prompts, new=1)
+            answer = worker.ask("timed", prompt=prompt, new=1)
             stop = answer["tokens"][0][0]
             for max_length in args.max_lengths:
                 request = {
-                    "prompt": prompts,
+                    "prompt": prompt,
                     "new": 1,
                     "max_length": max_length,
                     "stop": stop,
@@ -193,12 +200,14 @@ def first_token(args):
 
 def position(args):
     """Milliseconds of a decode step, by how much there is to attend to."""
+    kinds.check_text(args.preset, "position")
+    kind = kinds.of(args.preset)
     systems = {}
     with workers(args, ("ours", "transformers", "llama_cpp")) as running:
         for at in args.positions:
             for name, worker in running.items():
                 request = {
-                    "prompt": prompt(1, at - 1),
+                    "prompt": kind.prompt(1, at - 1),
                     "new": 64,
                     "max_length": args.max_length,
                 }
@@ -217,13 +226,16 @@ def memory(args):
             "Expected one --dtype, since that decides the size of the cache. "
             f"Received: {args.dtype}."
         )
+    kind = kinds.of(args.preset)
     per_slot = models.cache_bytes_per_slot(args.preset, args.dtype[0])
     systems, first, sizes = {}, {}, []
     for length in args.lengths:
-        sizes.append(args.batch * length * per_slot / 2**20)
+        new = length - args.prompt
+        slots = kind.slots(args.prompt) + new
+        sizes.append(args.batch * slots * per_slot / 2**20)
         request = {
-            "prompt": prompt(args.batch, args.prompt),
-            "new": length - args.prompt,
+            "prompt": kind.prompt(args.batch, args.prompt),
+            "new": new,
         }
         # A new process each: what was freed is not always given back.
         with workers(args) as running:

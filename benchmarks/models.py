@@ -109,27 +109,100 @@ def qwen3_5(folder):
         eos_token_id=None,
     )
     _random(folder, config, "Qwen3_5ForCausalLM")
-    _as_of_several_media(folder, "qwen3_5")
+    text = _config(folder)
+    # As of a model that could see, as keras_hub wants it.
+    kept = ("architectures", "dtype", "tie_word_embeddings")
+    config = {
+        **{name: text[name] for name in kept},
+        "model_type": "qwen3_5",
+        "text_config": text,
+    }
+    _rewrite(folder, config, "model.", "model.language_model.")
     return folder
 
 
-def _as_of_several_media(folder, model_type):
-    """Has a model of text look like one that could see, as keras_hub wants."""
+def bart(folder):
+    """The shape of BART base, with random weights.
+
+    They are larger than those that it is trained from, with which its decoder
+    would say its first token again and again, whatever the encoder read.
+    """
+    import transformers
+
+    config = transformers.BartConfig(
+        d_model=768,
+        encoder_layers=6,
+        decoder_layers=6,
+        encoder_attention_heads=12,
+        decoder_attention_heads=12,
+        encoder_ffn_dim=3072,
+        decoder_ffn_dim=3072,
+        init_std=0.05,
+        forced_eos_token_id=None,
+    )
+    _random(folder, config, "BartForConditionalGeneration")
+    # keras_hub reads what transformers 5 does not write.
+    layers = config.encoder_layers
+    _rewrite(folder, {**_config(folder), "num_hidden_layers": layers})
+    return folder
+
+
+def paligemma(folder):
+    """A small PaliGemma with random weights, 256 tokens for an image."""
+    import transformers
+
+    config = transformers.PaliGemmaConfig(
+        text_config=dict(
+            model_type="gemma",
+            # keras_hub has no embedding of the last one, that of images.
+            vocab_size=32_001,
+            hidden_size=768,
+            intermediate_size=4096,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            # keras_hub takes the number of tokens of an image for it.
+            head_dim=256,
+        ),
+        vision_config=dict(
+            model_type="siglip_vision_model",
+            hidden_size=384,
+            intermediate_size=1536,
+            num_hidden_layers=12,
+            num_attention_heads=6,
+            image_size=224,
+            patch_size=14,
+            projection_dim=768,
+            vision_use_head=False,
+        ),
+        image_token_id=32_000,
+        projection_dim=768,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    _random(folder, config, "PaliGemmaForConditionalGeneration")
+    # keras_hub reads what transformers 5 calls otherwise.
+    _rewrite(
+        folder, _config(folder), "vision_tower.", "vision_tower.vision_model."
+    )
+    return folder
+
+
+def _config(folder):
+    return json.loads((pathlib.Path(folder) / "config.json").read_text())
+
+
+def _rewrite(folder, config, old="", new=""):
+    """Has a directory say other things, and tensors have other names."""
     import safetensors.torch
 
-    folder = pathlib.Path(folder)
-    text = json.loads((folder / "config.json").read_text())
-    config = {
-        "architectures": text["architectures"],
-        "dtype": text["dtype"],
-        "model_type": model_type,
-        "tie_word_embeddings": text["tie_word_embeddings"],
-        "text_config": text,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    path = folder / "model.safetensors"
+    (pathlib.Path(folder) / "config.json").write_text(json.dumps(config))
+    if not old:
+        return
+    path = pathlib.Path(folder) / "model.safetensors"
     tensors = {
-        name.replace("model.", "model.language_model.", 1): x
+        name.replace(old, new, 1): x
         for name, x in safetensors.torch.load_file(path).items()
     }
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
@@ -145,14 +218,19 @@ def _random(folder, config, name):
 
 
 def cache_bytes_per_slot(preset, dtype):
-    """Bytes of keys and values that one token adds to a cache."""
-    config = json.loads((pathlib.Path(preset) / "config.json").read_text())
+    """Bytes of keys and values that one token adds to a cache.
+
+    Whether the decoder or the encoder has read it.
+    """
+    config = _config(preset)
     config = config.get("text_config", config)
-    layers = config.get("num_hidden_layers") or config["n_layer"]
+    layers = _first(config, "num_hidden_layers", "n_layer")
     # What keeps a state keeps nothing of a token.
     layers -= config.get("layer_types", []).count("linear_attention")
-    heads = config.get("num_attention_heads") or config["n_head"]
-    width = config.get("hidden_size") or config["n_embd"]
+    heads = _first(
+        config, "num_attention_heads", "decoder_attention_heads", "n_head"
+    )
+    width = _first(config, "hidden_size", "d_model", "n_embd")
     head_dim = config.get("head_dim") or width // heads
     heads = config.get("num_key_value_heads", heads)
     return 2 * itemsize(dtype) * layers * heads * head_dim
@@ -160,11 +238,17 @@ def cache_bytes_per_slot(preset, dtype):
 
 def model_type(preset):
     """What transformers calls a kind of model."""
-    config = json.loads((pathlib.Path(preset) / "config.json").read_text())
-    return config["model_type"]
+    return _config(preset)["model_type"]
+
+
+def _first(config, *names):
+    return next(config[x] for x in names if x in config)
 
 
 MODELS = {
     f.__name__: f
-    for f in (gpt2, smollm2, gemma, qwen3, qwen3_5, gemma3, mixtral)
+    for f in (
+        *(gpt2, smollm2, gemma, qwen3, qwen3_5, gemma3, mixtral),
+        *(bart, paligemma),
+    )
 }

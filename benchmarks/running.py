@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
-
 from benchmarks import models
 from benchmarks.systems import ON_EACH_BACKEND
 from benchmarks.systems import SYSTEMS
@@ -128,12 +126,7 @@ def workers(args, systems=SYSTEMS):
         yield {worker.name: worker for worker in running}
 
 
-def prompt(batch, length):
-    rng = np.random.default_rng(0)
-    return rng.integers(100, 10_000, (batch, length)).tolist()
-
-
-def check_tokens(answers, running, prompts):
+def check_tokens(answers, running, prompt):
     """Ends the program unless all generated the same in float32, ties aside.
 
     Elsewhere, systems round in ways of their own, and may go on differently.
@@ -142,7 +135,7 @@ def check_tokens(answers, running, prompts):
     Args:
         answers: Dictionary from names of workers to what they answered.
         running: Dictionary from names to workers.
-        prompts: List of lists of token ids.
+        prompt: Dictionary of lists with an element for each row.
 
     Returns:
         A dictionary: how many `ties` there were, and for each other precision
@@ -162,7 +155,8 @@ def check_tokens(answers, running, prompts):
             if x == y:
                 continue
             if precision == EXACT and agrees:
-                _check_tie(running, reference, name, row, prompts[row], x, y)
+                start = {key: values[row] for key, values in prompt.items()}
+                _check_tie(running, reference, name, row, start, x, y)
                 ties += 1
             else:
                 key = str(precision) if agrees else name
@@ -175,7 +169,8 @@ def _check_tie(running, reference, name, row, start, expected, actual):
     at = next(i for i, x in enumerate(expected) if x != actual[i])
     gap = running[reference].ask(
         "logit_gap",
-        tokens=start + expected[:at],
+        prompt={name: [x] for name, x in start.items()},
+        after=expected[:at],
         candidates=[expected[at], actual[at]],
     )["gap"]
     if gap > max(running[x].tie for x in (reference, name)):

@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 
+from benchmarks import kinds
+
 
 class System:
     """What a system under test can be asked to do.
@@ -21,16 +23,18 @@ class System:
     """
 
     quantizations = ("none",)
+    # What prompts are, one of `benchmarks.kinds`.
+    kind = kinds.Text()
     # Tokens whose logits are closer than this are a tie that rounding decides.
     tie = 1e-3
     # Kinds of models that it generates otherwise with than their graph says.
     generates_otherwise = ()
 
     def generate(self, prompt, new, max_length=None, stop=None):
-        """Greedy tokens `(B, new)` after a prompt `(B, P)`, as an array.
+        """Greedy tokens `(B, new)` after a prompt, as an array.
 
         Args:
-            prompt: int32 array.
+            prompt: Dictionary of arrays, from `kind.read()`.
             new: int. How many tokens to generate, unless `stop` comes first.
             max_length: int. The length that the system is to be ready for.
             stop: int. A token to stop after.
@@ -38,8 +42,9 @@ class System:
         raise NotImplementedError
 
     def timed(self, prompt, **kwargs):
+        prompt = self.kind.read(prompt)
         start = time.perf_counter()
-        tokens = self.generate(np.asarray(prompt, "int32"), **kwargs)
+        tokens = self.generate(prompt, **kwargs)
         return {
             "seconds": time.perf_counter() - start,
             "tokens": np.asarray(tokens).tolist(),
@@ -70,17 +75,25 @@ class System:
         """Greedy tokens after a batch of prompts of any length."""
         raise NotImplementedError
 
-    def logits(self, tokens):
-        """Logits `(T, vocabulary_size)` after each of a list of tokens."""
+    def logits(self, prompt, after):
+        """Logits `(T, vocabulary_size)` after each token of one row.
+
+        Args:
+            prompt: Dictionary of arrays of one row, from `kind.read()`.
+            after: int32 array `(1, T)`, what comes after the prompt. It may be
+                empty.
+        """
         raise NotImplementedError
 
     def weight_bytes(self):
-        """What all weights take, once each: a step reads them all."""
+        """What those weights take that a step reads, once each."""
         raise NotImplementedError
 
     def perplexity(self, tokens):
         """How surprised a model is by a text, its first token aside."""
-        logits = self.logits(tokens)[:-1].astype("float64")
+        prompt = self.kind.read({"token_ids": [tokens]})
+        logits = self.logits(prompt, np.zeros((1, 0), "int32"))
+        logits = logits[:-1].astype("float64")
         logits -= logits.max(axis=1, keepdims=True)
         chosen = logits[np.arange(len(logits)), tokens[1:]]
         losses = np.log(np.exp(logits).sum(axis=1)) - chosen
@@ -89,14 +102,16 @@ class System:
             "nats_per_token": float(losses.mean()),
         }
 
-    def logit_gap(self, tokens, candidates):
-        """How far apart two candidates for the next token are."""
-        logits = self.logits(tokens)[-1, candidates].astype("float64")
+    def logit_gap(self, prompt, after, candidates):
+        """How far apart two candidates for the token after others are."""
+        after = np.asarray([after], "int32")
+        logits = self.logits(self.kind.read(prompt), after)
+        logits = logits[-1, candidates].astype("float64")
         return {"gap": float(abs(logits[0] - logits[1]))}
 
     def step_milliseconds(self, prompt, new, max_length):
         """The mean duration of a decode step after a prompt."""
-        prompt = np.asarray(prompt, "int32")
+        prompt = self.kind.read(prompt)
         start = time.perf_counter()
         self.generate(prompt, 1, max_length)
         middle = time.perf_counter()
@@ -104,9 +119,9 @@ class System:
         seconds = time.perf_counter() - middle - (middle - start)
         return {"milliseconds": seconds / new * 1e3}
 
-    def timed_rows(self, **kwargs):
+    def timed_rows(self, prompt, **kwargs):
         start = time.perf_counter()
-        tokens = self.rows(**kwargs)
+        tokens = self.rows(prompt["token_ids"], **kwargs)
         return {
             "seconds": time.perf_counter() - start,
             "tokens": [[int(x) for x in row] for row in tokens],

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 
+from benchmarks import kinds
 from benchmarks.systems.base import itemsize
 from benchmarks.systems.base import System
 
@@ -15,7 +16,8 @@ class KerasSystem(System):
     quantizations = ("none", "int8", "int8-weights", "int4", "int4-32")
 
     def __init__(self, models, preset, dtype, quantize):
-        self.lm = models.CausalLM.from_preset(
+        self.kind = kinds.of(preset)
+        self.lm = getattr(models, self.kind.keras_task).from_preset(
             preset, preprocessor=None, dtype=dtype
         )
         if quantize != "none":
@@ -23,16 +25,14 @@ class KerasSystem(System):
         self.lm.compile(sampler="greedy")
 
     def generate(self, prompt, new, max_length=None, stop=None):
-        batch, length = prompt.shape
+        batch, length = prompt["token_ids"].shape
         total = max_length or length + new
-        inputs = {
-            "token_ids": np.pad(prompt, ((0, 0), (0, total - length))),
-            "padding_mask": np.tile(np.arange(total) < length, (batch, 1)),
-        }
+        room = np.zeros((batch, total - length), "int32")
         output = self.lm.generate(
-            inputs, stop_token_ids=None if stop is None else (stop,)
+            self.kind.for_keras(prompt, room, known=False),
+            stop_token_ids=None if stop is None else (stop,),
         )
-        return output["token_ids"][:, length : length + new]
+        return output[self.kind.keras_text][:, length : length + new]
 
     def batch(self, prompts, new):
         lengths = np.array([len(x) for x in prompts])
@@ -48,18 +48,19 @@ class KerasSystem(System):
             for row, length, count in zip(output, lengths, new)
         ]
 
-    def logits(self, tokens):
+    def logits(self, prompt, after):
         import keras
 
-        tokens = np.asarray(tokens, "int32")[None]
-        inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+        inputs = self.kind.for_keras(prompt, after, known=True)
         logits = keras.ops.cast(self.lm(inputs)[0], "float32")
         return keras.ops.convert_to_numpy(logits)
 
     def weight_bytes(self):
         sizes = [
             math.prod(x.shape) * itemsize(x.dtype)
-            for x in self.lm.backbone.weights
+            for x in self.kind.only_in_steps(
+                (x.path, x) for x in self.lm.backbone.weights
+            )
         ]
         return {"bytes": sum(sizes)}
 
@@ -82,7 +83,7 @@ class Ours(KerasSystem):
         )
 
     def step_milliseconds(self, prompt, new, max_length):
-        prompt = np.asarray(prompt, "int32")
+        prompt = np.asarray(prompt["token_ids"], "int32")
         loop = self.lm.generation_loop
         generation = loop.prefill(prompt, np.ones_like(prompt), max_length)
         length = prompt.shape[1]

@@ -62,7 +62,10 @@ class LlamaCpp(System):
 
     def generate(self, prompt, new, max_length=None, stop=None):
         rows = self._rows(
-            prompt.tolist(), [new] * len(prompt), max_length or 0, stop
+            prompt["token_ids"].tolist(),
+            [new] * len(prompt["token_ids"]),
+            max_length or 0,
+            stop,
         )
         tokens = np.zeros((len(rows), new), "int32")
         for row, found in zip(tokens, rows):
@@ -72,7 +75,8 @@ class LlamaCpp(System):
     def batch(self, prompts, new):
         return self._rows(prompts, new)
 
-    def logits(self, tokens):
+    def logits(self, prompt, after):
+        tokens = [*prompt["token_ids"][0].tolist(), *after[0].tolist()]
         self._make_ready(1, len(tokens), len(tokens))
         everywhere = [(0, i, token, True) for i, token in enumerate(tokens)]
         return self._decode(everywhere).copy()

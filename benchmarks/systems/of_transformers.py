@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from benchmarks import kinds
 from benchmarks.device import torch_device
 from benchmarks.systems.base import System
 
@@ -15,27 +16,28 @@ class Transformers(System):
         import torch
         import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            preset, dtype=getattr(torch, dtype)
-        )
+        self.kind = kinds.of(preset)
+        auto_class = getattr(transformers, self.kind.transformers_class)
+        model = auto_class.from_pretrained(preset, dtype=getattr(torch, dtype))
         self.model = model.to(torch_device()).eval()
 
     def generate(self, prompt, new, max_length=None, stop=None):
         import torch
 
-        prompt = torch.tensor(prompt.astype("int64"), device=torch_device())
+        inputs = self._inputs(prompt, prompt["token_ids"][:, :0])
         with torch.no_grad():
             output = self.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
+                **inputs,
                 do_sample=False,
                 min_new_tokens=None if stop is not None else new,
                 max_new_tokens=new,
                 pad_token_id=0,
                 eos_token_id=stop,
+                **self.kind.options(),
                 **self.options,
             )
-        return output[:, prompt.shape[1] :].numpy(force=True)
+        length = inputs[self.kind.transformers_text].shape[1]
+        return output[:, length:].numpy(force=True)
 
     def batch(self, prompts, new):
         import torch
@@ -60,16 +62,25 @@ class Transformers(System):
             ).numpy(force=True)
         return [row[most : most + n] for row, n in zip(output, new)]
 
-    def logits(self, tokens):
+    def logits(self, prompt, after):
         import torch
 
-        tokens = torch.tensor([tokens], device=torch_device())
         with torch.no_grad():
-            logits = self.model(tokens).logits
+            logits = self.model(**self._inputs(prompt, after)).logits
         return logits[0].float().numpy(force=True)
 
+    def _inputs(self, prompt, after):
+        import torch
+
+        arrays = self.kind.for_transformers(prompt, after)
+        return {
+            name: torch.tensor(x, device=torch_device())
+            for name, x in arrays.items()
+        }
+
     def weight_bytes(self):
-        sizes = [x.numel() * x.element_size() for x in self.model.parameters()]
+        read = self.kind.only_in_steps(self.model.named_parameters())
+        sizes = [x.numel() * x.element_size() for x in read]
         return {"bytes": sum(sizes)}
 
 
