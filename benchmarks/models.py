@@ -124,7 +124,7 @@ def qwen3_5(folder):
 def bart(folder):
     """The shape of BART base, with random weights.
 
-    They are larger than those that it is trained from, with which its decoder
+    They are larger than those that training starts from, with which its decoder
     would say its first token again and again, whatever the encoder read.
     """
     import transformers
@@ -137,7 +137,7 @@ def bart(folder):
         decoder_attention_heads=12,
         encoder_ffn_dim=3072,
         decoder_ffn_dim=3072,
-        init_std=0.05,
+        init_std=0.03,
         forced_eos_token_id=None,
     )
     _random(folder, config, "BartForConditionalGeneration")
@@ -148,7 +148,10 @@ def bart(folder):
 
 
 def paligemma(folder):
-    """A small PaliGemma with random weights, 256 tokens for an image."""
+    """A small PaliGemma with random weights, 256 tokens for an image.
+
+    They are larger than those that training starts from, as in `bart()`.
+    """
     import transformers
 
     config = transformers.PaliGemmaConfig(
@@ -161,6 +164,7 @@ def paligemma(folder):
             num_hidden_layers=12,
             num_attention_heads=4,
             num_key_value_heads=1,
+            initializer_range=0.04,
             # keras_hub takes the number of tokens of an image for it.
             head_dim=256,
         ),

@@ -101,13 +101,18 @@ def test_tokens_must_agree_in_float32():
         "ours-jax": {"tokens": [[5, 6, 7], [1, 2, 3]]},
         "other": {"tokens": [[5, 8, 9], [1, 2, 3]]},
     }
-    found = running.check_tokens(answers, workers, [[3], [4]])
+    prompt = {"token_ids": [[3], [4]], "source": [[1], [2]]}
+    found = running.check_tokens(answers, workers, prompt)
     assert found == {"ties": 1, "differing_rows": {}}
     (question,) = workers["ours-jax"].asked
-    assert question == {"tokens": [3, 5], "candidates": [6, 8]}
+    assert question == {
+        "prompt": {"token_ids": [[3]], "source": [[1]]},
+        "after": [5],
+        "candidates": [6, 8],
+    }
     workers["ours-jax"].gap = 0.1
     with pytest.raises(SystemExit, match=r"ours-jax and other .* row 0.*0\.1"):
-        running.check_tokens(answers, workers, [[3], [4]])
+        running.check_tokens(answers, workers, prompt)
 
 
 def test_tokens_may_differ_where_numbers_are_rounded():
@@ -122,7 +127,7 @@ def test_tokens_may_differ_where_numbers_are_rounded():
         "ours-jax int8": {"tokens": [[5, 7]]},
         "other int8": {"tokens": [[5, 8]]},
     }
-    found = running.check_tokens(answers, workers, [[3]])
+    found = running.check_tokens(answers, workers, {"token_ids": [[3]]})
     assert found == {"ties": 0, "differing_rows": {"int8": 1}}
 
 
@@ -139,11 +144,11 @@ def test_tokens_differ_where_a_system_is_known_to_go_on_otherwise():
         "keras_hub-torch": {"tokens": [[5, 7]]},
         "transformers": {"tokens": [[5, 6]]},
     }
-    found = running.check_tokens(answers, workers, [[3]])
+    found = running.check_tokens(answers, workers, {"token_ids": [[3]]})
     assert found == {"ties": 0, "differing_rows": {"keras_hub-torch": 1}}
     answers["transformers"]["tokens"] = [[5, 7]]
     with pytest.raises(SystemExit, match="ours-jax and transformers differ"):
-        running.check_tokens(answers, workers, [[3]])
+        running.check_tokens(answers, workers, {"token_ids": [[3]]})
 
 
 def test_slots_of_a_model_with_states(tmp_path):
@@ -166,8 +171,9 @@ def test_slots_of_a_model_with_states(tmp_path):
 
 def test_perplexity():
     class Fake(System):
-        def logits(self, tokens):
-            logits = np.zeros((len(tokens), 10), "float32")
+        def logits(self, prompt, after):
+            length = prompt["token_ids"].shape[1] + after.shape[1]
+            logits = np.zeros((length, 10), "float32")
             logits[0, 4] = np.log(11)  # Half of the probability.
             return logits + 100
 
