@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import gguf_file
+from benchmarks import kinds
 from benchmarks import models
 from benchmarks import perplexities
 from benchmarks import running
@@ -167,6 +168,75 @@ def test_slots_of_a_model_with_states(tmp_path):
     found = models.cache_bytes_per_slot(tmp_path, "float32")
     assert found == 2 * 4 * 1 * 2 * 16
     assert models.model_type(tmp_path) == "qwen3_5"
+
+
+# For each kind, weights that a step reads, and those of prompts alone.
+READ = {
+    "gpt2": (["position_embedding/embeddings", "transformer.wpe.weight"], []),
+    "bart": (
+        [
+            "decoder_position_embedding/embeddings",
+            "transformer_decoder_layer_0/cross_attention/query/kernel",
+            "model.shared.weight",
+            "model.decoder.layers.0.encoder_attn.q_proj.weight",
+            "lm_head",
+        ],
+        [
+            "encoder_position_embedding/embeddings",
+            "transformer_encoder_layer_0/self_attention_layer/query/kernel",
+            "transformer_decoder_layer_0/cross_attention/value/kernel",
+            "model.encoder.layers.0.fc1.weight",
+            "model.decoder.layers.0.encoder_attn.k_proj",
+        ],
+    ),
+    "paligemma": (
+        ["decoder_block_0/attention/query/kernel", "lm_head"],
+        [
+            "image_encoder/encoder_embeddings/embedding_conv/kernel",
+            "image_classifier/kernel",
+            "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
+            "model.multi_modal_projector.linear",
+        ],
+    ),
+}
+CONFIGS = {
+    "decoder_start_token_id": 2,
+    "image_token_index": 50,
+    "text_config": {"num_image_tokens": 4},
+    "vision_config": {"image_size": 8},
+}
+
+
+@pytest.mark.parametrize("model_type", READ)
+def test_what_a_step_reads(model_type, tmp_path):
+    config = {"model_type": model_type, **CONFIGS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kind = kinds.of(tmp_path)
+    read, only_for_prompts = READ[model_type]
+    names = [(name, name) for name in read + only_for_prompts]
+    assert kind.only_in_steps(names) == read
+
+
+@pytest.mark.parametrize(
+    "model_type, shape, slots", [("bart", (2, 1), 6), ("paligemma", (2, 5), 9)]
+)
+def test_prompts_of_several_parts(model_type, shape, slots, tmp_path):
+    config = {"model_type": model_type, **CONFIGS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kind = kinds.of(tmp_path)
+    assert kind.slots(5) == slots
+    prompt = kind.read(json.loads(json.dumps(kind.prompt(2, 5))))
+    assert prompt["token_ids"].shape == shape
+    after = np.array([[7, 8], [7, 8]])
+    inputs = kind.for_keras(prompt, after, known=False)
+    text = inputs[kind.keras_text]
+    np.testing.assert_array_equal(text[:, -2:], after)
+    mask = inputs[kind.keras_text.replace("token_ids", "padding_mask")]
+    np.testing.assert_array_equal(mask.sum(axis=1), shape[1])
+    theirs = kind.for_transformers(prompt, after)[kind.transformers_text]
+    np.testing.assert_array_equal(theirs[:, -text.shape[1] :], text)
+    with pytest.raises(SystemExit, match=f"rows: .*'{model_type}'"):
+        kinds.check_text(tmp_path, "rows")
 
 
 def test_perplexity():
