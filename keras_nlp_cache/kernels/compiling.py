@@ -48,7 +48,8 @@ def _keeping_in(folder):
     if config.CACHE_DIR:
         yield
         return
-    locators = config.CACHE_LOCATOR_CLASSES
+    # Older versions know of none, and look for the path of a file, too.
+    locators = getattr(config, "CACHE_LOCATOR_CLASSES", "")
     config.CACHE_DIR = str(folder)
     config.CACHE_LOCATOR_CLASSES = (
         "keras_nlp_cache.kernels.anywhere.AnywhereLocator"

@@ -22,12 +22,11 @@ class BLIP2CausalLM(ImageTextLM, keras_hub.models.BLIP2CausalLM):
     """
 
     backbone_cls = BLIP2Backbone
+    embeddings_name = "embeddings_layer"
 
     @classmethod
     def is_for(cls, config):
         return not reads_with_t5(config)
-
-    embeddings_name = "embeddings_layer"
 
     def call_with_cache(
         self,

@@ -32,6 +32,7 @@ class BLIP2Seq2SeqLM(Seq2SeqLM, _OfLayers):
     or text alone.
 
     Example:
+
     ```python
     backbone = BLIP2Backbone(
         vision_encoder=keras_hub.models.BLIP2VisionEncoder(
