@@ -1,6 +1,9 @@
 """The graph of Gemma 3n, which upstream keeps in one layer."""
 
+import operator
+
 import keras
+from keras.src.ops.numpy import Power
 
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.layers.sharing import share
@@ -18,6 +21,25 @@ _MEDIA = (
     "audio_indices",
     "audio_mask",
 )
+
+
+class _Power(Power):
+    """What `x**y` is of tensors that are no symbols.
+
+    `ops.power()` differs in the last bit on PyTorch, and by processor:
+    PyTorch multiplies where the exponent is the number 2, and not where it is
+    a tensor that holds it.
+    """
+
+    def call(self, x1, x2):
+        return operator.pow(x1, x2)
+
+
+def _square_as_called(inputs, outputs):
+    """Has powers in a graph be those of upstream, which calls its code."""
+    for operation in keras.Function(inputs, outputs).operations:
+        if type(operation) is Power:
+            operation.__class__ = _Power
 
 
 class OpenedBackbone(CachedBackbone):
@@ -52,6 +74,7 @@ class OpenedBackbone(CachedBackbone):
             processor, dtype=dtype, name="per_layer_inputs"
         )(x, token_ids)
         outputs = text_model.call(token_ids, padding_mask, x, of_layers)
+        _square_as_called(inputs, outputs)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self._list_as_upstream()
 
