@@ -367,6 +367,18 @@ class ImageText(Family):
 
     # What tasks with a preprocessor call the text.
     name_of_text: typing.ClassVar[str] = "prompts"
+    # What backbones call images, and what their towers take beside them.
+    name_of_images: typing.ClassVar[str] = "images"
+    with_images: typing.ClassVar[tuple] = ()
+    # What stands for an image in a prompt.
+    mark: typing.ClassVar[str] = ""
+    # Other arguments, where all edits are to be possible.
+    for_edits: typing.ClassVar[dict] = {}
+
+    @property
+    def decoded_as_read(self):
+        """The same family, where upstream's steps go on as it reads."""
+        return self
 
     @staticmethod
     def of_images_alone(backbone):
@@ -428,6 +440,8 @@ class ImagesInText(ImageText):
     Each backbone has one of its own.
     """
 
+    mark = "<start_of_image>"
+
     @property
     def config(self):
         return (*self._config, ("vision_encoder", self.tower()))
@@ -469,6 +483,66 @@ class ImagesInText(ImageText):
 
     def preprocessor(self, sequence_length=16):
         converter = self.upstream("ImageConverter")(image_size=(16, 16))
+        return self.upstream(f"{self.kind}Preprocessor")(
+            self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
+            image_converter=converter,
+            sequence_length=sequence_length,
+            max_images_per_prompt=2,
+            num_vision_tokens_per_image=4,
+        )
+
+
+class PatchesInText(ImagesInText, WithPositions):
+    """A family in whose text images stand, which come as patches."""
+
+    name_of_images = "pixel_values"
+    with_images = ("pixel_position_ids",)
+    mark = "<|image|>"
+    # Upstream's steps have tokens of an image not see what follows them.
+    decodes_wrong = True
+    # None of its blocks reads what another one makes.
+    for_edits = {"num_kv_shared_layers": 0}
+
+    @functools.cached_property
+    def decoded_as_read(self):
+        config = dict(self._config, use_vision_bidirectional_attention=False)
+        return type(self)(self.name, self.prefix, tuple(config.items()))
+
+    def tower(self):
+        return keras_hub.models.Gemma4VisionEncoder(
+            image_size=16,
+            patch_size=4,
+            pool_size=2,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=16,
+            intermediate_dim=24,
+            head_dim=8,
+            output_dim=32,
+            position_embedding_size=8,
+        )
+
+    def inputs(self, token_ids, padding_mask):
+        inputs = super().inputs(token_ids, padding_mask)
+        images = inputs.pop("images")
+        # Rows and columns of patches, row by row.
+        x = images.reshape(*images.shape[:2], 4, 4, 4, 4, 3)
+        x = x.swapaxes(3, 4).reshape(*images.shape[:2], 16, 48)
+        places = np.stack(np.divmod(np.arange(16), 4)[::-1], axis=-1)
+        places = np.broadcast_to(places, (*x.shape[:3], 2))
+        return {
+            **inputs,
+            "pixel_values": x,
+            "pixel_position_ids": places.astype("int32"),
+        }
+
+    def preprocessor(self, sequence_length=16):
+        converter = keras_hub.layers.Gemma4ImageConverter(
+            patch_size=4,
+            max_soft_tokens=4,
+            pooling_kernel_size=2,
+            scale=1 / 255,
+        )
         return self.upstream(f"{self.kind}Preprocessor")(
             self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
             image_converter=converter,
@@ -960,6 +1034,18 @@ IMAGE_MODELS += (
         cls=WithQFormer,
         num_query_tokens=4,
         qformer_hidden_dim=24,
+    ),
+)
+
+IMAGE_MODELS += (
+    _family(
+        "gemma4_vision",
+        "Gemma4",
+        _GEMMA4,
+        cls=PatchesInText,
+        use_vision_bidirectional_attention=True,
+        # Less than an image has.
+        sliding_window_size=3,
     ),
 )
 

@@ -30,9 +30,24 @@ MASK = np.ones_like(TOKENS)
 TEXT = ("token_ids", "padding_mask")
 PALI_GEMMA = IMAGE_MODELS[0]
 (BLIP2,) = (x for x in IMAGE_MODELS if x.name == "blip2")
+# In whose text images stand.
+IN_TEXT = [x for x in IMAGE_MODELS if x.mark]
 PALI_GEMMA_ALONE = pytest.mark.parametrize(
     "family", [pytest.param(PALI_GEMMA, id=PALI_GEMMA.name)]
 )
+
+
+def instead(family, **given):
+    """Inputs in the place of images."""
+    names = family.name_of_images, *family.with_images
+    return {**dict.fromkeys(names), **given}
+
+
+def seen_by(backbone, inputs):
+    """What the tower makes of the images among inputs."""
+    roles = backbone.roles
+    beside = {name: inputs[name] for name in roles.with_images}
+    return to_numpy(backbone.encode_images(inputs[roles.images], **beside))
 
 
 @functools.cache
@@ -125,8 +140,9 @@ def test_prefill_and_steps(family, sizes):
     cached = cached_forward(backbone, family, sizes, call=compiled(backbone))
     np.testing.assert_allclose(cached, full, atol=1e-4, rtol=1e-4)
     # What it sees matters, and so does what follows in a span.
-    images = family.inputs(TOKENS, MASK)["images"]
-    other = full_forward(backbone, family, images=images[::-1])
+    images = family.inputs(TOKENS, MASK)[family.name_of_images]
+    others = {family.name_of_images: images[::-1]}
+    other = full_forward(backbone, family, **others)
     assert np.abs(other - full).max() > 1e-2
 
 
@@ -159,7 +175,9 @@ def test_what_follows_in_a_span_is_seen(family):
 
 def changes(backbone, family, embeddings, full):
     """How much other embeddings change of each hidden state."""
-    other = full_forward(backbone, family, images=None, embeddings=embeddings)
+    other = full_forward(
+        backbone, family, **instead(family, embeddings=embeddings)
+    )
     return np.abs(other - full).max(axis=-1)
 
 
@@ -167,19 +185,24 @@ def changes(backbone, family, embeddings, full):
 def test_parts_of_the_graph(family):
     backbone, _ = family.pair
     full = full_forward(backbone, family)
-    images = family.inputs(TOKENS, MASK)["images"]
-    seen, expected = backbone.encode_images(images), images
+    inputs = family.inputs(TOKENS, MASK)
+    seen, expected = seen_by(backbone, inputs), inputs[family.name_of_images]
+    if family.with_images:
+        names = family.name_of_images, *family.with_images
+        expected = {name: inputs[name] for name in names}
     for name in (backbone.tower_name, *backbone.after_tower):
         expected = getattr(backbone, name)(expected)
-    np.testing.assert_array_equal(to_numpy(seen), to_numpy(expected))
+    np.testing.assert_array_equal(seen, to_numpy(expected))
     embeddings = backbone.embed(family.inputs(TOKENS, MASK))
     for given in ({"img_embeddings": seen}, {"embeddings": embeddings}):
         np.testing.assert_allclose(
-            full_forward(backbone, family, images=None, **given),
+            full_forward(backbone, family, **instead(family, **given)),
             full,
             atol=1e-5,
         )
-    cached = cached_forward(backbone, family, images=None, img_embeddings=seen)
+    cached = cached_forward(
+        backbone, family, **instead(family, img_embeddings=seen)
+    )
     np.testing.assert_allclose(cached, full, atol=1e-4, rtol=1e-4)
 
 
@@ -237,9 +260,14 @@ def test_inputs_that_all_backbones_take(family):
 
 @every_image_model
 def test_greedy(family):
+    prompt = prompts(family, [8, 8])
+    if family.decodes_wrong:
+        lm = greedy(family)
+        generated = lm.generate(prompt, stop_token_ids=None)
+        assert_greedy_after(family, prompt, generated, lm)
+    family = family.decoded_as_read
     lm, upstream = greedy(family), family.lm_pair[1]
     upstream.compile(sampler="greedy")
-    prompt = prompts(family, [8, 8])
     generated = lm.generate(prompt, stop_token_ids=None)
     expected = upstream.generate(prompt, stop_token_ids=None)
     for name, x in expected.items():
@@ -308,7 +336,7 @@ def test_how_much_is_read_with_images(length, chunk, expected):
 def test_beams(family):
     lm, upstream = family.lm_pair
     beams = 2
-    if family.prefix == "Gemma3":
+    if family.mark:
         # Upstream's has no mask for each beam.
         beams, upstream = 1, lm
     prompt = prompts(family, [8, 8])
@@ -445,6 +473,7 @@ def test_a_step_is_that_of_a_model_without_images(family):
 
 @every_image_model
 def test_text(family):
+    family = family.decoded_as_read
     preprocessor = family.preprocessor(sequence_length=24)
     size = preprocessor.tokenizer.vocabulary_size()
     backbone = family.backbone(vocabulary_size=size)
@@ -454,13 +483,12 @@ def test_text(family):
     )
     for x in (lm, upstream):
         x.compile(sampler="greedy")
-    image = "<start_of_image>" if family.prefix == "Gemma3" else ""
     # Larger than the tower sees.
     pictures = np.repeat(255 * IMAGES, 2, axis=1)
     name = family.name_of_text
     for prompt in (
-        {"images": pictures[0], name: f"{image}the quick fox"},
-        {"images": pictures, name: [f"the {image}fox"] * 2},
+        {"images": pictures[0], name: f"{family.mark}the quick fox"},
+        {"images": pictures, name: [f"the {family.mark}fox"] * 2},
     ):
         before = copy.deepcopy(prompt)
         generated = lm.generate(prompt)
@@ -519,7 +547,7 @@ def test_training(family):
 @functools.cache
 def original(family):
     """A task of three blocks, made once, and not changed."""
-    return family.task(family.backbone(num_layers=3))
+    return family.task(family.backbone(num_layers=3, **family.for_edits))
 
 
 # Where each edit is compiled, those that call a block in another way.
@@ -591,20 +619,24 @@ def bad_calls(backbone, family):
         "cache_update_index": 0,
     }
     first = first_call(family, 10)
-    images = inputs["images"]
-    seen = to_numpy(backbone.encode_images(images))
-    yield {**inputs, "images": images[..., :8, :]}, r"`images`.*width=16.*8, 3"
-    yield {**inputs, "images": images[:1]}, r"`images`.*row.*\(2, 10\)"
+    name = family.name_of_images
+    images, seen = inputs[name], seen_by(backbone, inputs)
+    wrong = images[..., :8, :], "width=16.*8, 3"
+    if family.with_images:
+        wrong = images[..., :-1], r"patches, 48\).*1, 16, 47\)"
+    yield {**inputs, name: wrong[0]}, rf"`{name}`.*{wrong[1]}"
+    one_row = {x: inputs[x][:1] for x in (name, *family.with_images)}
+    yield {**inputs, **one_row}, rf"`{name}`.*row.*\(2, 10\)"
     yield (
         {**inputs, "img_embeddings": seen},
-        "computed of some before. Received: images and img_embeddings",
+        f"computed of some before. Received: {name} and img_embeddings",
     )
     yield (
-        {**inputs, "images": None, "img_embeddings": seen[:, :, :-1]},
+        {**inputs, **instead(family, img_embeddings=seen[..., :-1])},
         r"`img_embeddings`.*hidden_dim=32.*4, 31\)",
     )
     yield (
-        {**inputs, "images": None, "embeddings": np.zeros((2, 3, 32))},
+        {**inputs, **instead(family, embeddings=np.zeros((2, 3, 32)))},
         rf"`embeddings` of length {before + 10}, .*\(2, 3, 32\)",
     )
     for name in backbone.roles.beside_images[-1:]:
@@ -616,37 +648,8 @@ def bad_calls(backbone, family):
         if before
         else "stay within the 13 slots",
     )
-    if family.prefix == "Gemma3":
-        mask, indices = inputs["vision_mask"], inputs["vision_indices"]
-        yield (
-            {**text, "vision_mask": mask},
-            r"Expected `images` for .*\(2, 10\).*none, for 8 such tokens",
-        )
-        yield (
-            {**text, "images": images},
-            r"`images` of shape \(2, 1, 16, 16, 3\), and no vision_indices "
-            "and no vision_mask",
-        )
-        yield (
-            {**inputs, "vision_indices": indices[:, :3]},
-            r"`vision_indices` of length 4, .*\(2, 3\)",
-        )
-        yield (
-            {**inputs, "vision_indices": indices + 1},
-            r"in row 0: \[2, 3, 4, 5\], and .* at \[1, 2, 3, 4\]",
-        )
-        yield (
-            {**inputs, "vision_mask": 0 * mask, "vision_indices": 0 * indices},
-            r"`vision_mask`, of shape \(2, 10\).*mask of zeros",
-        )
-        yield (
-            {**inputs, "images": None, "img_embeddings": seen[[0, 1, 1]]},
-            r"`img_embeddings` with as many.*\(2, 10\).*\(3, 4, 32\)",
-        )
-        first = first_call(family, 4)
-        split = {**first, **cached, "images": None, "img_embeddings": seen}
-        split["vision_indices"] = indices * (indices < 4)
-        yield split, r"4 tokens side by side.*\(2, 4\) with \[3\] in row 0"
+    if family.mark:
+        yield from bad_places(backbone, family, inputs, cached, seen)
     if family.prefix == "PaliGemma":
         yield text, r"`images` of shape \(2, 16, 16, 3\).*no cache"
         yield (
@@ -664,6 +667,51 @@ def bad_calls(backbone, family):
         )
 
 
+def bad_places(backbone, family, inputs, cached, seen):
+    """Those of where images stand in a text."""
+    name, text = family.name_of_images, {"token_ids": TOKENS}
+    mask, indices = inputs["vision_mask"], inputs["vision_indices"]
+    yield (
+        {**text, "vision_mask": mask},
+        rf"Expected `{name}` for .*\(2, 10\).*none, for 8 such tokens",
+    )
+    images = {x: inputs[x] for x in (name, *family.with_images)}
+    shape = ", ".join(map(str, images[name].shape))
+    yield (
+        {**text, **images},
+        rf"`{name}` of shape \({shape}\), and no vision_indices "
+        "and no vision_mask",
+    )
+    for x in family.with_images:
+        yield {**inputs, x: None}, rf"`{name}` and `{x}`.*\({shape}\) and none"
+    yield (
+        {**inputs, "vision_indices": indices + 1},
+        r"in row 0: \[2, 3, 4, 5\], and .* at \[1, 2, 3, 4\]",
+    )
+    yield (
+        {**inputs, "vision_mask": 0 * mask, "vision_indices": 0 * indices},
+        r"`vision_mask`, of shape \(2, 10\).*mask of zeros",
+    )
+    wrong = (
+        (indices[:, :3], r"of length 4, .*\(2, 3\)"),
+        (seen[[0, 1, 1]], r"with as many.*\(2, 10\).*\(3, 4, 32\)"),
+    )
+    if family.with_images:
+        wrong = (
+            (np.tile(indices, (1, 2)), r"1 images, at most 4.*\(2, 8\)"),
+            (seen[[0, 1, 1]], r"one row.*\(2, 10\).*\(3, 1, 4, 32\)"),
+        )
+    for x, (value, message) in zip(("vision_indices", "img_embeddings"), wrong):
+        changes = {x: value}
+        if x == "img_embeddings":
+            changes = instead(family, **changes)
+        yield {**inputs, **changes}, f"`{x}` {message}|`{x}` to.*{message}"
+    first = first_call(family, 4)
+    split = {**first, **cached, **instead(family, img_embeddings=seen)}
+    split["vision_indices"] = indices * (indices < 4)
+    yield split, r"4 tokens side by side.*\(2, 4\) with \[3\] in row 0"
+
+
 @every_image_model
 def test_bad_calls(family):
     backbone, _ = family.pair
@@ -676,9 +724,14 @@ def test_bad_calls(family):
 def test_bad_prompts(family):
     lm = greedy(family)
     prompt = prompts(family, [8, 11])
+    name = family.name_of_images
+    wrong = prompt[name][..., :4, :], "width=16"
+    if family.with_images:
+        wrong = prompt[name][..., :-1], "48"
+    one_row = {x: prompt[x][:1] for x in (name, *family.with_images)}
     for change, message in (
-        ({"images": prompt["images"][..., :4, :]}, "`images`.*width=16"),
-        ({"images": prompt["images"][:1]}, "`images`.*row"),
+        ({name: wrong[0]}, f"`{name}`.*{wrong[1]}"),
+        (one_row, f"`{name}`.*row"),
         ({"token_ids": prompt["token_ids"] + 100}, "from 0 to 99, the vocab"),
         ({"padding_mask": 0 * prompt["padding_mask"]}, "at least one token"),
     ):
@@ -688,21 +741,23 @@ def test_bad_prompts(family):
         lm.generate(prompt, stop_token_ids=None, max_new_tokens=3)
 
 
-def test_bad_prompts_with_images_in_the_text():
-    family = IMAGE_MODELS[1]
+@pytest.mark.parametrize("family", [pytest.param(x, id=x.name) for x in IN_TEXT])
+def test_bad_prompts_with_images_in_the_text(family):
     lm = greedy(family)
     prompt = prompts(family, [8, 6])
     with pytest.raises(ValueError, match="prompt 1, which ends with.*at 5"):
         lm.generate(prompt, stop_token_ids=None)
-    with pytest.raises(ValueError, match="`images` with `vision_indices`"):
-        lm.generate({**prompt, "images": None}, stop_token_ids=None)
+    name = family.name_of_images
+    first, *_ = *family.with_images, "vision_indices"
+    with pytest.raises(ValueError, match=f"`{name}` with `{first}`"):
+        lm.generate({**prompt, name: None}, stop_token_ids=None)
     cache = lm.backbone.make_cache(2, LENGTH)
     with pytest.raises(ValueError, match="no `cache_update_mask`"):
         lm.call_with_cache(TOKENS, cache, 0, cache_update_mask=MASK)
     preprocessor = family.preprocessor(sequence_length=24)
     size = preprocessor.tokenizer.vocabulary_size()
     lm = family.task(family.backbone(vocabulary_size=size), preprocessor)
-    see = "what is <start_of_image>?"
+    see = f"what is {family.mark}?"
     for bad, message in (
         ({"prompts": see}, r"\[1\] of them, for \[0\] images"),
         (see, r"\[1\] of them, for \[0\] images"),
@@ -723,14 +778,14 @@ def test_bad_prompts_with_images_in_the_text():
             lm.generate(bad)
 
 
-def test_several_images_and_none():
+@pytest.mark.parametrize("family", [pytest.param(x, id=x.name) for x in IN_TEXT])
+def test_several_images_and_none(family):
     """Rows with as many images as they have, and text alone."""
-    family = IMAGE_MODELS[1]
     preprocessor = family.preprocessor(sequence_length=40)
     size = preprocessor.tokenizer.vocabulary_size()
     lm = family.task(family.backbone(vocabulary_size=size), preprocessor)
     lm.compile(sampler="greedy")
-    see = "<start_of_image>"
+    see = family.mark
     batch = {
         "prompts": [f"the {see} and {see} fox", f"the quick {see} fox"],
         "images": [[IMAGES[0], IMAGES[1]], [IMAGES[1]]],

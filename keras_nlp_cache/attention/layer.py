@@ -61,6 +61,8 @@ class CachedAttention(Specialized, Remembers):
         soft_cap: Optional float. See `attend()`.
         window: Optional int. How many positions a query sees, its own
             included.
+        sees_spans: bool. Whether tokens of an image see what follows them in
+            it, if they do in any layer.
         weights_dropout: Optional callable, applied to the attention weights.
         sink: Optional tensor `(query_heads,)`. See `attend()`.
         logits_bias: Optional method from how far behind the query each slot
@@ -92,6 +94,7 @@ class CachedAttention(Specialized, Remembers):
 
     sink = None
     logits_bias = None
+    sees_spans = True
     merges_heads = False
     dropout_of_weights = None
     dropout_of_heads = None

@@ -89,6 +89,23 @@ class JoinedSource(JoinedEmbeddings):
 
 
 @keras.saving.register_keras_serializable("keras_nlp_cache")
+class JoinedTokens(Cut):
+    """The tokens of a text, of which some are of images.
+
+    Call arguments:
+        x: int tensor `(B, T)`, with others in the place of those of images.
+            `None` if nothing says where these are.
+        text: int tensor `(B, T)`, as they came.
+
+    Returns:
+        What there is of the two.
+    """
+
+    def call(self, x, text):
+        return text if x is None else x
+
+
+@keras.saving.register_keras_serializable("keras_nlp_cache")
 class EncoderMask(EncoderOutput):
     """Which of what the encoder returned is padding, where that says so.
 

@@ -130,13 +130,20 @@ class ImageSpans(Weightless):
 class SpanMask(AttentionMask):
     """What each token may attend to, with spans.
 
-    A window holds in spans, too: forward as far as backward.
-
     A padding mask without a cache is of the last positions, those of the text.
+
+    Args:
+        window: As for `AttentionMask`.
+        window_in_spans: bool. Whether it holds in spans, too: forward as far as
+            backward. Defaults to `True`.
 
     Call arguments are those of `AttentionMask`, and:
         spans: Optional int32 `(B, T)`.
     """
+
+    def __init__(self, window=None, window_in_spans=True, **kwargs):
+        super().__init__(window, **kwargs)
+        self.window_in_spans = window_in_spans
 
     def call(
         self,
@@ -170,10 +177,14 @@ class SpanMask(AttentionMask):
         of_slot = ops.where(inside, columns(spans, token), 0)
         same = ops.equal(spans[:, :, None], of_slot[:, None, :])
         same = ops.logical_and(same, spans[:, :, None] > 0)
-        seen = ops.logical_or(behind.in_slots >= 0, same)
-        if self.window is not None:
-            near = ops.absolute(behind.in_positions()) < self.window
-            seen = ops.logical_and(seen, near)
+        seen = behind.in_slots >= 0
+        if self.window is None:
+            return additive(ops.logical_or(seen, same))[:, None]
+        near = ops.absolute(behind.in_positions()) < self.window
+        if self.window_in_spans:
+            seen = ops.logical_and(ops.logical_or(seen, same), near)
+        else:
+            seen = ops.logical_or(ops.logical_and(seen, near), same)
         return additive(seen)[:, None]
 
     def compute_output_spec(self, positions, *args, spans=None, **kwargs):

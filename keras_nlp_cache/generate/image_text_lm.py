@@ -290,7 +290,7 @@ class ImageTextLM(CausalLM):
             )
         images = [np.asarray(ops.convert_to_numpy(x)) for x in images]
         self.check_images_of({"prompts": [text], "images": [images]})
-        tokens = self.backbone.cuts.tower.shape[1]
+        tokens = self.tokens_of_image
         token_ids, x = reading.encode_whole(
             self.preprocessor,
             {"prompts": [text], "images": [images]},
@@ -306,11 +306,24 @@ class ImageTextLM(CausalLM):
                 f"Received: {len(images)} `images`, and a preprocessor that "
                 f"makes {len(places)} tokens of them in {text!r}."
             )
+        roles = self.backbone.roles
+        names = roles.images, *roles.with_images
         seen = self.generation_loop.evaluate(
-            self.backbone.encode_images,
-            x[self.backbone.roles.images][:, : len(images)],
+            self._encode, *(x[name][:, : len(images)] for name in names)
         )
+        # Some have a row of images for each text.
+        seen = ops.reshape(seen, (-1, *seen.shape[-2:]))[:, :tokens]
         return token_ids, SessionImages(places, seen)
+
+    @property
+    def tokens_of_image(self):
+        """How many tokens an image becomes in a prompt."""
+        return self.backbone.cuts.tower.shape[1]
+
+    def _encode(self, images, *beside):
+        """Runs the tower, on what `Roles.with_images` names, too."""
+        names = self.backbone.roles.with_images
+        return self.backbone.encode_images(images, **dict(zip(names, beside)))
 
     # === For samplers with a loop of their own ===
 
@@ -355,7 +368,8 @@ class ImageTextLM(CausalLM):
         padding_mask = ops.cast(padding_mask, "bool")
         before = 0 if images is None else self.backbone.before
         if images is not None:
-            images = self.backbone.encode_images(images)
+            beside = self.backbone.roles.with_images
+            images = self._encode(images, *(inputs[name] for name in beside))
         hidden_states, cache = self.build_cache_of(inputs, images)
 
         def next(prompt, cache, index):

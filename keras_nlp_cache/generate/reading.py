@@ -7,6 +7,9 @@ import numpy as np
 from keras import ops
 
 _TRUNCATIONS = ("error", "left", "right")
+# By a class of preprocessors, the attribute that holds what a user writes for
+# an image, where that is not the token by which an image begins.
+image_marks = {}
 
 
 def check_truncation(truncation):
@@ -31,7 +34,7 @@ def encode(preprocessor, text):
     Raises:
         ValueError: If the text says that there is an image.
     """
-    image = getattr(preprocessor, "start_of_image_token", None)
+    image = image_mark(preprocessor)
     if image is not None and image in text:
         raise ValueError(
             f"Expected a text without {image!r}, which stands for an image. "
@@ -41,6 +44,14 @@ def encode(preprocessor, text):
     # A token is a byte or more, as a rule, and one or two are added.
     token_ids, _ = encode_whole(preprocessor, [text], len(text.encode()) + 3)
     return token_ids
+
+
+def image_mark(preprocessor):
+    """What stands for an image in a text, `None` if nothing does."""
+    for cls in type(preprocessor).__mro__:
+        if cls in image_marks:
+            return getattr(preprocessor, image_marks[cls])
+    return getattr(preprocessor, "start_of_image_token", None)
 
 
 def encode_whole(preprocessor, prompts, size):

@@ -448,7 +448,7 @@ class Session:
             if loop is not self._loop or slots > self._slots:
                 tokens = take_out(cache, start, self._mark)
                 cache = self._restored(loop, tokens, slots)
-        source = images.source(start, len(token_ids), backbone.roles)
+        source = images.source(start, len(token_ids), backbone)
         preparing = contextlib.nullcontext()
         if cache is None:
             # Which the cache holds afterwards.

@@ -196,13 +196,24 @@ def _images(path, tensors, backbone, count):
     if (
         places is None
         or x is None
-        or x.shape[1:] != backbone.cuts.tower.shape[1:]
+        or not _is_like(x, backbone.cuts.tower)
         or places.shape != (x.shape[0] * x.shape[1],)
         or (np.diff(places) <= 0).any()
         or not 0 <= places[0] <= places[-1] < count - 1
     ):
         raise _damaged(path, "images that do not fit the text")
     return SessionImages(places, x)
+
+
+def _is_like(x, tower):
+    """Whether something has the shape of what a tower returns, image by image.
+
+    How many tokens an image becomes, not every tower says.
+    """
+    expected = tower.shape[-2:]
+    return x.ndim == 3 and all(
+        count in (None, size) for count, size in zip(expected, x.shape[1:])
+    )
 
 
 def _source(path, tensors, backbone):

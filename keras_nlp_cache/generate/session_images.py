@@ -15,8 +15,8 @@ class SessionImages(typing.NamedTuple):
         places: int32 array `(N * tokens,)`, which tokens of the text are of
             images, in ascending order.
         embeddings: Tensor `(N, tokens, hidden_dim)`, what
-            `ImageTextBackbone.encode_images()` made of them. `None` if there
-            are none.
+            `ImageTextBackbone.encode_images()` made of them, in a row. `None`
+            if there are none.
     """
 
     places: np.ndarray = np.zeros((0,), "int32")
@@ -45,13 +45,13 @@ class SessionImages(typing.NamedTuple):
         """Those among the first `count` tokens."""
         return self._those(self.places < count)
 
-    def source(self, start, length, roles):
+    def source(self, start, length, backbone):
         """What a backbone takes to read those from some token on.
 
         Args:
             start: int. Where the call begins.
             length: int. How many tokens the text has.
-            roles: `Roles` of the backbone.
+            backbone: The backbone.
 
         Returns:
             Dictionary for one row, with places counted from `start`. `None` if
@@ -63,9 +63,12 @@ class SessionImages(typing.NamedTuple):
         places = found.places - start
         mask = np.zeros((1, length - start), "int32")
         mask[0, places] = 1
-        name_of_places, name_of_mask = roles.beside_images
+        roles, embeddings = backbone.roles, found.embeddings
+        *_, name_of_places, name_of_mask = roles.beside_images
+        if len(backbone.cuts.tower.shape) == 4:
+            embeddings = embeddings[None]
         return {
-            roles.image_embeddings: found.embeddings,
+            roles.image_embeddings: embeddings,
             name_of_places: places[None].astype("int32"),
             name_of_mask: mask,
         }

@@ -44,7 +44,8 @@ def normalize_images(inputs, backbone, text):
     ):
         if name in given:
             found[name] = as_tensor(name, inputs[name], like.dtype, "iuf")
-            _check_like(name, found[name], like.shape, _AXES)
+            axes = _AXES if name == roles.images else _AXES_OF_EMBEDDINGS
+            _check_like(name, found[name], like.shape, axes)
     beside = {name: backbone.input[name].shape for name in roles.beside_images}
     if roles.grid_positions is not None:
         beside[roles.grid_positions] = None, 4, None
@@ -57,15 +58,22 @@ def normalize_images(inputs, backbone, text):
     return found
 
 
-# What the axes of images and of embeddings are.
+# What the axes of images are.
 _AXES = {
-    3: ("batch", "length", "hidden_dim"),
     4: ("batch", "height", "width", "channels"),
     5: ("batch", "images", "height", "width", "channels"),
     6: ("batch", "patches", "frames", "height", "width", "channels"),
 }
+_AXES_OF_EMBEDDINGS = {
+    3: ("batch", "length", "hidden_dim"),
+    4: ("batch", "images", "length", "hidden_dim"),
+}
 # What those of whatever comes beside images are.
-_AXES_BESIDE = {2: ("batch", "length"), 3: ("batch", "rows", "columns")}
+_AXES_BESIDE = {
+    2: ("batch", "length"),
+    3: ("batch", "rows", "columns"),
+    4: ("batch", "images", "patches", "coordinates"),
+}
 
 
 def _check_like(name, x, shape, axes):

@@ -77,11 +77,11 @@ def check_in_text(images, text, roles, count):
 
     Args:
         images: Dictionary of tensors, or `None`, for `Roles.of_images`, of
-            which two are beside images: where tokens of images are, and a mask
-            that is not 0 there.
+            which the last two are beside images: where tokens of images are,
+            and a mask that is not 0 there.
         text: What `normalize()` made of all other inputs.
         roles: `Roles`.
-        count: int. How many tokens an image has.
+        count: int. How many tokens an image has, `None` if that is not known.
 
     Raises:
         ValueError: If a shape does not fit the text, if there are images and no
@@ -108,18 +108,18 @@ def check_in_text(images, text, roles, count):
         check_length(roles.embeddings, embeddings, length, token_ids)
     else:
         _check_places(images, token_ids, roles, count)
-    if mask is not None:
+    if mask is not None and count is not None:
         _check_whole(name, mask != 0, count)
 
 
 def _check_places(images, token_ids, roles, count):
     """Checks that each token of an image has a place in the text."""
-    places, name = roles.beside_images
-    missing = [x for x in roles.beside_images if images[x] is None]
+    *_, places, name = roles.beside_images
     given = roles.images
     if images[given] is None:
         given = roles.image_embeddings
     shape = tuple(images[given].shape)
+    missing = [x for x in (places, name) if images[x] is None]
     if missing:
         raise ValueError(
             f"Expected `{places}` and `{name}` with images, to say where in "
@@ -128,7 +128,7 @@ def _check_places(images, token_ids, roles, count):
         )
     check_rows(places, images[places], token_ids)
     number = None
-    if given == roles.images:
+    if len(shape) > 3:
         check_rows(given, images[given], token_ids)
         number = shape[1]
     elif None not in (shape[0], token_ids.shape[0]):
@@ -139,7 +139,7 @@ def _check_places(images, token_ids, roles, count):
                 f"shape: {shape}."
             )
         number = shape[0] // token_ids.shape[0]
-    if number is not None:
+    if None not in (number, count):
         check_length(places, images[places], number * count, token_ids)
     indices, mask = known(images[places]), known(images[name])
     if indices is None or mask is None:

@@ -29,9 +29,9 @@ class Cuts(typing.NamedTuple):
     """Symbolic tensors of upstream's graph, at which ours is cut.
 
     Args:
-        images: What goes into the tower.
+        images: The images that go into the tower.
         tower: What comes out of it.
-        joined: What the first decoder block is called with.
+        joined: Images and text as one sequence.
     """
 
     images: typing.Any
@@ -64,6 +64,11 @@ class ImageTextBackbone(CachedBackbone):
         tower_name: Name of the attribute that holds the tower.
         after_tower: Names of those that hold what then comes of it alone, the
             last of which returns what the text is joined with.
+        join_name: Name of the attribute that holds the layer that joins images
+            and text, `None` if the first decoder block is called with what is
+            joined.
+        windows_in_spans: bool. Whether a window holds among tokens that see
+            each other, too.
         before: int. How many slots an image takes before those of the text.
         needs_images: bool. Whether no text stands alone.
 
@@ -71,8 +76,7 @@ class ImageTextBackbone(CachedBackbone):
         inputs: A dictionary. Beyond what `CachedBackbone` takes, what
             upstream's backbone does with images, and in their place:
 
-            - `"img_embeddings"`: `(images, tokens, hidden_dim)`, what
-              `encode_images()` returns.
+            - `"img_embeddings"`: what `encode_images()` returns.
             - `"embeddings"`: `(B, T, hidden_dim)`, what `embed()` returns.
 
     Example:
@@ -101,6 +105,8 @@ class ImageTextBackbone(CachedBackbone):
     image_roles = TEXT
     tower_name = "vision_encoder"
     after_tower = ()
+    join_name = None
+    windows_in_spans = True
     before = 0
     needs_images = False
     _roles = TEXT
@@ -141,10 +147,16 @@ class ImageTextBackbone(CachedBackbone):
         names = self.tower_name, *self.after_tower
         nodes = nodes_of(outputs)
         towers = [nodes[getattr(self, name)][0] for name in names]
+        seen = towers[0].input_tensors
+        if self.join_name is None:
+            joined = nodes[self.blocks[0]][0].input_tensors[0]
+        else:
+            joined = nodes[getattr(self, self.join_name)][0].outputs[0]
         return Cuts(
-            towers[0].input_tensors[0],
+            # A tower may see more than images.
+            next((x for x in seen if x.name == self.roles.images), seen[0]),
             towers[-1].outputs[0],
-            nodes[self.blocks[0]][0].input_tensors[0],
+            joined,
         )
 
     @property
@@ -212,8 +224,8 @@ class ImageTextBackbone(CachedBackbone):
                 the backbone.
 
         Returns:
-            Tensor `(images, tokens, hidden_dim)`, to be passed as
-            `"img_embeddings"`.
+            Tensor `(images, tokens, hidden_dim)`, or `(B, images, tokens,
+            hidden_dim)`, to be passed as `"img_embeddings"`.
         """
         if not self.sees:
             raise ValueError(

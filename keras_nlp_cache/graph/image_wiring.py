@@ -3,7 +3,8 @@
 The graph is cut twice. Where the tower of images ends, `EncoderOutput` takes
 what it returned in an earlier call. Where the text begins, `JoinedEmbeddings`
 takes the embeddings of images and text together, and goes on with the text
-alone if there are no images. So a decode step calls nothing of the tower.
+alone if there are no images. So a decode step calls nothing of the tower. If
+token ids are others where images are, `JoinedTokens` is where they are told.
 """
 
 import keras
@@ -11,6 +12,7 @@ from keras import tree
 
 from keras_nlp_cache.cache.source_inputs import EncoderOutput
 from keras_nlp_cache.cache.source_inputs import JoinedEmbeddings
+from keras_nlp_cache.cache.source_inputs import JoinedTokens
 from keras_nlp_cache.cache.spans import PositionsAfter
 from keras_nlp_cache.cache.spans import SpanMask
 from keras_nlp_cache.graph.constructed import comes_of
@@ -65,12 +67,22 @@ class ImageWiring(Wiring):
             embeddings=self.inputs[self._roles.embeddings],
         )
 
-    def _new_mask(self, window, name, **arguments):
+    def _sees_spans(self, layer):
+        return layer.sees_spans
+
+    def _new_mask(self, window, sees_spans, name, **arguments):
+        if not sees_spans:
+            return super()._new_mask(window, sees_spans, name, **arguments)
         if self._spans is None:
             self._spans = self._backbone.new_spans(
                 self.inputs, dtype=self._dtype, name="spans"
             )
-        mask = SpanMask(window, dtype=self._dtype, name=name)
+        mask = SpanMask(
+            window,
+            self._backbone.windows_in_spans,
+            dtype=self._dtype,
+            name=name,
+        )
         return mask(self.positions, spans=self._spans, **arguments)
 
     def call_operation(self, operation, args, kwargs):
@@ -80,6 +92,10 @@ class ImageWiring(Wiring):
                 dtype=self._dtype, name="image_encoder_output"
             )(x, given=self.inputs[self._roles.image_embeddings])
             return self._tower_output
+        if self._joins_tokens(operation, args, kwargs):
+            return JoinedTokens(dtype=self._dtype, name="joined_tokens")(
+                x, text=self.inputs[self._roles.token_ids]
+            )
         if operation is not self._cuts.joined._keras_history.operation:
             return x
         # Two sequences are joined. One of them is of images.
@@ -92,6 +108,23 @@ class ImageWiring(Wiring):
         )
         return JoinedEmbeddings(dtype=self._dtype, name="joined_embeddings")(
             x, text=text, given=self.inputs[self._roles.embeddings]
+        )
+
+    def _joins_tokens(self, operation, args, kwargs):
+        """Whether an operation puts others in the place of token ids.
+
+        By what says where images are. Layers embed them.
+        """
+        if isinstance(operation, keras.layers.Layer):
+            return False
+        *_, mask = self._roles.beside_images or (None,)
+        found = [
+            x
+            for x in tree.flatten((args, kwargs))
+            if isinstance(x, keras.KerasTensor)
+        ]
+        return any(x is self.inputs[self._roles.token_ids] for x in found) and (
+            any(comes_of(x, self.inputs.get(mask)) for x in found)
         )
 
 

@@ -19,6 +19,7 @@ class Roles(typing.NamedTuple):
         images: What a tower of layers sees, `None` without one.
         beside_images: Names of what upstream's backbone takes with them. The
             last one has a column for each token of the text.
+        with_images: Those of these that the tower takes, too.
         image_embeddings: The output of the tower.
         embeddings: That and the embedded text, as one sequence.
         grid_positions: Where tokens stand if those of an image stand in a grid,
@@ -34,6 +35,7 @@ class Roles(typing.NamedTuple):
     beside_source: tuple = ()
     images: str | None = None
     beside_images: tuple = ()
+    with_images: tuple = ()
     image_embeddings: str | None = None
     embeddings: str | None = None
     grid_positions: str | None = None

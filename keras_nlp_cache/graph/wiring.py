@@ -225,7 +225,7 @@ class Wiring:
         return LayerCache(
             index=self.inputs["cache_update_index"],
             positions=self.positions,
-            mask=self._mask(layer.window, self._lent[id(shared)][1]),
+            mask=self._mask(layer, self._lent[id(shared)][1]),
         )
 
     def _completed_text(self, kwargs):
@@ -281,7 +281,7 @@ class Wiring:
             value=value,
             index=self.inputs["cache_update_index"],
             positions=self.positions,
-            mask=self._mask(layer.window, key),
+            mask=self._mask(layer, key),
             distance=self._slot_distance(key) if layer.wants_distance else None,
         )
 
@@ -307,19 +307,26 @@ class Wiring:
             )
         return self._distance
 
-    def _mask(self, window, key):
+    def _mask(self, layer, key):
         """The mask of all layers that have a window of this size, or none.
+
+        And that treat spans alike.
 
         A policy keeps the same tokens in all of these, so that the first one's
         keys tell of all.
         """
-        if window not in self._masks:
+        window, sees_spans = layer.window, self._sees_spans(layer)
+        kind = window, sees_spans
+        if kind not in self._masks:
             name, positions = "mask", None
             if window is not None:
                 name = f"mask_of_window_{window}"
                 positions = self.inputs["token_positions"]
-            self._masks[window] = self._new_mask(
+            if sees_spans:
+                name += "_and_spans"
+            self._masks[kind] = self._new_mask(
                 window,
+                sees_spans,
                 name,
                 padding_mask=self.inputs[self._roles.padding_mask],
                 key=key,
@@ -327,9 +334,13 @@ class Wiring:
                 attention_mask=self.inputs["attention_mask"],
                 token_positions=positions,
             )
-        return self._masks[window]
+        return self._masks[kind]
 
-    def _new_mask(self, window, name, **arguments):
+    def _sees_spans(self, layer):
+        """Whether tokens of a span see each other in a layer."""
+        return False
+
+    def _new_mask(self, window, sees_spans, name, **arguments):
         mask = AttentionMask(window, dtype=self._dtype, name=name)
         return mask(self.positions, **arguments)
 

@@ -1,16 +1,13 @@
 """Gemma 3: queries and keys are normalized, two bases for positions, images."""
 
 import keras_hub
-import numpy as np
-from keras import ops
 from keras_hub.src.models.gemma3 import gemma3_attention
 from keras_hub.src.models.gemma3 import gemma3_decoder_block
 from keras_hub.src.models.gemma3 import gemma3_layers
 
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
-from keras_nlp_cache.generate.image_placeholders import check_placeholders
-from keras_nlp_cache.generate.image_text_lm import ImageTextLM
+from keras_nlp_cache.generate.images_in_text_lm import ImagesInTextLM
 from keras_nlp_cache.graph.image_places import check_in_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.roles import Roles
@@ -99,7 +96,7 @@ class Gemma3Backbone(keras_hub.models.Gemma3Backbone, ImageTextBackbone):
 
 
 @replaces(keras_hub.models.Gemma3CausalLM)
-class Gemma3CausalLM(ImageTextLM, keras_hub.models.Gemma3CausalLM):
+class Gemma3CausalLM(ImagesInTextLM, keras_hub.models.Gemma3CausalLM):
     """Gemma 3 that generates through the graph of its backbone.
 
     A drop-in replacement for `keras_hub.models.Gemma3CausalLM`. See
@@ -107,105 +104,6 @@ class Gemma3CausalLM(ImageTextLM, keras_hub.models.Gemma3CausalLM):
     """
 
     backbone_cls = Gemma3Backbone
-    sees_in_turns = True
 
     def turn_end_id(self):
         return self.preprocessor.tokenizer.token_to_id("<end_of_turn>")
-
-    def call_with_cache(
-        self,
-        token_ids,
-        cache,
-        cache_update_index,
-        img_embeddings=None,
-        vision_mask=None,
-        padding_mask=None,
-        vision_indices=None,
-        cache_update_mask=None,
-        **inputs,
-    ):
-        """Runs the model on some tokens of a sequence.
-
-        Upstream's method, with its arguments and its results.
-
-        Args:
-            token_ids: int tensor `(B, T)`.
-            cache: As for `CausalLM.call_with_cache()`.
-            cache_update_index: int scalar, the slot of the first token.
-            img_embeddings: Optional `(images, tokens, hidden_dim)`, from
-                `encode_images()`.
-            vision_mask: Optional `(B, T)`, not 0 for tokens of images.
-            padding_mask: Optional, as for the backbone.
-            vision_indices: Optional int, where tokens of images are.
-            cache_update_mask: `None`. Rows that are not to be written have an
-                index of their own here.
-            **inputs: Further optional inputs of the backbone.
-        """
-        if cache_update_mask is not None:
-            raise ValueError(
-                "Expected no `cache_update_mask`. Received one of shape "
-                f"{tuple(cache_update_mask.shape)}. Pass a "
-                "`cache_update_index` for each row, `(B,)`."
-            )
-        given = {
-            "img_embeddings": img_embeddings,
-            "vision_mask": vision_mask,
-            "padding_mask": padding_mask,
-            "vision_indices": vision_indices,
-        }
-        given = {name: x for name, x in given.items() if x is not None}
-        return super().call_with_cache(
-            token_ids, cache, cache_update_index, **given, **inputs
-        )
-
-    # === How images are read ===
-
-    def check_images_of(self, inputs):
-        placeholder = getattr(self.preprocessor, "start_of_image_token", None)
-        if placeholder is not None:
-            most = self.preprocessor.max_images_per_prompt
-            check_placeholders(inputs, placeholder, most)
-
-    def with_masks(self, inputs):
-        mask, lengths = inputs["vision_mask"], inputs["padding_mask"]
-        last = lengths.astype(bool).sum(axis=1) - 1
-        ends = np.flatnonzero(mask[np.arange(len(mask)), last])
-        if len(ends):
-            raise ValueError(
-                "Expected prompts to end with a token of text. Received: "
-                f"prompt {ends[0]}, which ends with one of an image, at "
-                f"{last[ends[0]]}."
-            )
-        return inputs
-
-    def needed_with_images(self, mask, length):
-        of_images = np.flatnonzero((mask != 0).any(axis=0))
-        return of_images.max(initial=-1) + 1
-
-    def build_cache_of(self, inputs, img_embeddings):
-        seen = img_embeddings is not None
-        return self._build_cache(
-            inputs["token_ids"],
-            img_embeddings,
-            inputs["vision_mask"] if seen else None,
-            inputs["padding_mask"],
-            inputs["vision_indices"] if seen else None,
-        )
-
-    def _build_cache(
-        self,
-        token_ids,
-        img_embeddings=None,
-        vision_mask=None,
-        padding_mask=None,
-        vision_indices=None,
-    ):
-        cache = self.backbone.make_cache(*ops.shape(token_ids))
-        images = {}
-        if img_embeddings is not None:
-            images = {
-                "img_embeddings": img_embeddings,
-                "vision_mask": vision_mask,
-                "vision_indices": vision_indices,
-            }
-        return self.read(token_ids, cache, 0, **images)

@@ -1,4 +1,4 @@
-"""Gemma 4: layers share keys and values, and have inputs of their own."""
+"""Gemma 4: layers share keys and values, have inputs of their own, and see."""
 
 import keras
 import keras_hub
@@ -12,9 +12,15 @@ from keras_nlp_cache.blocks.by_layers import CallsItsLayers
 from keras_nlp_cache.blocks.decoder_block import DecoderBlock
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.experts.mixture import WeighedExperts
-from keras_nlp_cache.generate.causal_lm import CausalLM
-from keras_nlp_cache.graph.backbone import CachedBackbone
+from keras_nlp_cache.generate import reading
+from keras_nlp_cache.generate.images_in_text_lm import ImagesInTextLM
+from keras_nlp_cache.graph.image_places import check_in_text
+from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.roles import Roles
+
+reading.image_marks[keras_hub.models.Gemma4CausalLMPreprocessor] = (
+    "image_placeholder"
+)
 
 
 @replaces(gemma4_attention.Gemma4TextAttention)
@@ -29,6 +35,10 @@ class Gemma4TextAttention(
     @property
     def borrows(self):
         return self.is_kv_shared_layer
+
+    @property
+    def sees_spans(self):
+        return not self.is_global_attention
 
     @property
     def projections(self):
@@ -107,12 +117,13 @@ class Gemma4TextDecoderBlock(
 
 
 @replaces(keras_hub.models.Gemma4Backbone)
-class Gemma4Backbone(keras_hub.models.Gemma4Backbone, CachedBackbone):
+class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
     """Gemma 4 with a cache in its graph.
 
     A drop-in replacement for `keras_hub.models.Gemma4Backbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
-    called with beyond upstream's inputs.
+    called with beyond upstream's inputs, and `ImageTextBackbone`, if it has a
+    `vision_encoder`, how images are read. Models that hear are not covered.
 
     The last `num_kv_shared_layers` layers read the keys and values of earlier
     ones, and have no entries in the cache. Global layers have as many heads, of
@@ -122,9 +133,22 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, CachedBackbone):
     `position_ids` `(B, T)` may be left out. With a cache, they are what
     `token_positions` are.
 
+    Images are `pixel_values` `(B, images, patches, numbers)`, and where their
+    patches are in them `pixel_position_ids` `(B, images, patches, 2)`. Their
+    tokens stand in the text, in one call all of them: where `vision_mask` `(B,
+    T)` is not 0, in the order of `vision_indices`, counted from the first token
+    of the call. Text needs none of these. With
+    `use_vision_bidirectional_attention`, they see each other in layers that are
+    not global, with a cache, too, where upstream's `generate()` has them see
+    what came before alone.
+
     Differs from upstream, on purpose: quantized, and with layers of the
     feed-forward network that an edit replaced, blocks compute what these layers
     do. Upstream's read the numbers that are stored in them.
+
+    As upstream, and not as transformers 5.23: a token of an image sees all of
+    the image, be it longer than `sliding_window_size`. There, the last ones do
+    not see the first ones of such an image.
 
     Example:
 
@@ -142,7 +166,17 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, CachedBackbone):
     ```
     """
 
-    roles = Roles(beside_text=("position_ids",))
+    image_roles = Roles(
+        beside_text=("position_ids",),
+        images="pixel_values",
+        beside_images=("pixel_position_ids", "vision_indices", "vision_mask"),
+        with_images=("pixel_position_ids",),
+        image_embeddings="img_embeddings",
+        embeddings="embeddings",
+    )
+    join_name = "interleave_embeddings"
+    windows_in_spans = False
+    _roles = Roles(beside_text=("position_ids",))
 
     def mend(self):
         if any(x.use_bidirectional_attention for x in self.blocks):
@@ -150,6 +184,11 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, CachedBackbone):
                 "Expected `use_bidirectional_attention` to be `False`. "
                 "Received: True. Attention to what follows has no cache."
             )
+
+    def new_spans(self, inputs, **kwargs):
+        if not self.blocks[0].use_vision_bidirectional_attention:
+            return None
+        return super().new_spans(inputs, **kwargs)
 
     def _normalize(self, inputs):
         inputs = super()._normalize(inputs)
@@ -168,18 +207,90 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, CachedBackbone):
             )
         return {**inputs, "token_positions": positions, "position_ids": None}
 
+    # === Images ===
+
+    def unpacked(self, images):
+        shape = getattr(images.get("pixel_values"), "shape", ())
+        if len(shape) == 4 and shape[1] == 0:
+            # As upstream's preprocessor says that there are none.
+            none = "pixel_values", "pixel_position_ids", "vision_indices"
+            return {**images, **dict.fromkeys(none)}
+        return images
+
+    def check_images(self, images, text):
+        pixels, positions = images["pixel_values"], images["pixel_position_ids"]
+        if (pixels is None) != (positions is None):
+            raise ValueError(
+                "Expected `pixel_values` and `pixel_position_ids`, or neither "
+                f"of them. Received: {_shape_of(pixels)} and "
+                f"{_shape_of(positions)}."
+            )
+        if pixels is not None:
+            self._check_pixels(pixels, positions)
+        check_in_text(images, text, self.roles, self._tokens_of_each(images))
+
+    def _check_pixels(self, pixels, positions):
+        """Raises a `ValueError` if the tower does not see such patches."""
+        count = 3 * self.vision_encoder.patch_size**2
+        shapes = zip(pixels.shape[:3], positions.shape[:3])
+        if pixels.shape[3] not in (None, count) or any(
+            x != y for x, y in shapes if None not in (x, y)
+        ):
+            raise ValueError(
+                f"Expected `pixel_values` of shape (batch, images, patches, "
+                f"{count}), and `pixel_position_ids` (batch, images, patches, "
+                f"2). Received shapes: {tuple(pixels.shape)} and "
+                f"{tuple(positions.shape)}."
+            )
+
+    def _tokens_of_each(self, images):
+        """How many tokens each image has, `None` if that is not known.
+
+        Of what the tower returns of one, upstream takes as many first ones as
+        there are places for.
+        """
+        x, places = images["pixel_values"], images["vision_indices"]
+        pooled = self.vision_encoder.pool_size**2
+        if x is None:
+            x, pooled = images["img_embeddings"], 1
+        if x is None or places is None or None in (*x.shape[1:3], places.shape[1]):
+            return None
+        most, count = x.shape[2] // pooled, places.shape[1] // x.shape[1]
+        if count * x.shape[1] != places.shape[1] or not 0 < count <= most:
+            raise ValueError(
+                "Expected `vision_indices` with as many places for each of "
+                f"{x.shape[1]} images, at most {most}. Received shape: "
+                f"{tuple(places.shape)}."
+            )
+        return count
+
+
+def _shape_of(x):
+    return "none" if x is None else f"one of shape {tuple(x.shape)}"
+
 
 @replaces(keras_hub.models.Gemma4CausalLM)
-class Gemma4CausalLM(CausalLM, keras_hub.models.Gemma4CausalLM):
+class Gemma4CausalLM(ImagesInTextLM, keras_hub.models.Gemma4CausalLM):
     """Gemma 4 that generates through the graph of its backbone.
 
-    A drop-in replacement for `keras_hub.models.Gemma4CausalLM`. See `CausalLM`.
+    A drop-in replacement for `keras_hub.models.Gemma4CausalLM`. See `CausalLM`,
+    and for images `ImageTextLM`.
+
+    Differs from upstream, on purpose: with
+    `use_vision_bidirectional_attention`, `generate()` says what the model does
+    without a cache. Upstream's has tokens of an image not see what follows them
+    then.
     """
 
     backbone_cls = Gemma4Backbone
+    returns_images = False
 
     def turn_end_id(self):
         return self.preprocessor.tokenizer.token_to_id("<turn|>")
+
+    @property
+    def tokens_of_image(self):
+        return self.preprocessor.num_vision_tokens_per_image
 
     def _logits(self, hidden_states):
         logits = super()._logits(hidden_states)
@@ -187,7 +298,7 @@ class Gemma4CausalLM(CausalLM, keras_hub.models.Gemma4CausalLM):
         return logits if cap is None else ops.tanh(logits / cap) * cap
 
     def __call__(self, inputs, *args, **kwargs):
-        # Upstream's has to be told where tokens stand.
+        # Upstream's has to be told where tokens stand, and of images.
         if isinstance(inputs, dict):
-            inputs = {"position_ids": None, **inputs}
+            inputs = {**dict.fromkeys(self.backbone.input), **inputs}
         return super().__call__(inputs, *args, **kwargs)

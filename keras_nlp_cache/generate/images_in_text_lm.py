@@ -1,0 +1,115 @@
+"""The task that generates from a text in which images stand."""
+
+import numpy as np
+from keras import ops
+
+from keras_nlp_cache.generate import reading
+from keras_nlp_cache.generate.image_placeholders import check_placeholders
+from keras_nlp_cache.generate.image_text_lm import ImageTextLM
+
+
+class ImagesInTextLM(ImageTextLM):
+    """Base of tasks whose images stand in the place of tokens.
+
+    Args are those of `ImageTextLM`. Of `Roles.beside_images`, the last two say
+    where tokens of images are, and for which tokens it is not 0.
+    """
+
+    sees_in_turns = True
+
+    def call_with_cache(
+        self,
+        token_ids,
+        cache,
+        cache_update_index,
+        img_embeddings=None,
+        vision_mask=None,
+        padding_mask=None,
+        vision_indices=None,
+        cache_update_mask=None,
+        **inputs,
+    ):
+        """Runs the model on some tokens of a sequence.
+
+        Upstream's method, with its arguments and its results.
+
+        Args:
+            token_ids: int tensor `(B, T)`.
+            cache: As for `CausalLM.call_with_cache()`.
+            cache_update_index: int scalar, the slot of the first token.
+            img_embeddings: Optional, from `encode_images()`.
+            vision_mask: Optional `(B, T)`, not 0 for tokens of images.
+            padding_mask: Optional, as for the backbone.
+            vision_indices: Optional int, where tokens of images are.
+            cache_update_mask: `None`. Rows that are not to be written have an
+                index of their own here.
+            **inputs: Further optional inputs of the backbone.
+        """
+        if cache_update_mask is not None:
+            raise ValueError(
+                "Expected no `cache_update_mask`. Received one of shape "
+                f"{tuple(cache_update_mask.shape)}. Pass a "
+                "`cache_update_index` for each row, `(B,)`."
+            )
+        given = {
+            "img_embeddings": img_embeddings,
+            "vision_mask": vision_mask,
+            "padding_mask": padding_mask,
+            "vision_indices": vision_indices,
+        }
+        given = {name: x for name, x in given.items() if x is not None}
+        return super().call_with_cache(
+            token_ids, cache, cache_update_index, **given, **inputs
+        )
+
+    # === How images are read ===
+
+    def check_images_of(self, inputs):
+        placeholder = reading.image_mark(self.preprocessor)
+        if placeholder is not None:
+            most = self.preprocessor.max_images_per_prompt
+            check_placeholders(inputs, placeholder, most)
+
+    def with_masks(self, inputs):
+        mask, lengths = inputs["vision_mask"], inputs["padding_mask"]
+        last = lengths.astype(bool).sum(axis=1) - 1
+        ends = np.flatnonzero(mask[np.arange(len(mask)), last])
+        if len(ends):
+            raise ValueError(
+                "Expected prompts to end with a token of text. Received: "
+                f"prompt {ends[0]}, which ends with one of an image, at "
+                f"{last[ends[0]]}."
+            )
+        return inputs
+
+    def needed_with_images(self, mask, length):
+        of_images = np.flatnonzero((mask != 0).any(axis=0))
+        return of_images.max(initial=-1) + 1
+
+    def build_cache_of(self, inputs, img_embeddings):
+        seen = img_embeddings is not None
+        return self._build_cache(
+            inputs["token_ids"],
+            img_embeddings,
+            inputs["vision_mask"] if seen else None,
+            inputs["padding_mask"],
+            inputs["vision_indices"] if seen else None,
+        )
+
+    def _build_cache(
+        self,
+        token_ids,
+        img_embeddings=None,
+        vision_mask=None,
+        padding_mask=None,
+        vision_indices=None,
+    ):
+        cache = self.backbone.make_cache(*ops.shape(token_ids))
+        images = {}
+        if img_embeddings is not None:
+            images = {
+                "img_embeddings": img_embeddings,
+                "vision_mask": vision_mask,
+                "vision_indices": vision_indices,
+            }
+        return self.read(token_ids, cache, 0, **images)
