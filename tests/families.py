@@ -530,18 +530,19 @@ class PatchesInText(ImagesInText, WithPositions):
         x = x.swapaxes(3, 4).reshape(*images.shape[:2], 16, 48)
         places = np.stack(np.divmod(np.arange(16), 4)[::-1], axis=-1)
         places = np.broadcast_to(places, (*x.shape[:3], 2))
-        return {
-            **inputs,
-            "pixel_values": x,
-            "pixel_position_ids": places.astype("int32"),
-        }
+        return _with_positions(
+            {
+                **inputs,
+                "pixel_values": x,
+                "pixel_position_ids": places.astype("int32"),
+            }
+        )
 
     def preprocessor(self, sequence_length=16):
         converter = keras_hub.layers.Gemma4ImageConverter(
             patch_size=4,
             max_soft_tokens=4,
             pooling_kernel_size=2,
-            scale=1 / 255,
         )
         return self.upstream(f"{self.kind}Preprocessor")(
             self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),

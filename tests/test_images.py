@@ -75,7 +75,9 @@ def full_forward(backbone, family, **changes):
 def first_call(family, count, inputs=None):
     """The inputs that read images and the first tokens."""
     inputs = dict(inputs or family.inputs(TOKENS, MASK))
-    inputs.pop("padding_mask")
+    # Where tokens stand, a cache knows.
+    for name in ("padding_mask", "position_ids"):
+        inputs.pop(name, None)
     for name, x in inputs.items():
         if getattr(x, "shape", ())[1:] == TOKENS.shape[1:]:
             inputs[name] = x[:, :count]
@@ -240,6 +242,7 @@ def test_inputs_that_all_backbones_take(family):
     mask = padding_mask([10, 9], 10)
     inputs = family.inputs(TOKENS, mask)
     full = to_numpy(backbone(inputs))
+    inputs.pop("position_ids", None)
     length = full.shape[1]
     positions = np.broadcast_to(np.arange(length), (2, length))
     given = to_numpy(
@@ -698,7 +701,7 @@ def bad_places(backbone, family, inputs, cached, seen):
     )
     if family.with_images:
         wrong = (
-            (np.tile(indices, (1, 2)), r"1 images, at most 4.*\(2, 8\)"),
+            (indices[:, :0], r"with as many.*1 images, at most 4.*\(2, 0\)"),
             (seen[[0, 1, 1]], r"one row.*\(2, 10\).*\(3, 1, 4, 32\)"),
         )
     for x, (value, message) in zip(("vision_indices", "img_embeddings"), wrong):
@@ -741,7 +744,9 @@ def test_bad_prompts(family):
         lm.generate(prompt, stop_token_ids=None, max_new_tokens=3)
 
 
-@pytest.mark.parametrize("family", [pytest.param(x, id=x.name) for x in IN_TEXT])
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, id=x.name) for x in IN_TEXT]
+)
 def test_bad_prompts_with_images_in_the_text(family):
     lm = greedy(family)
     prompt = prompts(family, [8, 6])
@@ -778,7 +783,9 @@ def test_bad_prompts_with_images_in_the_text(family):
             lm.generate(bad)
 
 
-@pytest.mark.parametrize("family", [pytest.param(x, id=x.name) for x in IN_TEXT])
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, id=x.name) for x in IN_TEXT]
+)
 def test_several_images_and_none(family):
     """Rows with as many images as they have, and text alone."""
     preprocessor = family.preprocessor(sequence_length=40)
@@ -803,7 +810,9 @@ def test_several_images_and_none(family):
     assert text == lm.generate({"prompts": ["the quick fox"]})[0]
     answer = lm.generate(["the quick fox"], max_new_tokens=4)[0]
     assert text.startswith(answer)
-    assert "".join(lm.stream("the quick fox", 4, stop_token_ids=None)) in text
+    shown = "".join(lm.stream("the quick fox", 4, stop_token_ids=None))
+    # Which a preprocessor may leave out.
+    assert shown.replace("<image|>", "") in text
 
 
 @PALI_GEMMA_ALONE

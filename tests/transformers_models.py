@@ -408,6 +408,36 @@ class ImagesInText(ImageText):
         return generated
 
 
+class PatchesInText(ImagesInText):
+    """A small model in whose text images stand, which come as patches."""
+
+    def save(self, folder):
+        Family.save(self, folder)
+
+    def our_inputs(self, images, token_ids, padding_mask):
+        inputs = super().our_inputs(images, token_ids, padding_mask)
+        del inputs["images"]
+        # Rows and columns of patches, row by row.
+        x = images.reshape(-1, 4, 4, 4, 4, 3).swapaxes(2, 3)
+        places = np.stack(np.divmod(np.arange(16), 4)[::-1], axis=-1)
+        return {
+            **inputs,
+            "pixel_values": x.reshape(-1, 1, 16, 48),
+            "pixel_position_ids": np.tile(places, (len(x), 1, 1, 1)),
+        }
+
+    def inputs(self, images, token_ids, padding_mask):
+        ours = self.our_inputs(images, token_ids, padding_mask)
+        inputs = super().inputs(images, token_ids, padding_mask)
+        return dict(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pixel_values=torch.tensor(ours["pixel_values"][:, 0]),
+            image_position_ids=torch.tensor(ours["pixel_position_ids"][:, 0]),
+            mm_token_type_ids=inputs["token_type_ids"],
+        )
+
+
 class ImagesInGrids(Family):
     """A small model in whose text images of any size stand, in grids."""
 
@@ -1420,6 +1450,41 @@ IMAGE_MODELS["blip2"] = WithQFormer(
             max_position_embeddings=64,
             pad_token_id=0,
         ),
+    ),
+)
+IMAGE_MODELS["gemma4"] = PatchesInText(
+    "Gemma4",
+    transformers.Gemma4Config(
+        text_config=dict(
+            _GEMMA4,
+            vocab_size=101,
+            num_hidden_layers=4,
+            # The last two read the keys and values of the first two.
+            num_kv_shared_layers=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            hidden_size_per_layer_input=6,
+            vocab_size_per_layer_input=101,
+            use_bidirectional_attention="vision",
+            pad_token_id=0,
+        ),
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            patch_size=4,
+            pooling_kernel_size=2,
+            position_embedding_size=8,
+            use_clipped_linears=True,
+            standardize=True,
+        ),
+        audio_config=None,
+        image_token_id=100,
+        boi_token_id=None,
+        eoi_token_id=None,
+        attn_implementation="eager",
     ),
 )
 _IN_GRIDS = dict(

@@ -5,6 +5,7 @@ import keras_hub
 from keras import ops
 from keras_hub.src.models.gemma4 import gemma4_attention
 from keras_hub.src.models.gemma4 import gemma4_decoder_block
+from keras_hub.src.models.gemma4 import gemma4_layers
 from keras_hub.src.models.gemma4 import gemma4_moe
 
 from keras_nlp_cache.attention.sharing import SharingAttention
@@ -17,6 +18,7 @@ from keras_nlp_cache.generate.images_in_text_lm import ImagesInTextLM
 from keras_nlp_cache.graph.image_places import check_in_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.roles import Roles
+from keras_nlp_cache.layers.specializing import Specialized
 
 reading.image_marks[keras_hub.models.Gemma4CausalLMPreprocessor] = (
     "image_placeholder"
@@ -83,6 +85,28 @@ class _EachExpert:
 @replaces(gemma4_moe.Gemma4MoEBlock)
 class Gemma4MoEBlock(WeighedExperts, _EachExpert, gemma4_moe.Gemma4MoEBlock):
     """Experts that are computed if they were chosen."""
+
+
+@replaces(gemma4_layers.Gemma4ClippableEinsumDense)
+class Gemma4ClippableEinsumDense(
+    Specialized, gemma4_layers.Gemma4ClippableEinsumDense
+):
+    """A product in the tower of images, of numbers in some range.
+
+    Quantized, it is what the layer inside does. Upstream's reads its kernel.
+    """
+
+    def call(self, x):
+        if self.dense.quantization_mode is None:
+            return super().call(x)
+        if not self.use_clipped_linears:
+            return self.dense(x)
+        x = _clipped(x, self.input_min, self.input_max)
+        return _clipped(self.dense(x), self.output_min, self.output_max)
+
+
+def _clipped(x, low, high):
+    return ops.clip(x, ops.cast(low, x.dtype), ops.cast(high, x.dtype))
 
 
 @replaces(gemma4_decoder_block.Gemma4TextDecoderBlock)
@@ -215,7 +239,22 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
             # As upstream's preprocessor says that there are none.
             none = "pixel_values", "pixel_position_ids", "vision_indices"
             return {**images, **dict.fromkeys(none)}
-        return images
+        count, places = self._tokens_seen(images), images.get("vision_indices")
+        if count is None or len(getattr(places, "shape", ())) != 2:
+            return images
+        # Upstream's preprocessor has places for more images.
+        return {**images, "vision_indices": places[:, : count[0] * count[1]]}
+
+    def _tokens_seen(self, images):
+        """`(images, tokens)` of what the tower returns, or `None`."""
+        for name, pooled in (
+            ("pixel_values", self.vision_encoder.pool_size**2),
+            ("img_embeddings", 1),
+        ):
+            shape = getattr(images.get(name), "shape", ())
+            if len(shape) == 4 and None not in shape[1:3]:
+                return shape[1], shape[2] // pooled
+        return None
 
     def check_images(self, images, text):
         pixels, positions = images["pixel_values"], images["pixel_position_ids"]
@@ -249,17 +288,15 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
         Of what the tower returns of one, upstream takes as many first ones as
         there are places for.
         """
-        x, places = images["pixel_values"], images["vision_indices"]
-        pooled = self.vision_encoder.pool_size**2
-        if x is None:
-            x, pooled = images["img_embeddings"], 1
-        if x is None or places is None or None in (*x.shape[1:3], places.shape[1]):
+        seen, places = self._tokens_seen(images), images["vision_indices"]
+        if seen is None or places is None or places.shape[1] is None:
             return None
-        most, count = x.shape[2] // pooled, places.shape[1] // x.shape[1]
-        if count * x.shape[1] != places.shape[1] or not 0 < count <= most:
+        number, most = seen
+        count = places.shape[1] // number
+        if count * number != places.shape[1] or not count:
             raise ValueError(
                 "Expected `vision_indices` with as many places for each of "
-                f"{x.shape[1]} images, at most {most}. Received shape: "
+                f"{number} images, at most {most}. Received shape: "
                 f"{tuple(places.shape)}."
             )
         return count

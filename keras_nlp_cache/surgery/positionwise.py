@@ -442,6 +442,8 @@ def _run(model, token_ids, noise, positions, kept):
             x = hidden_states_alone(site.layer(*args, **kwargs))
         else:
             x = first_argument(args, kwargs)
+        if x is None:
+            return x  # Without images.
         if noise is not None and tuple(x.shape) == tuple(noise.shape):
             if not site.in_encoder:
                 x = x + ops.cast(noise, x.dtype)
