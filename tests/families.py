@@ -465,6 +465,10 @@ class ImagesInText(ImageText):
     def without_images(self):
         return self.task(self.ours("Backbone")(**dict(self._config)))
 
+    def read(self, images):
+        """What a backbone takes of images `(B, N, 16, 16, 3)`."""
+        return {"images": images}
+
     def inputs(self, token_ids, padding_mask):
         """What a backbone is called with, and the same images for all.
 
@@ -474,7 +478,7 @@ class ImagesInText(ImageText):
         mask = np.zeros_like(padding_mask)
         np.put_along_axis(mask, indices, 1, axis=1)
         return {
-            "images": IMAGES[:, None],
+            **self.read(IMAGES[:, None]),
             "token_ids": token_ids,
             "padding_mask": padding_mask,
             "vision_indices": indices.astype("int32"),
@@ -523,20 +527,19 @@ class PatchesInText(ImagesInText, WithPositions):
         )
 
     def inputs(self, token_ids, padding_mask):
-        inputs = super().inputs(token_ids, padding_mask)
-        images = inputs.pop("images")
+        return _with_positions(super().inputs(token_ids, padding_mask))
+
+    def read(self, images):
+        count = images.shape[:2]
         # Rows and columns of patches, row by row.
-        x = images.reshape(*images.shape[:2], 4, 4, 4, 4, 3)
-        x = x.swapaxes(3, 4).reshape(*images.shape[:2], 16, 48)
+        x = images.reshape(*count, 4, 4, 4, 4, 3).swapaxes(3, 4)
         places = np.stack(np.divmod(np.arange(16), 4)[::-1], axis=-1)
-        places = np.broadcast_to(places, (*x.shape[:3], 2))
-        return _with_positions(
-            {
-                **inputs,
-                "pixel_values": x,
-                "pixel_position_ids": places.astype("int32"),
-            }
-        )
+        return {
+            "pixel_values": x.reshape(*count, 16, 48),
+            "pixel_position_ids": np.tile(
+                places.astype("int32"), (*count, 1, 1)
+            ),
+        }
 
     def preprocessor(self, sequence_length=16):
         converter = keras_hub.layers.Gemma4ImageConverter(
@@ -1129,6 +1132,10 @@ every_encoder_decoder = _taking_turns(ENCODER_DECODERS, jax=1, tensorflow=1)
 STATEFUL = tuple(x for x in FAMILIES if x.keeps_states)
 every_stateful = _taking_turns(STATEFUL, jax=1, tensorflow=1)
 every_image_model = _taking_turns(IMAGE_MODELS, jax=1, tensorflow=1)
+# In whose text images stand, as it is with Gemma 3 and 4.
+every_image_in_text = _taking_turns(
+    [x for x in IMAGE_MODELS if x.mark], jax=1, tensorflow=1
+)
 every_grid_model = _taking_turns(GRID_MODELS, jax=1, tensorflow=1)
 # For what comes of upstream's code and of the lines that a family has, and not
 # of a backend: all on PyTorch, which compiles nothing, and elsewhere one of

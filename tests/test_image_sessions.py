@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.families import compiled
+from tests.families import every_image_in_text
 from tests.families import FAMILIES
 from tests.families import IMAGE_MODELS
 from tests.families import IMAGES
@@ -20,32 +21,45 @@ FIRST = f"the {SEE} fox"
 SECOND = f"{SEE} and {SEE} dog"
 
 
-@functools.cache
-def lm_that_sees():
-    return lm_with_text(GEMMA3)
+_lm = functools.cache(lm_with_text)
+
+
+def lm_that_sees(family=GEMMA3):
+    return _lm(family)
 
 
 @pytest.fixture
-def seen(monkeypatch):
+def family():
+    """The family of a test that is not run with several."""
+    return GEMMA3
+
+
+@pytest.fixture
+def seen(monkeypatch, family):
     """The number of images in each call of the tower."""
-    encode_images = lm_that_sees().backbone.encode_images
+    encode_images = lm_that_sees(family).backbone.encode_images
     counts = []
 
-    def counted(images):
+    def counted(images, **beside):
         counts.append(images.shape[1])
-        return encode_images(images)
+        return encode_images(images, **beside)
 
-    monkeypatch.setattr(lm_that_sees().backbone, "encode_images", counted)
+    monkeypatch.setattr(lm_that_sees(family).backbone, "encode_images", counted)
     return counts
 
 
-def assert_greedy(session, images, starts):
+def with_marks(family, text):
+    return text.replace(SEE, family.mark)
+
+
+def assert_greedy(session, images, starts, family=GEMMA3):
     """What was generated is the likeliest after all that came before.
 
     Args:
         session: A session in which each answer has five tokens.
         images: List of arrays, all that were sent.
         starts: Where answers begin.
+        family: That of the session.
     """
     token_ids = session.token_ids
     # Of one length, if it is not too long, to be compiled once.
@@ -60,7 +74,7 @@ def assert_greedy(session, images, starts):
     mask = np.zeros_like(padded)
     mask[0, places] = 1
     inputs = {
-        "images": seen,
+        **family.read(seen),
         "token_ids": padded,
         "padding_mask": np.ones_like(padded),
         "vision_indices": np.pad(places, (0, 12 - len(places)))[None],
@@ -76,8 +90,10 @@ def assert_greedy(session, images, starts):
         )
 
 
-def test_each_turn_reads_what_is_new(seen):
-    session, read, starts, images = lm_that_sees().start_session(), 0, [], []
+@every_image_in_text
+def test_each_turn_reads_what_is_new(family, seen):
+    session = lm_that_sees(family).start_session()
+    read, starts, images = 0, [], []
     for text, new in (
         (FIRST, IMAGES[:1]),
         ("fox", None),
@@ -85,16 +101,16 @@ def test_each_turn_reads_what_is_new(seen):
         ("the dog", []),
     ):
         before = len(session.token_ids)
-        session.send(text, 5, None, images=new)
+        session.send(with_marks(family, text), 5, None, images=new)
         starts.append(len(session.token_ids) - 5)
         images.extend(() if new is None else new)
         # The last token of a text is read by the step that follows it.
         read += starts[-1] - before - (before == 0)
         assert session.prefilled_tokens == read
-    assert_greedy(session, images, starts)
+    assert_greedy(session, images, starts, family)
     assert seen == [1, 2]
-    other = lm_that_sees().start_session()
-    other.send(FIRST, 5, None, images=IMAGES[1:])
+    other = lm_that_sees(family).start_session()
+    other.send(with_marks(family, FIRST), 5, None, images=IMAGES[1:])
     first = slice(starts[0], starts[0] + 5)
     assert (other.token_ids[first] != session.token_ids[first]).any()
 
@@ -117,32 +133,37 @@ def test_an_image_near_the_last_slot():
     assert_greedy(session, IMAGES[:1], [before - 5, end - 5])
 
 
-def test_forks_rewinding_and_files(tmp_path, seen):
-    lm = lm_that_sees()
+@every_image_in_text
+def test_forks_rewinding_and_files(family, tmp_path, seen):
+    lm = lm_that_sees(family)
+    first, second = (with_marks(family, x) for x in (FIRST, SECOND))
     session = lm.start_session()
-    session.send(FIRST, 5, None, images=IMAGES[:1])
+    session.send(first, 5, None, images=IMAGES[:1])
     fork, path = session.fork(), tmp_path / "seen.safetensors"
     session.save(path)
     loaded = lm.start_session(path)
     for x in (session, fork, loaded):
         x.send("dog", 5, None)
         np.testing.assert_array_equal(x.token_ids, session.token_ids)
-    loaded.send(SECOND, 5, None, images=IMAGES)
+    loaded.send(second, 5, None, images=IMAGES)
     end = len(loaded.token_ids)
-    assert_greedy(loaded, [IMAGES[0], *IMAGES], [end - 5])
+    assert_greedy(loaded, [IMAGES[0], *IMAGES], [end - 5], family)
     # Back to before the last two images, and what was there before them.
     loaded.rewind(end - len(session.token_ids))
     for x in (session, loaded):
-        x.send(SECOND, 5, None, images=IMAGES[::-1])
+        x.send(second, 5, None, images=IMAGES[::-1])
         x.rewind(2)
         x.send("the fox", 5, None)
     np.testing.assert_array_equal(loaded.token_ids, session.token_ids)
     assert_greedy(
-        session, [IMAGES[0], *IMAGES[::-1]], [len(session.token_ids) - 5]
+        session,
+        [IMAGES[0], *IMAGES[::-1]],
+        [len(session.token_ids) - 5],
+        family,
     )
     assert seen == [1, 2, 2, 2]
     session.rewind(len(session.token_ids))
-    session.send(FIRST, 5, None, images=IMAGES[:1])
+    session.send(first, 5, None, images=IMAGES[:1])
     np.testing.assert_array_equal(
         session.token_ids, fork.token_ids[: len(session.token_ids)]
     )

@@ -14,6 +14,7 @@ from keras_nlp_cache import device
 from keras_nlp_cache import surgery
 from tests.edits import EDITS
 from tests.families import compiled
+from tests.families import every_image_in_text
 from tests.families import every_image_model
 from tests.families import IMAGE_MODELS
 from tests.families import IMAGES
@@ -30,8 +31,6 @@ MASK = np.ones_like(TOKENS)
 TEXT = ("token_ids", "padding_mask")
 PALI_GEMMA = IMAGE_MODELS[0]
 (BLIP2,) = (x for x in IMAGE_MODELS if x.name == "blip2")
-# In whose text images stand.
-IN_TEXT = [x for x in IMAGE_MODELS if x.mark]
 PALI_GEMMA_ALONE = pytest.mark.parametrize(
     "family", [pytest.param(PALI_GEMMA, id=PALI_GEMMA.name)]
 )
@@ -744,9 +743,7 @@ def test_bad_prompts(family):
         lm.generate(prompt, stop_token_ids=None, max_new_tokens=3)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(x, id=x.name) for x in IN_TEXT]
-)
+@every_image_in_text
 def test_bad_prompts_with_images_in_the_text(family):
     lm = greedy(family)
     prompt = prompts(family, [8, 6])
@@ -783,9 +780,7 @@ def test_bad_prompts_with_images_in_the_text(family):
             lm.generate(bad)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(x, id=x.name) for x in IN_TEXT]
-)
+@every_image_in_text
 def test_several_images_and_none(family):
     """Rows with as many images as they have, and text alone."""
     preprocessor = family.preprocessor(sequence_length=40)
