@@ -541,7 +541,7 @@ class PatchesInText(ImagesInText, WithPositions):
             ),
         }
 
-    def preprocessor(self, sequence_length=16):
+    def preprocessor(self, sequence_length=16, **kwargs):
         converter = keras_hub.layers.Gemma4ImageConverter(
             patch_size=4,
             max_soft_tokens=4,
@@ -553,6 +553,7 @@ class PatchesInText(ImagesInText, WithPositions):
             sequence_length=sequence_length,
             max_images_per_prompt=2,
             num_vision_tokens_per_image=4,
+            **kwargs,
         )
 
 

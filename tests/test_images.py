@@ -937,3 +937,39 @@ def test_quantized_and_steered(family):
     tokens = lm.generate(prompt, stop_token_ids=None)["token_ids"]
     given = prompt["padding_mask"] == 1
     np.testing.assert_array_equal(tokens[given], prompt["token_ids"][given])
+
+
+@on_one_backend("upstream's preprocessor makes images of frames")
+def test_frames_are_images():
+    family = next(x for x in IMAGE_MODELS if x.name == "gemma4_vision")
+    family = family.decoded_as_read
+    frames = np.concatenate([IMAGES, IMAGES[::-1]])
+    inputs = {"prompts": "the <|video|> fox", "videos": frames}
+    for tokens in (4, 5):
+        converter = dict(
+            patch_size=4, max_soft_tokens=tokens, pooling_kernel_size=2
+        )
+        preprocessor = family.preprocessor(
+            sequence_length=48,
+            video_converter=keras_hub.layers.Gemma4VideoConverter(
+                num_frames=2, **converter
+            ),
+            num_frames_per_video=2,
+        )
+        size = preprocessor.tokenizer.vocabulary_size()
+        backbone = family.backbone(vocabulary_size=size)
+        lm = family.task(backbone, preprocessor)
+        lm.compile(sampler="greedy")
+        if tokens == 5:
+            # A square has four, and upstream takes one of the next for it.
+            with pytest.raises(ValueError, match="5 tokens side by side"):
+                lm.generate(inputs)
+            continue
+        upstream = family.upstream_task(
+            family.upstream_backbone(backbone, vocabulary_size=size),
+            preprocessor,
+        )
+        upstream.compile(sampler="greedy")
+        assert lm.generate(inputs) == upstream.generate(dict(inputs))
+        with pytest.raises(ValueError, match="Received `audio`"):
+            lm.generate({**inputs, "audio": np.zeros(8)})

@@ -202,6 +202,15 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
     windows_in_spans = False
     _roles = Roles(beside_text=("position_ids",))
 
+    def inlined(self, outputs):
+        if self.audio_encoder is not None:
+            raise ValueError(
+                "Expected `audio_encoder` to be `None`. Received: one of class "
+                f"{type(self.audio_encoder).__name__!r}. Models that hear are "
+                "keras_hub's."
+            )
+        return super().inlined(outputs)
+
     def mend(self):
         if any(x.use_bidirectional_attention for x in self.blocks):
             raise ValueError(
@@ -313,6 +322,9 @@ class Gemma4CausalLM(ImagesInTextLM, keras_hub.models.Gemma4CausalLM):
     A drop-in replacement for `keras_hub.models.Gemma4CausalLM`. See `CausalLM`,
     and for images `ImageTextLM`.
 
+    Frames of `videos` are images. They are refused where they have fewer tokens
+    than the preprocessor has places for, which upstream mixes up.
+
     Differs from upstream, on purpose: with
     `use_vision_bidirectional_attention`, `generate()` says what the model does
     without a cache. Upstream's has tokens of an image not see what follows them
@@ -324,6 +336,15 @@ class Gemma4CausalLM(ImagesInTextLM, keras_hub.models.Gemma4CausalLM):
 
     def turn_end_id(self):
         return self.preprocessor.tokenizer.token_to_id("<turn|>")
+
+    def check_images_of(self, inputs):
+        if inputs.get("audio") is not None:
+            raise ValueError(
+                "Expected prompts with `images`, or with `videos`, whose "
+                "frames are images. Received `audio`. Models that hear are "
+                "keras_hub's."
+            )
+        super().check_images_of(inputs)
 
     @property
     def tokens_of_image(self):
