@@ -61,6 +61,7 @@ class ImageTextBackbone(CachedBackbone):
 
     Attributes:
         image_roles: `Roles` of a model that sees.
+        text_roles: `Roles` of one that does not.
         tower_name: Name of the attribute that holds the tower.
         after_tower: Names of those that hold what then comes of it alone, the
             last of which returns what the text is joined with.
@@ -102,7 +103,7 @@ class ImageTextBackbone(CachedBackbone):
     ```
     """
 
-    image_roles = TEXT
+    image_roles = text_roles = TEXT
     tower_name = "vision_encoder"
     after_tower = ()
     join_name = None
@@ -139,7 +140,7 @@ class ImageTextBackbone(CachedBackbone):
     def roles_as_constructed(self):
         """`Roles` of upstream's graph, by what it was constructed with."""
         has_tower = getattr(self, self.tower_name) is not None
-        return self.image_roles if has_tower else TEXT
+        return self.image_roles if has_tower else self.text_roles
 
     def _output_of_encoder(self, outputs):
         if not self.sees:

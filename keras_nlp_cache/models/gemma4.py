@@ -190,6 +190,7 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
     ```
     """
 
+    text_roles = Roles(beside_text=("position_ids",))
     image_roles = Roles(
         beside_text=("position_ids",),
         images="pixel_values",
@@ -200,7 +201,6 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
     )
     join_name = "interleave_embeddings"
     windows_in_spans = False
-    _roles = Roles(beside_text=("position_ids",))
 
     def inlined(self, outputs):
         if self.audio_encoder is not None:
