@@ -103,11 +103,14 @@ def inputs(*shape, dtype="float32"):
         ("float32", None, "float32", 1, 65, 127),
         ("float32", None, "float32", 7, 64, 129),
         ("float32", None, "float32", 32, 70, 700),
+        ("float32", None, "float32", 13, 200, 131),
         ("bfloat16", None, "bfloat16", 1, 65, 127),
+        ("bfloat16", None, "bfloat16", 18, 200, 33),
         ("mixed_bfloat16", None, "bfloat16", 5, 64, 128),
         ("float16", None, "float16", 6, 65, 128),
         ("float32", "int8", "int8", 1, 65, 127),
         ("bfloat16", "int8", "int8", 9, 64, 129),
+        ("float32", "int8", "int8", 29, 200, 131),
         ("float32", WEIGHTS_ONLY, "int8", 6, 65, 127),
         ("float32", CHANNELS, "int4", 1, 65, 127),
         ("float32", ROUNDED, "int4", 3, 64, 128),
@@ -129,6 +132,40 @@ def test_dense(dtype, config, read, rows, depth, outputs, used):
     tolerance = ROUNDING.get(layer.compute_dtype, EXACT)
     check(model, layer, x, layer(x), tolerance)
     assert used == [read]
+
+
+@needs_numba
+@pytest.mark.parametrize("config", ["int8", IN_GROUPS])
+def test_rows_are_what_they_are_alone(config):
+    layer = keras.layers.Dense(131)
+    model = keras.Sequential([keras.Input((200,)), layer])
+    if isinstance(config, str):
+        model.quantize(config)
+    else:
+        model.quantize(config=config)
+    x = inputs(15, 200)
+    alone = [multiplied(model, layer, x[i : i + 1]) for i in range(15)]
+    np.testing.assert_array_equal(
+        multiplied(model, layer, x), np.concatenate(alone)
+    )
+
+
+@needs_numba
+@pytest.mark.parametrize("rows, depth", [(1, 64), (7, 129), (21, 63), (8, 640)])
+def test_integers_with_and_without_an_instruction(rows, depth):
+    from keras_nlp_cache.products import integer_sums
+    from keras_nlp_cache.products import kernels
+
+    random = np.random.default_rng(0)
+    w = random.integers(-128, 128, (33, depth), "int8")
+    x = random.integers(-127, 128, (rows, depth), "int8")
+    products = [kernels._of_integers_in_a_loop]
+    if integer_sums.is_served():
+        products.append(kernels._of_integers_in_vectors)
+    for product in products:
+        y = np.full((rows, 33), 7, "int32")
+        product(w, x, y)
+        np.testing.assert_array_equal(y, x.astype(int) @ w.astype(int).T)
 
 
 @needs_numba

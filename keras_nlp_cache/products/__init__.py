@@ -3,7 +3,8 @@
 A decode step is bound by the bytes of its weights, and no product that the
 backends bring is fast at one row of small numbers. `kernels.py` has those that
 are: they round inputs and scale results, too. `operands.py` is how they read
-and write, `vector_sums.py` how they sum where groups have scales.
+and write. `float_sums.py`, `integer_sums.py` and, where groups have scales,
+`group_sums.py` are how they sum, in vectors of a processor (`vectors.py`).
 
 `choice.py` says where they are worth it. `finding.py` finds the weights of a
 model, `packing.py` and `sources.py` keep them as kernels read them, and

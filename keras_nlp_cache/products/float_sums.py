@@ -15,10 +15,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from keras_nlp_cache.products.vector_sums import FLOATS
-from keras_nlp_cache.products.vector_sums import LANES
-from keras_nlp_cache.products.vector_sums import load
-from keras_nlp_cache.products.vector_sums import total_of
+from keras_nlp_cache.products.vectors import FLOATS
+from keras_nlp_cache.products.vectors import LANES
+from keras_nlp_cache.products.vectors import load
+from keras_nlp_cache.products.vectors import total_of
 
 # How many numbers are read at a time of each row.
 SPAN = 4 * LANES

@@ -23,11 +23,11 @@ from keras_nlp_cache.kernels.machine_words import words
 from keras_nlp_cache.products import operands
 from keras_nlp_cache.products.float_sums import SPAN
 from keras_nlp_cache.products.float_sums import sums_of_floats
+from keras_nlp_cache.products.group_sums import sums_in_groups
 from keras_nlp_cache.products.integer_sums import BYTES
 from keras_nlp_cache.products.integer_sums import is_served
 from keras_nlp_cache.products.integer_sums import sums_of_integers
-from keras_nlp_cache.products.vector_sums import LANES
-from keras_nlp_cache.products.vector_sums import sums_in_groups
+from keras_nlp_cache.products.vectors import LANES
 
 
 @numba.njit

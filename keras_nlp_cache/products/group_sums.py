@@ -12,25 +12,18 @@ Rows are read one after the other, as memory is fastest: of 75 MB, a core read
 
 import itertools
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from keras_nlp_cache.products.packing import SPAN
+from keras_nlp_cache.products.vectors import FLOATS
+from keras_nlp_cache.products.vectors import LANES
+from keras_nlp_cache.products.vectors import load
+from keras_nlp_cache.products.vectors import splat
+from keras_nlp_cache.products.vectors import total_of
 
 _BYTE, _FLOAT = ir.IntType(8), ir.FloatType()
-
-
-def _lanes():
-    """How many numbers a vector has: what a register takes."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return SPAN if features.get("avx512f") else SPAN // 2
-
-
-LANES = _lanes()
-FLOATS = ir.VectorType(_FLOAT, LANES)
 
 
 def sums_in_groups(rows, has_nibbles):
@@ -84,11 +77,9 @@ def sums_in_groups(rows, has_nibbles):
                 offset = builder.mul(offset, constant(scale))
             return builder.add(place, offset)
 
-        def splat(values, index):
+        def number_at(values, index):
             """A vector that is one of some float32 in all lanes."""
-            return _splat(
-                builder, load(builder, plus(values, index, 4), _FLOAT)
-            )
+            return splat(builder, load(builder, plus(values, index, 4), _FLOAT))
 
         zeros = ir.Constant(FLOATS, [0.0] * LANES)
         totals = [
@@ -118,7 +109,7 @@ def sums_in_groups(rows, has_nibbles):
                         index = plus(column, index)
                         u = load(builder, plus(x, index, 4), FLOATS)
                         add(builder, inner[row][half], v, u)
-            factors = splat(scale, group.index)
+            factors = number_at(scale, group.index)
             for row, total in enumerate(totals):
                 place, *further = inner[row]
                 if has_nibbles:
@@ -126,7 +117,7 @@ def sums_in_groups(rows, has_nibbles):
                     index = builder.add(index, group.index)
                     index = builder.mul(index, constant(LANES))
                     u = load(builder, plus(sums, index, 4), FLOATS)
-                    v = builder.fneg(splat(zero, group.index))
+                    v = builder.fneg(number_at(zero, group.index))
                     add(builder, place, v, u)
                 found = builder.load(place)
                 for other in further:
@@ -142,33 +133,3 @@ def sums_in_groups(rows, has_nibbles):
         return result(*[types.int64] * 8), generate
 
     return sums
-
-
-def load(builder, address, kind):
-    """What lies at an address, an integer, that need not be aligned."""
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), "", 1)
-
-
-def total_of(builder, vectors):
-    """The sum of all lanes of some vectors of floats."""
-    first, *others = vectors
-    for other in others:
-        first = builder.fadd(first, other)
-    add_up = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(_FLOAT, [_FLOAT, FLOATS]),
-        f"llvm.vector.reduce.fadd.v{LANES}f32",
-    )
-    zero = ir.Constant(_FLOAT, 0.0)
-    # In pairs, in an order that is the same for all.
-    return builder.call(add_up, [zero, first], fastmath=("fast",))
-
-
-def _splat(builder, value):
-    """A vector that is one number in all lanes."""
-    kind = ir.VectorType(_FLOAT, LANES)
-    index = ir.Constant(ir.IntType(32), 0)
-    undefined = ir.Constant(kind, ir.Undefined)
-    one = builder.insert_element(undefined, value, index)
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None)
-    return builder.shuffle_vector(one, undefined, mask)
