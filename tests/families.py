@@ -441,6 +441,10 @@ class ImagesInText(ImageText):
     """
 
     mark = "<start_of_image>"
+    # What its tokenizer calls the token of an image.
+    name_of_token = "image_placeholder_id"
+    # What a user has to be seen.
+    pictures: typing.ClassVar = IMAGES
 
     @property
     def config(self):
@@ -482,6 +486,33 @@ class ImagesInText(ImageText):
             "token_ids": token_ids,
             "padding_mask": padding_mask,
             "vision_indices": indices.astype("int32"),
+            "vision_mask": mask,
+        }
+
+    @staticmethod
+    def size_of(picture):
+        """How many rows and columns of tokens it has."""
+        return 1, 4
+
+    def inputs_of_text(self, lm, token_ids, places, pictures):
+        """What a backbone is called with, for all of a text at once.
+
+        Args:
+            lm: A task with a preprocessor.
+            token_ids: int array `(1, T)`.
+            places: int array, which of them are of images, at most three.
+            pictures: What was seen, in the order of the text.
+        """
+        # What is not needed of three images is 0.
+        seen = np.zeros((1, 3, *IMAGES.shape[1:]), "float32")
+        seen[0, : len(pictures)] = pictures
+        mask = np.zeros_like(token_ids)
+        mask[0, places] = 1
+        return {
+            **self.read(seen),
+            "token_ids": token_ids,
+            "padding_mask": np.ones_like(token_ids),
+            "vision_indices": np.pad(places, (0, 12 - len(places)))[None],
             "vision_mask": mask,
         }
 
@@ -700,6 +731,9 @@ class ImagesInGrids(ImagesInText, Stateful):
     grids = (((4, 4), (2, 2)), ((2, 4), (2, 6)))
     # Where their tokens stand in it.
     places = ((0, 1, 2, 3, 6), (1, 2, 4, 5, 6))
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    name_of_token = "image_token_id"
+    pictures = 255 * IMAGES[0], 255 * np.tile(IMAGES[1, :8], (1, 2, 1))[:, :24]
 
     def tower(self):
         return Qwen3_5VisionEncoder(
@@ -731,6 +765,32 @@ class ImagesInGrids(ImagesInText, Stateful):
             "pixel_values": pixels,
             "image_grid_thw": grids.astype("int32"),
             "vision_indices": (np.array(self.places) + first).astype("int32"),
+        }
+
+    @staticmethod
+    def size_of(picture):
+        return picture.shape[0] // 8, picture.shape[1] // 8
+
+    def inputs_of_text(self, lm, token_ids, places, pictures):
+        seen = lm.preprocessor._preprocess_images(list(pictures), True)
+        grids = seen["image_grid_thw"]
+        # What a tower does is not compiled.
+        embeddings = lm.backbone.embed(
+            {
+                "token_ids": token_ids,
+                "pixel_values": ops.convert_to_numpy(seen["pixel_values"]),
+                "image_grid_thw": ops.convert_to_numpy(grids),
+                "vision_indices": places,
+            }
+        )
+        # By upstream's code, to which others than these are text.
+        where = 0 * token_ids
+        where[0, places] = lm.preprocessor.image_token_id
+        positions = lm.preprocessor._compute_position_ids(where, grids, None)
+        return {
+            "token_ids": token_ids,
+            "embeddings": embeddings,
+            "position_ids": to_numpy(positions),
         }
 
     def preprocessor(self, sequence_length=16):
@@ -1138,6 +1198,10 @@ every_image_in_text = _taking_turns(
     [x for x in IMAGE_MODELS if x.mark], jax=1, tensorflow=1
 )
 every_grid_model = _taking_turns(GRID_MODELS, jax=1, tensorflow=1)
+# Which a session may bring with any of its turns.
+every_image_in_turns = _taking_turns(
+    [*(x for x in IMAGE_MODELS if x.mark), *GRID_MODELS], jax=1, tensorflow=1
+)
 # For what comes of upstream's code and of the lines that a family has, and not
 # of a backend: all on PyTorch, which compiles nothing, and elsewhere one of
 # each kind in turn. The deep ones, and:

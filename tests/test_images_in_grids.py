@@ -16,6 +16,7 @@ from tests.edits import EDITS
 from tests.families import compiled
 from tests.families import every_grid_model
 from tests.families import GRID_MODELS
+from tests.families import ImagesInGrids
 from tests.families import on_one_backend
 from tests.families import padding_mask
 from tests.families import random_tokens
@@ -368,7 +369,7 @@ def test_how_much_is_read_with_images(length, chunk, expected):
     # The last token is read by the first step.
     real = min(expected, length - 1)
     np.testing.assert_array_equal(
-        fitted["padding_mask"], padding_mask([real, real], slots)
+        fitted["padding_mask"], padding_mask([real, real], expected)
     )
     source["of_images"] = 0 * of_images
     assert lm.fitted_source(source, length, slots, chunk) == {}
@@ -432,7 +433,7 @@ def picture(height, width, seed=0):
     return np.random.default_rng(seed).uniform(0, 255, (height, width, 3))
 
 
-SEE = "<|vision_start|><|image_pad|><|vision_end|>"
+SEE = ImagesInGrids.mark
 
 
 @every_grid_model

@@ -9,6 +9,7 @@ embeddings, each row alone like that of any other prompt.
 import numpy as np
 from keras import ops
 
+from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
 from keras_nlp_cache.graph.image_inputs import known
@@ -31,8 +32,17 @@ class GridImageLM(ImageTextLM):
         return roles.embeddings, roles.grid_positions, "of_images"
 
     def read_source(self, token_ids, cache, source):
-        tokens = token_ids[:, : self.read_with(source)]
-        return self.read(tokens, cache, 0, **source)[1]
+        return self.read_more_source(token_ids, cache, source, 0)
+
+    def read_more_source(self, token_ids, cache, source, start):
+        rows, slots = ops.shape(token_ids)
+        at, name = start_at(0, start), self.backbone.roles.padding_mask
+        tokens = ops.slice(token_ids, at, (rows, self.read_with(source)))
+        # What is read is told of all slots.
+        mask = ops.slice_update(
+            ops.ones((rows, slots), "int32"), at, source[name]
+        )
+        return self.read(tokens, cache, start, **{**source, name: mask})[1]
 
     def read_with(self, source):
         if not source:
@@ -53,9 +63,8 @@ class GridImageLM(ImageTextLM):
         # What comes after it in a chunk changes no state, and neither does the
         # last token, which the first step reads.
         rows = len(source[roles.embeddings])
-        mask = np.arange(slots) < min(count, length - 1)
-        mask = np.broadcast_to(mask.astype("int32"), (rows, slots))
-        return {**source, roles.padding_mask: mask}
+        mask = (np.arange(count) < length - 1).astype("int32")
+        return {**source, roles.padding_mask: np.tile(mask, (rows, 1))}
 
     # === Generating ===
 
@@ -67,19 +76,20 @@ class GridImageLM(ImageTextLM):
         of_images.flat[inputs[places].reshape(-1)] = True
         _check_within_prompts(of_images, inputs[roles.padding_mask])
         images = {name: inputs.get(name) for name in roles.of_images}
-        embeddings = self.generation_loop.evaluate(
-            self.backbone.embed, {text[0]: inputs[text[0]], **images}
-        )
         found = {
             **{name: inputs[name] for name in text},
-            roles.embeddings: ops.convert_to_numpy(
-                ops.cast(embeddings, "float32")
-            ),
+            **self._embedded({text[0]: inputs[text[0]], **images}),
             "of_images": of_images,
         }
         if roles.grid_positions in inputs:
             found[roles.grid_positions] = inputs[roles.grid_positions]
         return found
+
+    def _embedded(self, inputs):
+        """Images and text as one sequence, as a dictionary of an array."""
+        embeddings = self.generation_loop.evaluate(self.backbone.embed, inputs)
+        embeddings = ops.convert_to_numpy(ops.cast(embeddings, "float32"))
+        return {self.backbone.roles.embeddings: embeddings}
 
     def _check_text_alone(self, inputs):
         super()._check_text_alone(inputs)
@@ -107,6 +117,39 @@ class GridImageLM(ImageTextLM):
                 axis=2,
             )
         return inputs
+
+    # === For sessions ===
+
+    sees_in_turns = True
+
+    def places_in(self, x, count):
+        grid, places = (x[name] for name in self.backbone.roles.beside_images)
+        merged = self.backbone.vision_encoder.spatial_merge_size
+        return np.sort(places.reshape(-1)), grid.reshape(-1, 3)[:, 1:] // merged
+
+    def embeddings_of(self, x, count):
+        roles = self.backbone.roles
+        names = roles.images, *roles.with_images
+        seen = self._encode(*(x[name] for name in names))
+        return ops.reshape(seen, (-1, seen.shape[-1]))
+
+    def source_in_turn(self, images, token_ids, start):
+        roles, new = self.backbone.roles, images.since(start)
+        *_, name_of_places = roles.beside_images
+        token_ids = token_ids[None]
+        of_images = np.zeros(token_ids[:, start:].shape, bool)
+        of_images[0, new.places] = True
+        found = self._embedded(
+            {
+                roles.token_ids: token_ids[:, start:],
+                roles.image_embeddings: new.embeddings[None],
+                name_of_places: new.places[None],
+            }
+        )
+        if roles.grid_positions is not None:
+            positions = images.grid_positions(token_ids.shape[1])
+            found[roles.grid_positions] = positions[None, :, start:]
+        return {**found, "of_images": of_images}
 
 
 def _check_within_prompts(of_images, padding_mask):

@@ -283,42 +283,90 @@ class ImageTextLM(CausalLM):
         if len(getattr(images, "shape", ())) == 3:
             images = [images]
         shapes = [tuple(getattr(x, "shape", ())) for x in images]
-        if any(len(x) != 3 or x[2] != 3 for x in shapes):
+        if any(len(x) != 3 or x[2] != 3 or 0 in x for x in shapes):
             raise ValueError(
                 "Expected `images` to be a list of arrays of shape "
                 f"`(height, width, 3)`. Received shapes: {shapes}."
             )
+        if getattr(self.preprocessor, "image_converter", None) is None:
+            raise ValueError(
+                "Expected a preprocessor with an `image_converter` for "
+                f"`images`. Received {len(images)} of them, and a "
+                f"{type(self.preprocessor).__name__} without one."
+            )
         images = [np.asarray(ops.convert_to_numpy(x)) for x in images]
-        self.check_images_of({"prompts": [text], "images": [images]})
-        tokens = self.tokens_of_image
+        inputs = {"prompts": [text], "images": [images]}
+        self.check_images_of(inputs)
         token_ids, x = reading.encode_whole(
             self.preprocessor,
-            {"prompts": [text], "images": [images]},
-            # Some tokens are put around those of an image.
-            len(text.encode()) + 3 + len(images) * (tokens + 8),
+            inputs,
+            len(text.encode()) + 3 + self.most_tokens_of(images),
         )
-        *_, name = self.backbone.roles.beside_images
-        mask = ops.convert_to_numpy(x[name])[0, : len(token_ids)]
-        places = np.flatnonzero(mask).astype("int32")
-        if len(places) != len(images) * tokens:
+        x = self._as_arrays(x)
+        places, sizes = self.places_in(x, len(images))
+        seen = SessionImages(places.astype("int32"), None, sizes)
+        if (
+            len(sizes) != len(images)
+            or not seen.are_whole()
+            or places[-1] >= len(token_ids) - 1
+        ):
             raise ValueError(
-                f"Expected `text` with {tokens} tokens for each image. "
-                f"Received: {len(images)} `images`, and a preprocessor that "
-                f"makes {len(places)} tokens of them in {text!r}."
+                "Expected `text` with the tokens of each image side by side, "
+                f"and a token of text after them. Received: {len(images)} "
+                f"`images` of {sizes.prod(axis=1).tolist()} tokens, which the "
+                f"preprocessor has at {places.tolist()} of the "
+                f"{len(token_ids)} tokens that it makes of {text!r}."
             )
-        roles = self.backbone.roles
-        names = roles.images, *roles.with_images
-        seen = self.generation_loop.evaluate(
-            self._encode, *(x[name][:, : len(images)] for name in names)
+        self._check_images(x)
+        embeddings = self.generation_loop.evaluate(
+            self.embeddings_of, x, len(images)
         )
-        # Some have a row of images for each text.
-        seen = ops.reshape(seen, (-1, *seen.shape[-2:]))[:, :tokens]
-        return token_ids, SessionImages(places, seen)
+        return token_ids, seen._replace(embeddings=embeddings)
 
-    @property
-    def tokens_of_image(self):
-        """How many tokens an image becomes in a prompt."""
-        return self.backbone.cuts.tower.shape[1]
+    def most_tokens_of(self, images):
+        """How many tokens a preprocessor makes of images at most.
+
+        If there are more, a text is prepared once more.
+
+        Args:
+            images: List of arrays `(height, width, 3)`.
+        """
+        return 0
+
+    def places_in(self, x, count):
+        """Where tokens of images stand in a text.
+
+        Args:
+            x: Dictionary of arrays, what a preprocessor makes of one text.
+            count: int. How many images it has.
+
+        Returns:
+            `(places, sizes)`, as those of `SessionImages`.
+        """
+        raise NotImplementedError
+
+    def embeddings_of(self, x, count):
+        """Runs the tower on the images of one text.
+
+        Takes the arguments of `places_in()`.
+
+        Returns:
+            Tensor `(tokens, hidden_dim)`.
+        """
+        raise NotImplementedError
+
+    def source_in_turn(self, images, token_ids, start):
+        """What is read of a text in which images stand, from some token on.
+
+        Args:
+            images: `SessionImages`, all of the text.
+            token_ids: int32 array `(T,)`, all of the text.
+            start: int. How many of these were read before.
+
+        Returns:
+            Dictionary as for `read_source()`, for one row.
+        """
+        raise NotImplementedError
 
     def _encode(self, images, *beside):
         """Runs the tower, on what `Roles.with_images` names, too."""

@@ -86,6 +86,47 @@ class ImagesInTextLM(ImageTextLM):
         of_images = np.flatnonzero((mask != 0).any(axis=0))
         return of_images.max(initial=-1) + 1
 
+    # === For sessions ===
+
+    @property
+    def tokens_of_image(self):
+        """How many tokens an image becomes in a prompt."""
+        return self.backbone.cuts.tower.shape[1]
+
+    def most_tokens_of(self, images):
+        # Some are put around those of an image.
+        return len(images) * (self.tokens_of_image + 8)
+
+    def places_in(self, x, count):
+        sizes = np.tile(np.int32([1, self.tokens_of_image]), (count, 1))
+        return np.flatnonzero(x[self.name_of_mask]), sizes
+
+    def embeddings_of(self, x, count):
+        roles = self.backbone.roles
+        names = roles.images, *roles.with_images
+        seen = self._encode(*(x[name][:, :count] for name in names))
+        # Some have a row of images for each text.
+        tokens, dim = seen.shape[-2:]
+        seen = ops.reshape(seen, (count, tokens, dim))
+        return ops.reshape(seen[:, : self.tokens_of_image], (-1, dim))
+
+    def source_in_turn(self, images, token_ids, start):
+        new = images.since(start)
+        roles, count = self.backbone.roles, len(new.sizes)
+        *_, name_of_places, name_of_mask = roles.beside_images
+        shape = count, -1, new.embeddings.shape[-1]
+        if len(self.backbone.cuts.tower.shape) == 4:
+            shape = 1, *shape
+        mask = np.zeros((1, len(token_ids) - start), "int32")
+        mask[0, new.places] = 1
+        return {
+            roles.image_embeddings: ops.reshape(new.embeddings, shape),
+            name_of_places: new.places[None],
+            name_of_mask: mask,
+        }
+
+    # === For samplers with a loop of their own ===
+
     def build_cache_of(self, inputs, img_embeddings):
         seen = img_embeddings is not None
         return self._build_cache(

@@ -448,7 +448,9 @@ class Session:
             if loop is not self._loop or slots > self._slots:
                 tokens = take_out(cache, start, self._mark)
                 cache = self._restored(loop, tokens, slots)
-        source = images.source(start, len(token_ids), backbone)
+        source = None
+        if images.since(start):
+            source = self.lm.source_in_turn(images, token_ids, start)
         preparing = contextlib.nullcontext()
         if cache is None:
             # Which the cache holds afterwards.
@@ -520,7 +522,6 @@ class Session:
                 f"Expected `count` to be an integer from 0 to {most}, the "
                 f"tokens of this session{but}. Received: count={count!r}."
             )
-        self._images.check_end(total - count, f"count={count}")
         # The last token that is left will be read once more.
         filled = min(self._filled, max(total - count - 1, 0))
         if self._cache is not None and filled < self._filled:
@@ -533,6 +534,7 @@ class Session:
                     f"cannot go back. Rewind less than {count} tokens, or all, "
                     "or start another session."
                 )
+        self._images.check_end(total - count, f"count={count}")
         self._turn += 1
         self.token_ids = self.token_ids[: total - count]
         self._images = self._images.before(total - count)

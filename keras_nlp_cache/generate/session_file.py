@@ -92,6 +92,7 @@ def write(
                 tensors[f"{name}.{i}"] = _as_bits(some.stored)
     if images:
         tensors["images.places"] = images.places
+        tensors["images.sizes"] = images.sizes
         tensors["images.embeddings"] = ops.convert_to_numpy(
             ops.cast(images.embeddings, "float32")
         )
@@ -187,32 +188,38 @@ def read(path, backbone, parse_conversation):
 
 def _images(path, tensors, backbone, count):
     """Takes the `SessionImages` of some tokens out of the tensors of a file."""
-    places = tensors.pop("images.places", None)
-    x = tensors.pop("images.embeddings", None)
-    if places is None and x is None:
+    found = SessionImages(
+        *(tensors.pop(f"images.{name}", None) for name in SessionImages._fields)
+    )
+    missing = [x is None for x in found]
+    if all(missing):
         return SessionImages()
     if not getattr(backbone, "sees", False):
         raise _damaged(path, "images, which the model does not read")
-    if (
-        places is None
-        or x is None
-        or not _is_like(x, backbone.cuts.tower)
-        or places.shape != (x.shape[0] * x.shape[1],)
-        or (np.diff(places) <= 0).any()
-        or not 0 <= places[0] <= places[-1] < count - 1
-    ):
+    if any(missing) or not _fit(found, backbone.cuts.tower, count):
         raise _damaged(path, "images that do not fit the text")
-    return SessionImages(places, x)
+    return found
 
 
-def _is_like(x, tower):
-    """Whether something has the shape of what a tower returns, image by image.
+def _fit(images, tower, count):
+    """Whether images are what a tower returns, in the places of some tokens.
 
-    How many tokens an image becomes, not every tower says.
+    Args:
+        images: `SessionImages`, of whatever shape and values.
+        tower: Symbolic tensor `(..., tokens, hidden_dim)`. How many tokens an
+            image becomes, not every tower says.
+        count: int. How many tokens there are. The last is of no image.
     """
-    expected = tower.shape[-2:]
-    return x.ndim == 3 and all(
-        count in (None, size) for count, size in zip(expected, x.shape[1:])
+    places, x, sizes = images
+    of_each, dim = tower.shape[-2:]
+    if (places.ndim, x.ndim, sizes.shape[1:]) != (1, 2, (2,)):
+        return False
+    return (
+        len(sizes) > 0
+        and images.are_whole()
+        and (of_each is None or (sizes.prod(axis=1) == of_each).all())
+        and x.shape == (len(places), dim)
+        and 0 <= places[0] <= places[-1] < count - 1
     )
 
 

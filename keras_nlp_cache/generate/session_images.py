@@ -12,18 +12,37 @@ class SessionImages(typing.NamedTuple):
     So each is seen once, however often the text is read again.
 
     Attributes:
-        places: int32 array `(N * tokens,)`, which tokens of the text are of
-            images, in ascending order.
-        embeddings: Tensor `(N, tokens, hidden_dim)`, what
-            `ImageTextBackbone.encode_images()` made of them, in a row. `None`
-            if there are none.
+        places: int32 array `(tokens,)`, which tokens of the text are of images,
+            in ascending order. Those of one image stand side by side.
+        embeddings: Tensor `(tokens, hidden_dim)`, what
+            `ImageTextBackbone.encode_images()` made of them. `None` if there
+            are none.
+        sizes: int32 array `(N, 2)`, how many rows and columns of tokens each
+            image has. Those that are in no grid are one row.
     """
 
     places: np.ndarray = np.zeros((0,), "int32")
     embeddings: typing.Any = None
+    sizes: np.ndarray = np.zeros((0, 2), "int32")
 
     def __bool__(self):
         return self.embeddings is not None
+
+    @property
+    def spans(self):
+        """Arrays `(N, 2)`: the first token of each image, and the next."""
+        counts = self.sizes.prod(axis=1)
+        first = self.places[np.cumsum(counts) - counts]
+        return np.stack([first, first + counts], axis=1)
+
+    def are_whole(self):
+        """Whether there are as many tokens of images as sizes say, in order."""
+        count = self.sizes.prod(axis=1).sum()
+        if (self.sizes < 1).any() or count != len(self.places):
+            return False
+        found = [x for span in self.spans for x in range(*span)]
+        ascending = (np.diff(self.places) > 0).all()
+        return ascending and found == self.places.tolist()
 
     def added(self, new, start):
         """These and others.
@@ -36,42 +55,39 @@ class SessionImages(typing.NamedTuple):
             return self
         places = np.append(self.places, new.places + start).astype("int32")
         if not self:
-            return SessionImages(places, new.embeddings)
+            return new._replace(places=places)
         return SessionImages(
-            places, ops.concatenate([self.embeddings, new.embeddings])
+            places,
+            ops.concatenate([self.embeddings, new.embeddings]),
+            np.concatenate([self.sizes, new.sizes]),
         )
 
     def before(self, count):
         """Those among the first `count` tokens."""
-        return self._those(self.places < count)
+        return self._those(slice(np.searchsorted(self.places, count)))
 
-    def source(self, start, length, backbone):
-        """What a backbone takes to read those from some token on.
+    def since(self, start):
+        """Those among the tokens from some on, with places counted from it."""
+        found = self._those(slice(np.searchsorted(self.places, start), None))
+        return found._replace(places=found.places - np.int32(start))
+
+    def grid_positions(self, length):
+        """Where the tokens of a text stand if those of images are in grids.
+
+        Text goes on after an image where its longer side ends.
 
         Args:
-            start: int. Where the call begins.
             length: int. How many tokens the text has.
-            backbone: The backbone.
 
         Returns:
-            Dictionary for one row, with places counted from `start`. `None` if
-            there is no image.
+            int32 array `(4, length)`, as `GridPositions` takes it.
         """
-        found = self._those(self.places >= start)
-        if not found:
-            return None
-        places = found.places - start
-        mask = np.zeros((1, length - start), "int32")
-        mask[0, places] = 1
-        roles, embeddings = backbone.roles, found.embeddings
-        *_, name_of_places, name_of_mask = roles.beside_images
-        if len(backbone.cuts.tower.shape) == 4:
-            embeddings = embeddings[None]
-        return {
-            roles.image_embeddings: embeddings,
-            name_of_places: places[None].astype("int32"),
-            name_of_mask: mask,
-        }
+        found = np.tile(np.arange(length, dtype="int32"), (4, 1))
+        for (first, end), size in zip(self.spans, self.sizes):
+            found[:, first:end] = found[0, first]
+            found[2:, first:end] += np.indices(size).reshape(2, -1)
+            found[:, end:] += size.max() - size.prod()
+        return found
 
     def check_end(self, count, received):
         """Checks that a text may end after some tokens.
@@ -85,24 +101,25 @@ class SessionImages(typing.NamedTuple):
         Raises:
             ValueError: If an image would be left in part, or nothing after it.
         """
-        if not count or count - 1 not in self.places:
-            return
-        tokens = self.embeddings.shape[1]
-        image = int(np.searchsorted(self.places, count - 1)) // tokens
-        first = int(self.places[image * tokens])
-        raise ValueError(
-            "Expected to be left with a token of text at the end, after whole "
-            f"images. Received: {received}, after which the last of {count} "
-            f"tokens is one of the image at {first} to {first + tokens - 1}. "
-            f"Leave {first} tokens, or {first + tokens + 1} or more."
-        )
+        for first, end in self.spans:
+            if first < count <= end:
+                raise ValueError(
+                    "Expected to be left with a token of text at the end, "
+                    f"after whole images. Received: {received}, after which "
+                    f"the last of {count} tokens is one of the image at "
+                    f"{first} to {end - 1}. Leave {first} tokens, or {end + 1} "
+                    "or more."
+                )
 
     def _those(self, chosen):
-        if not chosen.any():
+        """The images that have the tokens of a slice of all, whole ones."""
+        if not len(self.places[chosen]):
             return SessionImages()
-        tokens = self.embeddings.shape[1]
-        images = np.flatnonzero(chosen)[::tokens] // tokens
-        first, last = int(images[0]), int(images[-1])
+        ends = np.cumsum(self.sizes.prod(axis=1))
+        first, end, _ = chosen.indices(len(self.places))
+        images = slice(*np.searchsorted(ends, [first, end - 1], side="right"))
         return SessionImages(
-            self.places[chosen], self.embeddings[first : last + 1]
+            self.places[chosen],
+            self.embeddings[first:end],
+            self.sizes[images.start : images.stop + 1],
         )

@@ -20,6 +20,7 @@ class SeesInGrids:
         return Roles(
             images="pixel_values",
             beside_images=("image_grid_thw", "vision_indices"),
+            with_images=("image_grid_thw",),
             image_embeddings="img_embeddings",
             embeddings="embeddings",
             grid_positions="position_ids" if in_grids else None,

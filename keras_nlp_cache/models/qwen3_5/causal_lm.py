@@ -21,6 +21,17 @@ class GeneratesInGrids(GridImageLM):
         if getattr(self.preprocessor, "start_of_image_token", None) is not None:
             self.preprocessor.media_of(inputs)
 
+    def most_tokens_of(self, images):
+        converter = self.preprocessor.image_converter
+        side = converter.patch_size * converter.spatial_merge_size
+        count = 0
+        for height, width, _ in (x.shape for x in images):
+            # Those that are too small are made larger.
+            larger = max(1, (converter.min_pixels / (height * width)) ** 0.5)
+            rows, columns = (int(x * larger / side) for x in (height, width))
+            count += (rows + 2) * (columns + 2)
+        return count
+
     def call_with_cache(
         self,
         token_ids,
