@@ -812,6 +812,23 @@ def test_several_images_and_none(family):
     assert re.sub(r"<[^<>]*>", "", shown) in text
 
 
+@on_one_backend("what is called is the graph, as it is elsewhere")
+@every_image_in_text
+def test_scores(family):
+    lm, _ = family.lm_pair
+    inputs, blocks = family.inputs(TOKENS, MASK), []
+    scores = lm.score(
+        inputs, layer_intercept_fn=lambda x, i: blocks.append(i) or x
+    )
+    assert blocks == list(range(-1, len(lm.backbone.blocks)))
+    np.testing.assert_array_equal(
+        to_numpy(scores), to_numpy(lm._logits(lm.backbone(inputs)))
+    )
+    bad = {**inputs, "vision_indices": inputs["vision_indices"][:, 1:]}
+    with pytest.raises(ValueError, match="vision_indices"):
+        lm.score(bad)
+
+
 @PALI_GEMMA_ALONE
 def test_text_without_an_image(family):
     lm, _ = family.lm_pair

@@ -574,6 +574,31 @@ def test_a_preset_goes_both_ways(family, tmp_path):
 # === A task's other methods ===
 
 
+@every_grid_model
+@pytest.mark.parametrize("mode", ["logits", "loss"])
+def test_scores_are_upstream_s(family, mode):
+    inputs = {**family.inputs(TOKENS, MASK), "position_ids": in_grids(family)}
+    inputs = {k: ops.convert_to_tensor(x) for k, x in inputs.items()}
+    seen, targets = {}, np.roll(TOKENS, -1, axis=1)
+
+    def intercept(x, index):
+        seen.setdefault(index, []).append(to_numpy(x))
+        return x * 1.5 + 0.1
+
+    for change in (None, intercept):
+        ours, theirs = (
+            to_numpy(lm.score(inputs, None, mode, change, targets))
+            for lm in family.lm_pair
+        )
+        np.testing.assert_allclose(ours, theirs, atol=5e-4, rtol=5e-4)
+    assert sorted(seen) == list(range(-1, len(family.pair[0].blocks)))
+    for ours, theirs in seen.values():
+        np.testing.assert_allclose(ours, theirs, atol=5e-4, rtol=5e-4)
+    bad = {**inputs, "image_grid_thw": inputs["image_grid_thw"] + 1}
+    with pytest.raises(ValueError, match="multiples of 2"):
+        family.lm_pair[0].score(bad)
+
+
 @on_one_backend("gradients are taken of what is called, and compared")
 @every_grid_model
 def test_gradients(family):

@@ -796,7 +796,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
         by one, this runs through the backbone's graph, edits included.
 
         Args:
-            token_ids: int tensor `(B, T)`.
+            token_ids: int tensor `(B, T)`. Or a dictionary of that and what
+                else the backbone takes, such as images.
             padding_mask: Optional tensor `(B, T)`, 0 for padding.
             scoring_mode: `"logits"` or `"loss"`.
             layer_intercept_fn: Optional function from hidden states
@@ -834,6 +835,11 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             layer_intercept_fn,
             target_ids,
         )
+
+    @property
+    def embeddings_layer(self):
+        """The layer that returns what `score()` calls the embeddings."""
+        return getattr(self.backbone, self.embeddings_name)
 
     def export_to_transformers(self, path):
         """Exports the task in the format of Hugging Face Transformers.

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.cache.slots import start_at
+from keras_nlp_cache.cache.source_inputs import JoinedEmbeddings
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
 from keras_nlp_cache.graph.image_inputs import known
@@ -117,6 +118,14 @@ class GridImageLM(ImageTextLM):
                 axis=2,
             )
         return inputs
+
+    @property
+    def embeddings_layer(self):
+        if not self.backbone.sees:
+            return super().embeddings_layer
+        # As for upstream's `score()`, those of images are among them.
+        (node,) = self.backbone.nodes_of_kind(JoinedEmbeddings)
+        return node.operation
 
     # === For sessions ===
 

@@ -303,8 +303,10 @@ class ImageTextLM(CausalLM):
             len(text.encode()) + 3 + self.most_tokens_of(images),
         )
         x = self._as_arrays(x)
-        places, sizes = self.places_in(x, len(images))
-        seen = SessionImages(places.astype("int32"), None, sizes)
+        places, sizes = (
+            found.astype("int32") for found in self.places_in(x, len(images))
+        )
+        seen = SessionImages(places, None, sizes)
         if (
             len(sizes) != len(images)
             or not seen.are_whole()

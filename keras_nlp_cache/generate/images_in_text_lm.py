@@ -98,7 +98,7 @@ class ImagesInTextLM(ImageTextLM):
         return len(images) * (self.tokens_of_image + 8)
 
     def places_in(self, x, count):
-        sizes = np.tile(np.int32([1, self.tokens_of_image]), (count, 1))
+        sizes = np.tile([1, self.tokens_of_image], (count, 1))
         return np.flatnonzero(x[self.name_of_mask]), sizes
 
     def embeddings_of(self, x, count):

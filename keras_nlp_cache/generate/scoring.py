@@ -38,10 +38,9 @@ def score(
             "Expected `target_ids`, the token ids to compare with, with "
             'scoring_mode="loss". Received: target_ids=None.'
         )
-    embeddings = getattr(lm.backbone, lm.embeddings_name)
+    embeddings = lm.embeddings_layer
 
-    def call(site, *args, **kwargs):
-        x = site(*args, **kwargs)
+    def change(site, x):
         if site.block is not None:
             return intercept(x, site.block)
         return intercept(x, -1) if site.layer is embeddings else x
@@ -58,8 +57,11 @@ def score(
             )
         return y
 
-    hidden_states = lm.backbone.intercepted(
-        {"token_ids": token_ids, "padding_mask": padding_mask}, call
+    inputs = token_ids
+    if not isinstance(inputs, dict):
+        inputs = {"token_ids": token_ids}
+    hidden_states = lm.backbone.watched(
+        {"padding_mask": padding_mask, **inputs}, change
     )
     logits = lm._logits(hidden_states)
     if scoring_mode == "logits":

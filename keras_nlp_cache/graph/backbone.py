@@ -31,6 +31,7 @@ from keras_nlp_cache.graph import lora_file
 from keras_nlp_cache.graph import saving
 from keras_nlp_cache.graph.calling import CachedGraph
 from keras_nlp_cache.graph.calling import dense
+from keras_nlp_cache.graph.calling import flatten
 from keras_nlp_cache.graph.calling import plain_python
 from keras_nlp_cache.graph.constructed import check_blocks
 from keras_nlp_cache.graph.constructed import check_graph
@@ -442,6 +443,33 @@ class CachedBackbone(CachedGraph, keras_hub.models.Backbone, Functional):
             Hidden states `(B, T, hidden_dim)`.
         """
         return self.replay(self._normalize(inputs), None, call)[0]
+
+    def watched(self, inputs, change):
+        """Runs as a call without a cache does, with a say in what it computes.
+
+        Args:
+            inputs: Dictionary, as the model is called with.
+            change: Function `(site, x) -> x`, of what a call of the graph
+                returned first, to what the graph is to go on with.
+
+        Returns:
+            Hidden states `(B, T, hidden_dim)`.
+        """
+        sites = iter(self.sites)
+
+        def operation_fn(operation):
+            if isinstance(operation, Weightless):
+                return operation
+            site = next(sites)
+
+            def call(*args, **kwargs):
+                x, *further = flatten(operation(*args, **kwargs))
+                return change(site, x), *further
+
+            return call
+
+        inputs = flatten(self._normalize(inputs))
+        return super()._run_through_graph(inputs, operation_fn)[0]
 
     def _run_through_graph(
         self, inputs, operation_fn=lambda op: op, call_fn=None
