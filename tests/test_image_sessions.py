@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 from keras import tree
 
+from keras_nlp_cache import device
 from tests.families import compiled
 from tests.families import every_grid_model
 from tests.families import every_image_in_text
@@ -115,19 +116,29 @@ def test_each_turn_reads_what_is_new(family, seen):
     assert np.abs(one - two).max() > 1e-2
 
 
+@pytest.fixture
+def few_at_a_time():
+    """A text is longer than what is read at a time, or shorter."""
+    device.set_constants(compiled_chunk=16, eager_chunk=4)
+    yield
+    device.set_constants()
+
+
 @every_image_in_turns
-def test_what_is_remembered(family):
+def test_what_is_remembered(family, few_at_a_time):
     """A step after all turns is that of a model that reads them at once."""
     lm = lm_that_sees(family)
-    session = lm.start_session()
+    lm = family.task(lm.backbone, lm.preprocessor)
+    lm.compile(sampler="greedy")
+    session, images = lm.start_session(), []
     for text, new in (
-        (FIRST, family.pictures[:1]),
-        ("fox", None),
         (SECOND, family.pictures[::-1]),
-        ("dog", None),
+        ("fox", []),
+        (FIRST, family.pictures[:1]),
+        ("dog", []),
     ):
         session.send(with_marks(family, text), 5, None, images=new)
-    images = [family.pictures[x] for x in (0, 1, 0)]
+        images.extend(new)
     full = logits_of(session, images, family)
     cache = tree.map_structure(
         lambda x: ops.convert_to_tensor(to_numpy(x)), session._cache
