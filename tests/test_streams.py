@@ -10,6 +10,7 @@ from keras_hub.src.models.mobilenetv5.mobilenetv5_builder import (
     convert_arch_def_to_stackwise,
 )
 
+import keras_nlp_cache
 from keras_nlp_cache import surgery
 from tests.families import compiled
 from tests.families import decode
@@ -147,3 +148,20 @@ def test_text_with_a_model_that_has_a_tower():
     )
     with pytest.raises(ValueError, match="no `images`.*keras_hub"):
         ours({**inputs, "images": np.ones((2, 1, 16, 16, 3))})
+
+
+def test_an_edited_model_and_a_session_are_saved(tmp_path):
+    """As others are: with a block that is new, and by what layers say."""
+    lm, inputs = FAMILY.text_lm(), {**INPUTS, "token_ids": TOKENS % 50}
+    block = lm.backbone.blocks[0]
+    new = type(block).from_config({**block.get_config(), "name": "new"})
+    edited = surgery.insert_after(lm, 0, new)
+    full = to_numpy(edited.backbone(inputs))
+    edited.backbone.save(tmp_path / "edited.keras")
+    loaded = keras_nlp_cache.load_model(tmp_path / "edited.keras")
+    np.testing.assert_allclose(to_numpy(loaded(inputs)), full, atol=1e-5)
+    session = lm.start_session()
+    session.send("the fox", 3, None)
+    session.save(tmp_path / "session.safetensors")
+    again = lm.start_session(tmp_path / "session.safetensors")
+    assert again.send("the dog", 3, None) == session.send("the dog", 3, None)

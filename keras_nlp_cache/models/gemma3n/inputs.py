@@ -31,6 +31,10 @@ class _OfProcessor(keras.layers.Layer):
         }
         self.built = True
 
+    def get_config(self):
+        # All that tells it from others but for layers, which are upstream's.
+        return {**super().get_config(), **self.constants}
+
     def run(self, token_ids, embeddings, of_text=None, **layers):
         """Runs upstream's code on given embeddings.
 

@@ -123,6 +123,10 @@ class Gemma3nTextDecoderBlock(
             self.act_fn = self.mlp.act_fn = _gelu
 
     def build(self, input_shape):
+        if not isinstance(input_shape[0], (list, tuple)):
+            # Of hidden states alone, as for any block.
+            size = self.hidden_size_per_layer_input
+            input_shape = input_shape, (*input_shape[1:-1], size), None
         # Upstream's takes no lists, which a file has.
         super().build(
             tuple(None if x is None else tuple(x) for x in input_shape)

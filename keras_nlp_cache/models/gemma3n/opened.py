@@ -23,7 +23,8 @@ _MEDIA = (
 )
 
 
-class _Power(Power):
+@keras.saving.register_keras_serializable("keras_nlp_cache")
+class PowerOfTensors(Power):
     """What `x**y` is of tensors that are no symbols.
 
     `ops.power()` differs in the last bit on PyTorch, and by processor:
@@ -39,7 +40,7 @@ def _square_as_called(inputs, outputs):
     """Has powers in a graph be those of upstream, which calls its code."""
     for operation in keras.Function(inputs, outputs).operations:
         if type(operation) is Power:
-            operation.__class__ = _Power
+            operation.__class__ = PowerOfTensors
 
 
 class OpenedBackbone(CachedBackbone):
