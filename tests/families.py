@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 from keras import ops
 from keras.src.saving import object_registration
+from keras_hub.src.models.mobilenetv5.mobilenetv5_builder import (
+    convert_arch_def_to_stackwise,
+)
 from keras_hub.src.models.qwen3_5.qwen3_5_vision_encoder import (
     Qwen3_5VisionEncoder,
 )
@@ -287,7 +290,7 @@ class Streams(Family):
                 kwargs[name] = (config[name] * count)[:count]
             # As many have keys and values of their own.
             own = config["num_hidden_layers"] - config["num_kv_shared_layers"]
-            kwargs["num_kv_shared_layers"] = max(0, count - own)
+            kwargs.setdefault("num_kv_shared_layers", max(0, count - own))
         return kwargs
 
 
@@ -372,6 +375,13 @@ class ImageText(Family):
     with_images: typing.ClassVar[tuple] = ()
     # What stands for an image in a prompt.
     mark: typing.ClassVar[str] = ""
+    # Whether tokens of an image, or of a prompt, see what follows them.
+    sees_ahead: typing.ClassVar[bool] = True
+    # Whether upstream's has prompts see what the images before are filled up
+    # with.
+    mixes_prompts: typing.ClassVar[bool] = False
+    # Parts of paths of weights that upstream's task makes a constant of.
+    constants: typing.ClassVar[tuple] = ()
     # Other arguments, where all edits are to be possible.
     for_edits: typing.ClassVar[dict] = {}
 
@@ -415,7 +425,7 @@ class ImageText(Family):
         backbone = super().backbone(**kwargs)
         # For what is generated to depend on what is read.
         for weight in backbone.weights:
-            if "token_embedding" in weight.path:
+            if "token_embedding" in weight.path or "tokens/" in weight.path:
                 weight.assign(0.2 * weight)
         return backbone
 
@@ -516,7 +526,7 @@ class ImagesInText(ImageText):
             "vision_mask": mask,
         }
 
-    def preprocessor(self, sequence_length=16):
+    def preprocessor(self, sequence_length=16, **kwargs):
         converter = self.upstream("ImageConverter")(image_size=(16, 16))
         return self.upstream(f"{self.kind}Preprocessor")(
             self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
@@ -524,6 +534,7 @@ class ImagesInText(ImageText):
             sequence_length=sequence_length,
             max_images_per_prompt=2,
             num_vision_tokens_per_image=4,
+            **kwargs,
         )
 
 
@@ -588,12 +599,72 @@ class PatchesInText(ImagesInText, WithPositions):
         )
 
 
+class ImagesByToken(Streams, ImagesInText):
+    """A family in whose text images stand in the place of one token's id."""
+
+    sees_ahead = False
+    mixes_prompts = True
+    # In its logits, where PyTorch goes on from the weight.
+    if keras.config.backend() != "torch":
+        constants = ("/embed_tokens/",)
+    # None of its blocks reads what another one makes.
+    for_edits = {"num_kv_shared_layers": 0}
+
+    @ImagesInText.config.getter
+    def config(self):
+        return self._config
+
+    @staticmethod
+    def of_images_alone(backbone):
+        return [backbone.image_tower]
+
+    def without_images(self):
+        # Whose vocabulary has tokens of images, too.
+        return self.task(self.pair[0])
+
+    def backbone(self, **kwargs):
+        backbone = super().backbone(**kwargs)
+        # For two images to be seen as different ones.
+        for weight in backbone.vision_encoder.weights:
+            if weight.name == "bias":
+                weight.assign(weight - 1)
+        # For what is read to decide what is generated.
+        for weight in backbone.weights:
+            if "post_attention_layernorm" in weight.path:
+                weight.assign(3 * weight)
+        # For that to be words, and no tokens that stand for none.
+        embeddings = backbone.token_embedding.embedding.embeddings
+        few = np.where(np.arange(embeddings.shape[0]) < 16, 0.1, 1.0)
+        embeddings.assign(embeddings * few[:, None].astype("float32"))
+        return backbone
+
+    def _named(self, kwargs):
+        if "vocabulary_size" in kwargs:
+            # That of the tokenizer, before all pieces of words.
+            kwargs = {"image_token_id": 4, **kwargs}
+        return super()._named(kwargs)
+
+    def inputs(self, token_ids, padding_mask):
+        inputs = super().inputs(token_ids, padding_mask)
+        image = dict(self.config)["image_token_id"]
+        # No others stand for one.
+        token_ids = np.where(token_ids == image, image - 1, token_ids)
+        token_ids = np.where(inputs["vision_mask"], image, token_ids)
+        return {**inputs, "token_ids": token_ids.astype("int32")}
+
+    def preprocessor(self, sequence_length=16, **kwargs):
+        return super().preprocessor(
+            sequence_length, max_audios_per_prompt=0, **kwargs
+        )
+
+
 class WithQFormer(ImageText):
     """A family whose backbone is made of models, of new ones each time.
 
     Its `config` is what they are made with.
     """
 
+    sees_ahead = False
     name_of_text = "text"
     vision = dict(
         patch_size=8,
@@ -965,37 +1036,31 @@ _GEMMA4 = dict(
     hidden_size_per_layer_input=6,
 )
 FAMILIES += (_family("gemma4", "Gemma4", _GEMMA4, cls=WithPositions),)
-FAMILIES += (
-    _family(
-        "gemma3n",
-        "Gemma3n",
-        dict(
-            text_vocab_size=VOCABULARY_SIZE,
-            # Less, as in the published models.
-            vocab_size_per_layer_input=90,
-            text_hidden_size=32,
-            num_hidden_layers=3,
-            pad_token_id=0,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            intermediate_size=[48] * 3,
-            hidden_activation="gelu_approximate",
-            activation_sparsity_pattern=[0.5, 0.0, 0.0],
-            # The last one reads what the first one does.
-            layer_types=["sliding_attention", "full_attention"] * 3,
-            num_kv_shared_layers=1,
-            sliding_window=4,
-            rope_theta=1e6,
-            max_position_embeddings=64,
-            hidden_size_per_layer_input=8,
-            altup_num_inputs=4,
-            laurel_rank=4,
-            final_logit_soft_cap=10.0,
-        ),
-        cls=Streams,
-    ),
+_GEMMA3N = dict(
+    text_vocab_size=VOCABULARY_SIZE,
+    # Less, as in the published models.
+    vocab_size_per_layer_input=90,
+    text_hidden_size=32,
+    num_hidden_layers=3,
+    pad_token_id=0,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=[48] * 3,
+    hidden_activation="gelu_approximate",
+    activation_sparsity_pattern=[0.5, 0.0, 0.0],
+    # The last one reads what the first one does.
+    layer_types=["sliding_attention", "full_attention"] * 3,
+    num_kv_shared_layers=1,
+    sliding_window=4,
+    rope_theta=1e6,
+    max_position_embeddings=64,
+    hidden_size_per_layer_input=8,
+    altup_num_inputs=4,
+    laurel_rank=4,
+    final_logit_soft_cap=10.0,
 )
+FAMILIES += (_family("gemma3n", "Gemma3n", _GEMMA3N, cls=Streams),)
 
 _GEMMA_SIDE = dict(
     hidden_dim=32,
@@ -1111,6 +1176,28 @@ IMAGE_MODELS += (
         use_vision_bidirectional_attention=True,
         # Less than an image has.
         sliding_window_size=3,
+    ),
+)
+
+IMAGE_MODELS += (
+    _family(
+        "gemma3n_vision",
+        "Gemma3n",
+        _GEMMA3N,
+        cls=ImagesByToken,
+        # Four tokens, of one convolution and two blocks.
+        vision_encoder_config=dict(
+            **convert_arch_def_to_stackwise([["er_r1_k3_s2_e1_c8"]] * 2),
+            stem_size=8,
+            num_features=8,
+            image_shape=(16, 16, 3),
+            use_msfa=False,
+        ),
+        vision_hidden_size=8,
+        # As in the published models, it has no input for each layer.
+        vision_vocab_offset=92,
+        vision_vocab_size=8,
+        image_token_id=95,
     ),
 )
 

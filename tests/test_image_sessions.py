@@ -65,9 +65,8 @@ def logits_of(session, images, family):
     padded = np.pad(token_ids, (0, -len(token_ids) % 64))[None]
     inputs = family.inputs_of_text(session.lm, padded, places, images)
     # Alone, so that a task over the same weights has compiled the same.
-    backbone = session.lm.backbone
-    hidden_states = compiled(backbone)(inputs)
-    logits = to_numpy(backbone.output_embedding(hidden_states, reverse=True))
+    backbone = compiled(session.lm.backbone)
+    logits = to_numpy(session.lm._logits(backbone(inputs)))
     return logits[0, : len(token_ids)]
 
 

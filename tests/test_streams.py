@@ -1,14 +1,10 @@
 """Gemma 3n: several streams of hidden states, keys and values in common."""
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 from keras import ops
 from keras import tree
-from keras_hub.src.models.mobilenetv5.mobilenetv5_builder import (
-    convert_arch_def_to_stackwise,
-)
 
 import keras_nlp_cache
 from keras_nlp_cache import surgery
@@ -16,7 +12,6 @@ from tests.families import compiled
 from tests.families import decode
 from tests.families import FAMILIES
 from tests.families import random_tokens
-from tests.families import randomize
 from tests.families import to_numpy
 
 FAMILY = next(x for x in FAMILIES if x.name == "gemma3n")
@@ -112,42 +107,6 @@ def test_it_is_called_with_a_list_as_upstream():
     np.testing.assert_allclose(
         to_numpy(layer(INPUTS)), to_numpy(ours(INPUTS)), atol=1e-5
     )
-
-
-def test_text_with_a_model_that_has_a_tower():
-    """Images are refused, and tokens that stand for such are embedded."""
-    stages = convert_arch_def_to_stackwise([["er_r1_k3_s2_e1_c8"]])
-    tower = keras_hub.models.MobileNetV5Backbone(
-        **stages,
-        num_features=8,
-        image_shape=(16, 16, 3),
-        use_msfa=False,
-        stem_size=8,
-    )
-    config = dict(
-        FAMILY.config,
-        vision_encoder_config=tower.get_config(),
-        vision_hidden_size=8,
-        vision_vocab_offset=90,
-        vision_vocab_size=10,
-    )
-    ours = FAMILY.ours("Backbone")(**config)
-    randomize(ours)
-    upstream = FAMILY.upstream("Backbone")(**config)
-    shapes = [[w.shape for w in x.weights] for x in (ours, upstream)]
-    assert shapes[0] == shapes[1]
-    upstream.set_weights(ours.get_weights())
-    none = np.zeros((2, 0, 16, 16, 3), "float32")
-    inputs = {**INPUTS, "token_ids": np.where(TOKENS > 40, 95, TOKENS)}
-    full = to_numpy(ours(inputs))
-    np.testing.assert_allclose(
-        full, to_numpy(upstream({**inputs, "images": none})), atol=1e-5
-    )
-    np.testing.assert_array_equal(
-        to_numpy(ours({**inputs, "images": none})), full
-    )
-    with pytest.raises(ValueError, match="no `images`.*keras_hub"):
-        ours({**inputs, "images": np.ones((2, 1, 16, 16, 3))})
 
 
 def test_an_edited_model_and_a_session_are_saved(tmp_path):

@@ -36,7 +36,8 @@ def outputs(backbone):
     family = next(
         x
         for x in (*FAMILIES, *ENCODER_DECODERS, *IMAGE_MODELS, *GRID_MODELS)
-        if set(x.inputs(TOKENS, MASK)) == {y.name for y in backbone.inputs}
+        if type(backbone).__name__ == f"{x.prefix}Backbone"
+        and set(x.inputs(TOKENS, MASK)) >= {y.name for y in backbone.inputs}
     )
     returned = backbone(family.inputs(TOKENS, MASK))
     arrays = [to_numpy(x).ravel() for x in keras.tree.flatten(returned)]
@@ -72,7 +73,8 @@ def paths(model):
     """
     counted = (
         r"(_moe_block|t5_layer_norm|\w+_normalization|moonshine_\w+?"
-        r"|vision_encoder)_\d+/"
+        r"|vision_encoder|mobile_net_v5_backbone|edge_residual\w*"
+        r"|conv_norm_act|conv2d|rms_norm2d)_\d+/"
     )
     return [re.sub(counted, r"\1/", w.path) for w in model.weights]
 

@@ -12,13 +12,19 @@ import pathlib
 import re
 import types
 import typing
+from unittest import mock
 
 import keras
 import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from keras_hub.src.models.mobilenetv5.mobilenetv5_builder import (
+    convert_arch_def_to_stackwise,
+)
 from keras_hub.src.utils.transformers import convert_gemma3n
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.gemma3n import modeling_gemma3n
 
 from tests.families import IMAGES
 
@@ -438,6 +444,72 @@ class PatchesInText(ImagesInText):
         )
 
 
+class ImagesByToken(ImagesInText):
+    """A small model that sees with what keras_hub builds.
+
+    The tower of transformers is another project's, which is not installed. Here
+    it has that of the backbone that it is compared with. All that follows it is
+    that of transformers, the projection of features, say.
+    """
+
+    @functools.cached_property
+    def model(self):
+        auto_model = mock.Mock()
+        auto_model.from_config = lambda config, **kwargs: (
+            _Seeing()
+            if config.model_type == "gemma3n_vision"
+            else transformers.AutoModel.from_config(config, **kwargs)
+        )
+        with mock.patch.object(modeling_gemma3n, "AutoModel", auto_model):
+            return Family.model.func(self)
+
+    def save(self, folder):
+        """Nothing: keras_hub's converter reads towers of one size alone."""
+
+    def load(self, models, folder):
+        lm = super().load(models, folder)
+        self.model.model.vision_tower.tower.append(lm.backbone.vision_encoder)
+        return lm
+
+    def our_inputs(self, images, token_ids, padding_mask):
+        inputs = super().our_inputs(images, token_ids, padding_mask)
+        image = self.config.image_token_id
+        token_ids = np.where(inputs["vision_mask"], image, token_ids)
+        return {**inputs, "token_ids": token_ids}
+
+    def inputs(self, images, token_ids, padding_mask):
+        inputs = super().inputs(images, token_ids, padding_mask)
+        return {k: x for k, x in inputs.items() if k != "token_type_ids"}
+
+    def greedy(self, images, token_ids):
+        # Of images, there are logits of tokens, too.
+        inputs = self.inputs(images, token_ids, np.ones_like(token_ids))
+        return self.model.generate(
+            **inputs, max_new_tokens=NEW_TOKENS, do_sample=False
+        ).numpy()
+
+    def logits(self, images, token_ids, padding_mask):
+        with torch.no_grad():
+            inputs = self.inputs(images, token_ids, padding_mask)
+            return self.model(**inputs).logits.numpy()
+
+
+class _Seeing(torch.nn.Module):
+    """Sees with a layer of Keras, the one in its list."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = []
+
+    def forward(self, pixel_values, **kwargs):
+        (tower,) = self.tower
+        seen = tower(pixel_values.permute(0, 2, 3, 1).numpy())
+        seen = torch.tensor(keras.ops.convert_to_numpy(seen))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=seen.permute(0, 3, 1, 2)
+        )
+
+
 class ImagesInGrids(Family):
     """A small model in whose text images of any size stand, in grids."""
 
@@ -651,6 +723,52 @@ def _gemma3n_arguments(config):
     )
 
 
+def _gemma3n_with_towers(config):
+    # Of images, one for four tokens.
+    tower = dict(
+        **convert_arch_def_to_stackwise([["er_r1_k3_s2_e1_c8"]] * 2),
+        stem_size=8,
+        num_features=8,
+        image_shape=(16, 16, 3),
+        use_msfa=False,
+    )
+    vision, audio = config.vision_config, config.audio_config
+    names = {
+        "num_hidden_layers": "conf_num_hidden_layers",
+        "residual_weight": "conf_residual_weight",
+        "num_attention_heads": "conf_num_attention_heads",
+        "attention_chunk_size": "conf_attention_chunk_size",
+        "num_attention_context_right": "conf_attention_context_right",
+        "num_attention_context_left": "conf_attention_context_left",
+        "attention_logit_cap": "conf_attention_logit_cap",
+        "conv_kernel_size": "conf_conv_kernel_size",
+        "reduction_factor": "conf_reduction_factor",
+    }
+    as_there = (
+        "hidden_size",
+        "input_feat_size",
+        "sscp_conv_channel_size",
+        "sscp_conv_kernel_size",
+        "sscp_conv_stride_size",
+        "sscp_conv_group_norm_eps",
+        "rms_norm_eps",
+        "gradient_clipping",
+    )
+    names |= {name: name for name in as_there}
+    return dict(
+        _gemma3n_arguments(config.text_config),
+        vision_encoder_config=tower,
+        vision_hidden_size=vision.hidden_size,
+        vision_vocab_size=vision.vocab_size,
+        vision_vocab_offset=vision.vocab_offset,
+        image_token_id=config.image_token_id,
+        audio_encoder_config={k: getattr(audio, x) for k, x in names.items()},
+        audio_hidden_size=audio.hidden_size,
+        audio_vocab_size=audio.vocab_size,
+        audio_vocab_offset=audio.vocab_offset,
+    )
+
+
 def _gemma3n_weights(backbone, read):
     # keras_hub's converter reads models of text together with two towers.
     found = []
@@ -659,7 +777,8 @@ def _gemma3n_weights(backbone, read):
         """What it asks for weights."""
 
         def port_weight(self, variable, name, hook_fn=lambda x, shape: x):
-            name = name.replace("model.language_model.", "model.")
+            if backbone.vision_encoder is None:
+                name = name.replace("model.language_model.", "model.")
             try:
                 value = hook_fn(read(name), variable.shape)
             except KeyError:
@@ -669,6 +788,14 @@ def _gemma3n_weights(backbone, read):
             found.append((variable, value))
 
     convert_gemma3n._port_language_model(Loader(), backbone)
+    if backbone.vision_encoder is not None:
+        convert_gemma3n._port_audio_tower(Loader(), backbone)
+        convert_gemma3n._port_multimodal_embedders(Loader(), backbone)
+        # Both have this one.
+        rng = np.random.default_rng(0)
+        for weight in backbone.vision_encoder.weights:
+            value = 0.3 * rng.normal(size=weight.shape)
+            found.append((weight, value + (weight.name == "gamma")))
     return found
 
 
@@ -1486,6 +1613,44 @@ IMAGE_MODELS["gemma4"] = PatchesInText(
         eoi_token_id=None,
         attn_implementation="eager",
     ),
+)
+IMAGE_MODELS["gemma3n"] = ImagesByToken(
+    "Gemma3n",
+    transformers.Gemma3nConfig(
+        text_config=dict(
+            dict(_GEMMA, vocab_size=108),
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_kv_shared_layers=2,
+            sliding_window=WINDOW,
+            vocab_size_per_layer_input=100,
+            hidden_size_per_layer_input=8,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.5, 0.0] * 2,
+            final_logit_softcapping=10.0,
+            pad_token_id=0,
+        ),
+        vision_config=transformers.Gemma3nVisionConfig(
+            hidden_size=8, vocab_offset=100, vocab_size=4
+        ),
+        audio_config=dict(
+            hidden_size=8,
+            vocab_offset=104,
+            vocab_size=4,
+            input_feat_size=8,
+            conf_num_hidden_layers=1,
+            conf_num_attention_heads=1,
+            conf_reduction_factor=1,
+            sscp_conv_channel_size=(4, 4),
+        ),
+        vision_soft_tokens_per_image=4,
+        image_token_id=101,
+        boi_token_id=None,
+        eoi_token_id=None,
+        attn_implementation="eager",
+    ),
+    _gemma3n_with_towers,
+    _gemma3n_weights,
 )
 _IN_GRIDS = dict(
     text_config=dict(

@@ -91,7 +91,7 @@ class ImagesInTextLM(ImageTextLM):
     @property
     def tokens_of_image(self):
         """How many tokens an image becomes in a prompt."""
-        return self.backbone.cuts.tower.shape[1]
+        return self.backbone.cuts.tower.shape[-2]
 
     def most_tokens_of(self, images):
         # Some are put around those of an image.

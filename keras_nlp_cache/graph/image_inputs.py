@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_nlp_cache.graph.inputs import as_tensor
 from keras_nlp_cache.graph.inputs import check_shape
@@ -46,7 +47,8 @@ def normalize_images(inputs, backbone, text):
             found[name] = as_tensor(name, inputs[name], like.dtype, "iuf")
             axes = _AXES if name == roles.images else _AXES_OF_EMBEDDINGS
             _check_like(name, found[name], like.shape, axes)
-    beside = {name: backbone.input[name].shape for name in roles.beside_images}
+    inputs_of_graph = backbone._inputs_struct
+    beside = {name: inputs_of_graph[name].shape for name in roles.beside_images}
     if roles.grid_positions is not None:
         beside[roles.grid_positions] = None, 4, None
     for name, shape in beside.items():
@@ -82,8 +84,8 @@ def _check_like(name, x, shape, axes):
 
 def known(x):
     """An array of what a tensor holds, `None` if there is none to be seen."""
-    if x is None or isinstance(x, keras.KerasTensor):
-        return None
+    if x is None or isinstance(x, keras.KerasTensor) or in_symbolic_scope():
+        return None  # For a shape, Keras may call on numbers of its own.
     try:
         return np.asarray(ops.convert_to_numpy(x))
     except (TypeError, NotImplementedError, RuntimeError, AttributeError):

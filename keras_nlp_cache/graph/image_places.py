@@ -112,6 +112,23 @@ def check_in_text(images, text, roles, count):
         _check_whole(name, mask != 0, count)
 
 
+def places_of(mask, length):
+    """Where in each row tokens of images are.
+
+    Args:
+        mask: Array `(B, T)`, not 0 for these.
+        length: int. How many there may be in a row.
+
+    Returns:
+        int32 array `(B, length)`. Those that are not needed are 0.
+    """
+    found = np.zeros((len(mask), length), "int32")
+    for row, inside in zip(found, mask):
+        places = np.flatnonzero(inside)
+        row[: len(places)] = places
+    return found
+
+
 def _check_places(images, token_ids, roles, count):
     """Checks that each token of an image has a place in the text."""
     *_, places, name = roles.beside_images

@@ -204,6 +204,18 @@ class ImageTextBackbone(CachedBackbone):
             "'joined_embeddings'."
         )
 
+    def further_arguments(self, operation, inputs):
+        """What an operation of the graph is called with beyond upstream's.
+
+        Args:
+            operation: One that is no decoder block.
+            inputs: Dictionary of the symbolic inputs of a graph.
+
+        Returns:
+            Dictionary of keyword arguments.
+        """
+        return {}
+
     def new_spans(self, inputs, **kwargs):
         """The symbolic spans of a call, int32 `(B, T)`, or `None` for none.
 
@@ -236,6 +248,8 @@ class ImageTextBackbone(CachedBackbone):
             )
         given = {self.roles.images: images, **beside}
         given = normalize_images(self.unpacked(given), self, None)
+        # As a call with a cache runs it.
+        given["cache_update_index"] = 0
         return self._computed(given, EncoderOutput)
 
     def embed(self, inputs):

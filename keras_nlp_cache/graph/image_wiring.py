@@ -48,6 +48,12 @@ class ImageWiring(Wiring):
         names = self._roles.image_embeddings, self._roles.embeddings
         for name, x in zip(names, self._cuts.inputs[1:]):
             self.inputs[name] = _input_like(x, name)
+        for name in self._roles.beside_images:
+            if name not in self.inputs:
+                # Which upstream's backbone has not: of tokens.
+                self.inputs[name] = keras.Input(
+                    (None,), dtype="int32", name=name, optional=True
+                )
         return self._place_tokens(
             index=self.inputs["cache_update_index"],
             token_positions=self.inputs["token_positions"],
@@ -86,6 +92,8 @@ class ImageWiring(Wiring):
         return mask(self.positions, spans=self._spans, **arguments)
 
     def call_operation(self, operation, args, kwargs):
+        further = self._backbone.further_arguments(operation, self.inputs)
+        kwargs = {**kwargs, **further}
         x = super().call_operation(operation, args, kwargs)
         if operation is self._cuts.tower._keras_history.operation:
             self._tower_output = EncoderOutput(

@@ -20,6 +20,8 @@ class Roles(typing.NamedTuple):
         beside_images: Names of what upstream's backbone takes with them. The
             last one has a column for each token of the text.
         with_images: Those of these that the tower takes, too.
+        placed_by_tokens: Whether upstream's backbone takes none of what is
+            beside images, and has them where tokens have the id for it.
         image_embeddings: The output of the tower.
         embeddings: That and the embedded text, as one sequence.
         grid_positions: Where tokens stand if those of an image stand in a grid,
@@ -36,6 +38,7 @@ class Roles(typing.NamedTuple):
     images: str | None = None
     beside_images: tuple = ()
     with_images: tuple = ()
+    placed_by_tokens: bool = False
     image_embeddings: str | None = None
     embeddings: str | None = None
     grid_positions: str | None = None
@@ -68,7 +71,10 @@ class Roles(typing.NamedTuple):
     @property
     def images_of_upstream(self):
         """The inputs of images that upstream's backbone has. Empty without."""
-        return () if self.images is None else (self.images, *self.beside_images)
+        if self.images is None:
+            return ()
+        beside = () if self.placed_by_tokens else self.beside_images
+        return self.images, *beside
 
     @property
     def of_images(self):
@@ -77,7 +83,8 @@ class Roles(typing.NamedTuple):
             return ()
         further = () if self.grid_positions is None else (self.grid_positions,)
         return (
-            *self.images_of_upstream,
+            self.images,
+            *self.beside_images,
             self.image_embeddings,
             self.embeddings,
             *further,

@@ -68,7 +68,9 @@ def describe(backbone):
     sites = backbone.sites
     tensors = {id(x): TensorOf(name) for name, x in backbone.input.items()}
     tensors[id(backbone._positions)] = TensorOf("positions")
-    for name in ("generated", backbone.roles.source, *backbone.roles.of_images):
+    roles = backbone.roles
+    ours = "generated", "cache_update_index", roles.source, *roles.of_images
+    for name in ours:
         if name in backbone._inputs_struct:
             tensors[id(backbone._inputs_struct[name])] = TensorOf(name)
     for i, site in enumerate(sites):

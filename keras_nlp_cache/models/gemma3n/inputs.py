@@ -8,11 +8,11 @@ from keras_hub.src.models.gemma3n import gemma3n_backbone
 from keras_nlp_cache.layers.sharing import share
 
 
-class _OfProcessor(keras.layers.Layer):
+class OfProcessor(keras.layers.Layer):
     """Computes a part of what one layer of upstream's computes at once.
 
-    That takes token ids. Here their embeddings are a layer of the graph, which
-    an edit may change, and so is what is made of them.
+    That takes token ids and images. Here their embeddings are of layers of the
+    graph, which an edit may change, and so is what is made of them.
 
     Args:
         processor: Upstream's layer, a `Gemma3nMultimodalEmbeddingProcessor`.
@@ -35,12 +35,13 @@ class _OfProcessor(keras.layers.Layer):
         # All that tells it from others but for layers, which are upstream's.
         return {**super().get_config(), **self.constants}
 
-    def run(self, token_ids, embeddings, of_text=None, **layers):
+    def run(self, token_ids, embeddings, images=None, of_text=None, **layers):
         """Runs upstream's code on given embeddings.
 
         Args:
             token_ids: int tensor `(B, T)`.
             embeddings: Tensor `(B, T, hidden_dim)`.
+            images: Optional tensor `(B, N, height, width, 3)`.
             of_text: Optional text model, to compute inputs of blocks with.
             **layers: What else the code is to find.
 
@@ -63,11 +64,11 @@ class _OfProcessor(keras.layers.Layer):
             types.SimpleNamespace(
                 language_model=text_model, **self.constants, **layers
             ),
-            {"token_ids": token_ids},
+            {"token_ids": token_ids, "pixel_values": images},
         )
 
 
-class EmbeddingsOfMedia(_OfProcessor):
+class EmbeddingsOfMedia(OfProcessor):
     """Embeds tokens that are of images or of sound, as the text is.
 
     Call arguments:
@@ -98,7 +99,7 @@ class EmbeddingsOfMedia(_OfProcessor):
         return keras.KerasTensor(embeddings.shape, embeddings.dtype)
 
 
-class PerLayerInputs(_OfProcessor):
+class PerLayerInputs(OfProcessor):
     """What each decoder block gets of the tokens beside hidden states.
 
     Call arguments:

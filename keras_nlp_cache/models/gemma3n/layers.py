@@ -23,6 +23,7 @@ class Gemma3nTextAttention(
     """Grouped-query attention that remembers, or reads an earlier layer's."""
 
     scale = 1.0
+    sees_spans = False
     merges_heads = True
     dropout_of_weights = "dropout"
     shared_argument = "cache"
