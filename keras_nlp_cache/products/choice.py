@@ -2,8 +2,10 @@
 
 import keras
 
+# Of any number of rows.
+_ANY = 2**31
 # Up to how many rows of `x` a kernel of our own is the fastest form, by what
-# multiplies otherwise and by the dtype of what is read. Above, and where there
+# multiplies otherwise and by what is read, see `Form.kind`. Above, and where there
 # is 0, what the backend has serves.
 #
 # Measured on 2 cores with AVX-512, for a weight of 768 x 3072: microseconds of
@@ -21,6 +23,8 @@ MOST_ROWS = {
         "float16": 32,
         # 285, 603, 1926 / 4000 to 6000 for 1 row (on a processor with AVX2).
         "int8": 32,
+        # XLA multiplies integers one by one, be there few rows or many.
+        "int8_with_rounded": _ANY,
         # Not measured alone: the whole matrix is widened first.
         "int8_in_groups": 32,
         # Not measured alone: Keras unpacks the whole matrix first.
@@ -38,6 +42,8 @@ MOST_ROWS = {
         "float16": 8,
         # 237, 540, 1857 / more than those of float32, which it is widened to
         "int8": 32,
+        # So does PyTorch: 200 tokens of SmolLM2 took 28 seconds.
+        "int8_with_rounded": _ANY,
         # Not measured alone: the whole matrix is widened first.
         "int8_in_groups": 32,
         # Not measured alone: Keras unpacks the whole matrix first.
@@ -46,11 +52,11 @@ MOST_ROWS = {
 }
 
 
-def most_rows(dtype):
+def most_rows(kind):
     """Up to how many rows of `x` our kernels serve on this backend.
 
     Args:
-        dtype: str. What is read, such as `"int8"`.
+        kind: str. What is read, such as `"int8"`, see `Form.kind`.
     """
     library = "torch" if keras.config.backend() == "torch" else "xla"
-    return MOST_ROWS[library][dtype]
+    return MOST_ROWS[library][kind]

@@ -53,7 +53,7 @@ def find_weights(model):
             weight = _of_logits(layer)
         if weight is None or id(weight.variable) in found:
             continue
-        if choice.most_rows(weight.form.dtype) > 0:
+        if choice.most_rows(weight.form.kind) > 0:
             found[id(weight.variable)] = weight
             of_layers.append((layer, weight))
     together = _together(backbone, {id(x): y for x, y in of_layers})
@@ -139,7 +139,8 @@ def _of_numbers(layer, variable, form):
     stored = keras.backend.standardize_dtype(variable.dtype)
     if layer.quantization_mode == "int8":
         scale = getattr(layer, "kernel_scale", None)
-        form = dataclasses.replace(form, dtype="int8")
+        rounds = bool(rounding_of(layer))
+        form = dataclasses.replace(form, dtype="int8", rounds=rounds)
         return Weight(form, variable, scale=scale)
     dtype = getattr(layer, "reverse_dtype", None) or layer.compute_dtype
     if dtype not in _FLOATS or stored not in _FLOATS:

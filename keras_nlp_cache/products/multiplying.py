@@ -105,7 +105,7 @@ def product(x, variable, axes=1, scale=None, epsilon=None):
         return None
     rows = math.prod(kept)
     # Nothing is packed for more rows than were expected.
-    if rows > choice.most_rows(form.dtype) or known.arrays == ():
+    if rows > choice.most_rows(form.kind) or known.arrays == ():
         return None
     if known.arrays is None:
         arrays = (ops.convert_to_tensor(variable.value),)

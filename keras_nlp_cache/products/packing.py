@@ -28,6 +28,8 @@ class Form:
         is_stored: bool. Whether the variable has this dtype.
         pairs: int. Of `"int4"`, the axis of which a byte holds two numbers.
         block: int. Of the last two, how many along `K` share a scale.
+        rounds: bool. Of `"int8"`, whether what it is multiplied with is rounded
+            to integers.
     """
 
     dtype: str
@@ -37,6 +39,12 @@ class Form:
     is_stored: bool = True
     pairs: int = 1
     block: int = 0
+    rounds: bool = False
+
+    @property
+    def kind(self):
+        """What `choice.most_rows()` calls a product with it."""
+        return f"{self.dtype}_with_rounded" if self.rounds else self.dtype
 
     @property
     def needs_packing(self):
@@ -253,7 +261,7 @@ class Weights:
         Returns:
             A list of tuples, empty ones of what is not packed.
         """
-        worth = [rows <= choice.most_rows(x.form.dtype) for x in self._packed]
+        worth = [rows <= choice.most_rows(x.form.kind) for x in self._packed]
         if not any(worth):
             return [() for _ in self._packed]
         # Threads that generate would pack the same.
