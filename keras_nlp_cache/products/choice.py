@@ -9,8 +9,8 @@ _ANY = 2**31
 # there is 0, what the backend has serves.
 #
 # Measured on 2 cores with AVX-512, for a weight of 768 x 3072: microseconds of
-# processor time for 1, 8 and 32 rows, ours / the backend's. Since then ours read
-# several rows at up to twice the speed, see `float_sums.py`.
+# processor time for 1, 8 and 32 rows, ours / the backend's. Since then ours
+# take as little as half of it for several rows, see `float_sums.py`.
 MOST_ROWS = {
     "xla": {
         # 556, 1266, 2490 / 482, 1064, 2196, from the processor's cache. From
