@@ -40,6 +40,7 @@ IN_GROUPS = keras.quantizers.Int4QuantizationConfig(block_size=32)
 IN_ODD_GROUPS = keras.quantizers.Int4QuantizationConfig(block_size=7)
 # What a product and Keras' own may differ by, in parts of the largest number.
 MOST = 32
+AS_MEASURED = choice.most_rows
 EXACT, ROUNDING = 2e-6, {"bfloat16": 2**-6, "float16": 2**-10}
 
 
@@ -132,6 +133,23 @@ def test_dense(dtype, config, read, rows, depth, outputs, used):
     tolerance = ROUNDING.get(layer.compute_dtype, EXACT)
     check(model, layer, x, layer(x), tolerance)
     assert used == [read]
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "config, read", [(None, []), ("int8", ["int8"]), (WEIGHTS_ONLY, [])]
+)
+def test_of_many_rows_integers_alone_are_ours(config, read, used, monkeypatch):
+    monkeypatch.setattr(choice, "most_rows", AS_MEASURED)
+    layer = keras.layers.Dense(131)
+    model = keras.Sequential([keras.Input((64,)), layer])
+    if isinstance(config, str):
+        model.quantize(config)
+    elif config is not None:
+        model.quantize(config=config)
+    x = inputs(130, 64)
+    check(model, layer, x, layer(x), EXACT)
+    assert used == read
 
 
 @needs_numba
