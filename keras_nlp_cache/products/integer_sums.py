@@ -5,11 +5,12 @@ which one has a sign and the other has none. What a compiler makes of a loop
 over bytes widens them first, and a core read 11 GB/s of a weight of 75 MB.
 """
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from keras_nlp_cache.products.vectors import features
 
 # How many bytes a vector has.
 BYTES = 64
@@ -21,8 +22,7 @@ _UNSIGNED = ir.Constant(_WORDS, [-0x7F7F7F80] * _LANES)
 
 def is_served():
     """Whether this processor has the instruction, for vectors of `BYTES`."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return bool(features.get("avx512f") and features.get("avx512vnni"))
+    return all(features().get(x) for x in ("avx512f", "avx512vnni"))
 
 
 def sums_of_integers(rows):

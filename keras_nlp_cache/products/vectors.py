@@ -1,6 +1,7 @@
 """Vectors that code is written with, as large as a processor's registers."""
 
 import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -9,13 +10,18 @@ from keras_nlp_cache.products.packing import SPAN
 _FLOAT = ir.FloatType()
 
 
-def _lanes():
-    """How many numbers a vector has: what a register takes."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return SPAN if features.get("avx512f") else SPAN // 2
+def features():
+    """What the processor has, by LLVM's names, as a dictionary to bool.
+
+    Nothing is known if numba was told to compile for another one.
+    """
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
+        return {}
+    return llvmlite.binding.get_host_cpu_features()
 
 
-LANES = _lanes()
+# How many numbers a vector has: what a register takes.
+LANES = SPAN if features().get("avx512f") else SPAN // 2
 FLOATS = ir.VectorType(_FLOAT, LANES)
 
 
