@@ -526,11 +526,13 @@ class ImagesInText(ImageText):
             "vision_mask": mask,
         }
 
+    def converter(self):
+        return self.upstream("ImageConverter")(image_size=(16, 16))
+
     def preprocessor(self, sequence_length=16, **kwargs):
-        converter = self.upstream("ImageConverter")(image_size=(16, 16))
         return self.upstream(f"{self.kind}Preprocessor")(
             self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
-            image_converter=converter,
+            image_converter=self.converter(),
             sequence_length=sequence_length,
             max_images_per_prompt=2,
             num_vision_tokens_per_image=4,
@@ -583,19 +585,9 @@ class PatchesInText(ImagesInText, WithPositions):
             ),
         }
 
-    def preprocessor(self, sequence_length=16, **kwargs):
-        converter = keras_hub.layers.Gemma4ImageConverter(
-            patch_size=4,
-            max_soft_tokens=4,
-            pooling_kernel_size=2,
-        )
-        return self.upstream(f"{self.kind}Preprocessor")(
-            self.upstream("Tokenizer")(**text.tokenizer_arguments(self.prefix)),
-            image_converter=converter,
-            sequence_length=sequence_length,
-            max_images_per_prompt=2,
-            num_vision_tokens_per_image=4,
-            **kwargs,
+    def converter(self):
+        return self.upstream("ImageConverter")(
+            patch_size=4, max_soft_tokens=4, pooling_kernel_size=2
         )
 
 

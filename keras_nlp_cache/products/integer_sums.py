@@ -11,6 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from keras_nlp_cache.products.vectors import features
+from keras_nlp_cache.products.vectors import load
 
 # How many bytes a vector has.
 BYTES = 64
@@ -42,10 +43,6 @@ def sums_of_integers(rows):
         weight, x, stride, steps = args
         word = weight.type
 
-        def load(place):
-            pointer = builder.inttoptr(place, _WORDS.as_pointer())
-            return builder.load(pointer, "", 1)
-
         # Later versions of LLVM take this form of it, too.
         multiply = cgutils.get_or_insert_function(
             builder.module,
@@ -58,11 +55,12 @@ def sums_of_integers(rows):
         ]
         with cgutils.for_range(builder, steps) as step:
             at = builder.mul(step.index, ir.Constant(word, BYTES))
-            v = load(builder.add(weight, at))
+            v = load(builder, builder.add(weight, at), _WORDS)
             v = builder.xor(v, _UNSIGNED)
             for row, total in enumerate(totals):
                 begin = builder.mul(stride, ir.Constant(word, row))
-                u = load(builder.add(builder.add(x, begin), at))
+                place = builder.add(builder.add(x, begin), at)
+                u = load(builder, place, _WORDS)
                 added = builder.call(multiply, [builder.load(total), v, u])
                 builder.store(added, total)
         add_up = cgutils.get_or_insert_function(
