@@ -184,10 +184,7 @@ class TorchLoop(EagerTorchLoop):
     def _prefill_more(self, token_ids, length, cache, start):
         rows = len(token_ids) * min(self.chunk, int(length) - 1 - int(start))
         packed = packed_now(self.own_products, rows)
-        # Where kernels multiply, they have the cores.
-        threads = self._threads() if any(packed) else contextlib.nullcontext()
-        products = multiplying_with(self.own_products, packed)
-        with DenseProducts(), products, threads:
+        with DenseProducts(), multiplying_with(self.own_products, packed):
             return super()._prefill_more(token_ids, length, cache, start)
 
     def _decode(self, *args):
