@@ -17,6 +17,7 @@ from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.generation import Loop
 from keras_nlp_cache.generate.loops.meanwhile import meanwhile
+from keras_nlp_cache.generate.loops.spare_caches import SpareCaches
 from keras_nlp_cache.products.multiplying import known_of
 from keras_nlp_cache.products.multiplying import multiplying_as_known
 
@@ -36,7 +37,7 @@ class CompiledLoop(Loop):
     def __init__(self, lm):
         super().__init__(lm)
         self.chunk = constants().compiled_chunk
-        self._spare_caches = {}
+        self._spare_caches = SpareCaches()
         self._prepared = set()
         # Streams are passed on from step to step.
         self.sampler_variables = []
@@ -69,7 +70,7 @@ class CompiledLoop(Loop):
         )
 
     def keep(self, cache):
-        self._spare_caches[_is_of_one_row(cache)] = cache
+        self._spare_caches.put(cache)
 
     def rows_of_chunk(self, token_ids):
         """How many tokens a chunk of a prefill has, in all rows."""
@@ -77,19 +78,18 @@ class CompiledLoop(Loop):
         return batch * min(self.chunk, slots)
 
     def new_cache(self, batch, slots):
-        backbone, lm = self.lm.backbone, self.lm
-        arguments = batch, slots, lm.cache_dtype, lm.cache_policy
-        wanted = backbone.make_cache(*arguments, zeros=_spec)
-        spare = self._spare_caches.pop(batch == 1, None)
-        if spare is not None and _shapes(spare) == _shapes(wanted):
-            return spare
-        del spare  # Before there are two.
-        return backbone.make_cache(*arguments, zeros=self._new_tensor)
+        make_cache = functools.partial(
+            self.lm.backbone.make_cache,
+            *(batch, slots, self.lm.cache_dtype, self.lm.cache_policy),
+        )
+        # Of another size, it goes before there are two.
+        spare = self._spare_caches.take(batch, make_cache)[0]
+        return spare or make_cache(zeros=self._new_tensor)
 
     def _chunk_of_prefill(self, slots):
         lm = self.lm
         cache = lm.backbone.make_cache(
-            1, slots, lm.cache_dtype, lm.cache_policy, zeros=_spec
+            1, slots, lm.cache_dtype, lm.cache_policy, zeros=keras.KerasTensor
         )
         return self._chunk_for(cache, slots)
 
@@ -193,18 +193,3 @@ class _Packed(alike.Carried):
 
 def _tracing_once():
     return alike.tracing_once([_Packed()])
-
-
-def _spec(shape, dtype):
-    return keras.KerasTensor(shape, dtype)
-
-
-def _shapes(cache):
-    return [
-        (tuple(x.shape), keras.backend.standardize_dtype(x.dtype))
-        for x in tree.flatten(cache)
-    ]
-
-
-def _is_of_one_row(cache):
-    return tree.flatten(cache)[0].shape[0] == 1
