@@ -17,6 +17,7 @@ from keras_nlp_cache.generate.loops import torch_replay
 from keras_nlp_cache.generate.loops.torch_capture import capture
 from keras_nlp_cache.generate.loops.torch_capture import multiplies
 from keras_nlp_cache.generate.loops.torch_fusing import fuse
+from keras_nlp_cache.generate.loops.torch_step_kernels import kernel_of
 from keras_nlp_cache.kernels import torch_call
 from keras_nlp_cache.kernels import torch_threads
 
@@ -35,7 +36,7 @@ def check(function, *args, calls=None, monkeypatch=None):
         monkeypatch: The fixture, if `calls` is given.
     """
     module = capture(function, *args)
-    fuse(module)
+    fuse(module, kernel_of)
     copies = [x.clone() for x in args]
     replay, output = torch_replay.record(module, copies)
     expected = [x.clone() for x in args]

@@ -2,58 +2,71 @@
 
 Upstream's layers normalize in six operators, or eight of numbers of 16 bits,
 and rotate in nine, and to call an operator takes PyTorch longer than it takes
-to compute so few numbers. They are found by what they compute, whichever layer
-they are of.
+to compute so few numbers, as it takes a GPU longer to begin with each. They are
+found by what they compute, whichever layer they are of. What computes it there
+stands in `torch_step_kernels.py` for a CPU, in `triton_step_kernels.py` for a
+GPU.
 """
 
 import math
 import operator
+import typing
 
 import torch
 
-from keras_nlp_cache.generate.loops.step_kernels import ADD
-from keras_nlp_cache.generate.loops.step_kernels import GATE
-from keras_nlp_cache.generate.loops.step_kernels import NORMALIZE
-from keras_nlp_cache.generate.loops.step_kernels import ROTATE
-from keras_nlp_cache.kernels.floats import DTYPES
-from keras_nlp_cache.kernels.floats import number_of
-from keras_nlp_cache.kernels.kernel import bits
-from keras_nlp_cache.kernels.torch_call import OPERATOR
-
 _aten = torch.ops.aten
+# What kernels read and write.
+_FLOATS = ("float32", "bfloat16", "float16")
 
 
-def fuse(module):
+class Fused(typing.NamedTuple):
+    """Operators that one kernel stands for.
+
+    Attributes:
+        last: The node of the last one, whose place the kernel takes.
+        kind: str, what they compute together: `"normalize"`, `"rotate"`,
+            `"gate"` or `"add"`.
+        arguments: List of nodes, `None` for what is not there.
+        sizes: Dictionary of numbers that the kernel is to know.
+    """
+
+    last: torch.fx.Node
+    kind: str
+    arguments: list
+    sizes: dict
+
+
+def fuse(module, kernel_of):
     """Replaces operators of a captured function by kernels.
 
     Args:
         module: `torch.fx.GraphModule`, changed in place.
+        kernel_of: Function from a `Fused` to a function and the arguments to
+            call it with, or to `None` if there is no kernel.
     """
     graph = module.graph
     for node in graph.nodes:
         for find in (_normalized, _rotated, _gated, _sum):
             found = find(module, node)
-            if found is None:
+            kernel = None if found is None else kernel_of(found)
+            if kernel is None:
                 continue
-            last, kernel, arguments, sizes = found
-            value = last.meta["val"]
-            with graph.inserting_before(last):
-                fused = graph.call_function(
-                    OPERATOR,
-                    (
-                        arguments,
-                        kernel.number,
-                        list(value.shape),
-                        _dtype(last),
-                        list(sizes),
-                        1,
-                    ),
-                )
-            fused.meta = last.meta
-            last.replace_all_uses_with(fused)
+            with graph.inserting_before(found.last):
+                fused = graph.call_function(*kernel)
+            fused.meta = found.last.meta
+            found.last.replace_all_uses_with(fused)
             break
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def dtype_of(node):
+    """The dtype of a tensor that kernels read, a str, or `None`."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    name = str(value.dtype).removeprefix("torch.")
+    return name if name in _FLOATS else None
 
 
 def _normalized(module, node):
@@ -62,8 +75,7 @@ def _normalized(module, node):
     That may be a product with a weight and a conversion.
 
     Returns:
-        `None`, or a tuple of the node that is replaced, the kernel, its
-        arguments and its sizes.
+        A `Fused`, or `None`.
     """
     for wide, root in _either_way(node, _aten.mul.Tensor):
         total = _argument_of(root, _aten.rsqrt.default)
@@ -76,22 +88,15 @@ def _normalized(module, node):
             continue
         if not _is_square(module, mean.args[0], wide):
             continue
-        if _dtype(wide) != "float32" or not _are_alike(wide, node):
+        if dtype_of(wide) != "float32" or not _are_alike(wide, node):
             continue
         x = _unwidened(wide)
         *rows, width = wide.meta["val"].shape
         weight, last = _times_weight(node, width)
         last = _converted(last)
         narrow = None if weight is None else _unwidened(weight)
-        sizes = (
-            math.prod(rows),
-            width,
-            number_of(_dtype(x)),
-            bits(epsilon),
-            0 if weight is None else number_of(_dtype(narrow)),
-            number_of(_dtype(last)),
-        )
-        return last, NORMALIZE, [x, narrow], sizes
+        sizes = {"rows": math.prod(rows), "width": width, "epsilon": epsilon}
+        return Fused(last, "normalize", [x, narrow], sizes)
     return None
 
 
@@ -103,8 +108,8 @@ def _times_weight(node, width):
             value = weight.meta["val"]
             if (
                 x is node
-                and _dtype(weight) is not None
-                and _dtype(user) == "float32"
+                and dtype_of(weight) is not None
+                and dtype_of(user) == "float32"
                 and tuple(value.shape[-1:]) == (width,) == (value.numel(),)
                 and _are_alike(x, user)
             ):
@@ -127,7 +132,7 @@ def _unwidened(node):
 
     One that was rounded is not what it was rounded from.
     """
-    widens = _is_conversion(node) and _dtype(node) == "float32"
+    widens = _is_conversion(node) and dtype_of(node) == "float32"
     return node.args[0] if widens else node
 
 
@@ -135,8 +140,8 @@ def _is_conversion(node):
     return (
         _is_call(node, _aten._to_copy.default)
         and set(node.kwargs) == {"dtype"}
-        and _dtype(node) is not None
-        and _dtype(node.args[0]) is not None
+        and dtype_of(node) is not None
+        and dtype_of(node.args[0]) is not None
     )
 
 
@@ -164,7 +169,7 @@ def _rotated(module, node):
                 if _is_turned(turned, x) and _are_alike(x, node):
                     sizes = _sizes_of_rotation(x, cos, sin)
                     if sizes is not None:
-                        return node, ROTATE, [x, cos, sin], sizes
+                        return Fused(node, "rotate", [x, cos, sin], sizes)
     return None
 
 
@@ -172,33 +177,34 @@ def _gated(module, node):
     """A kernel for `silu(x) * y`."""
     for activated, y in _either_way(node, _aten.mul.Tensor):
         # Computed in float32, and rounded to what the numbers are.
-        rounds = _is_conversion(activated) and _dtype(activated) != "float32"
+        rounds = _is_conversion(activated) and dtype_of(activated) != "float32"
         wide = activated.args[0] if rounds else activated
         x = _argument_of(wide, _aten.silu.default)
-        if x is None or _dtype(x) != "float32":
+        if x is None or dtype_of(x) != "float32":
             continue
         x = _unwidened(x) if rounds else x
         if _are_alike(x, node) and _are_alike(y, node):
             *rows, width = node.meta["val"].shape
-            sizes = math.prod(rows), width, number_of(_dtype(x))
-            return node, GATE, [x, y], sizes
+            sizes = {"rows": math.prod(rows), "width": width}
+            return Fused(node, "gate", [x, y], sizes)
     return None
 
 
 def _sum(module, node):
     """A kernel for `x + y`, where `y` may be one row for all of `x`."""
     for x, y in _either_way(node, _aten.add.Tensor):
-        if not _are_alike(x, node) or _dtype(y) != _dtype(x):
+        if not _are_alike(x, node) or dtype_of(y) != dtype_of(x):
             continue
         *rows, width = node.meta["val"].shape or (1,)
         rows, other = math.prod(rows), tuple(y.meta["val"].shape)
         if other != tuple(node.meta["val"].shape):
             if other[-1:] != (width,) or math.prod(other) != width:
                 continue
-            sizes = rows, width, number_of(_dtype(x)), 1
+            other_rows = 1
         else:
-            sizes = rows, width, number_of(_dtype(x)), rows
-        return node, ADD, [x, y], sizes
+            other_rows = rows
+        sizes = {"rows": rows, "width": width, "other_rows": other_rows}
+        return Fused(node, "add", [x, y], sizes)
     return None
 
 
@@ -233,17 +239,18 @@ def _sizes_of_rotation(x, cos, sin):
     rows, length, heads, width = shape
     angles = tuple(cos.meta["val"].shape)
     for part in (cos, sin):
-        if tuple(part.meta["val"].shape) != angles or _dtype(part) != _dtype(x):
+        if tuple(part.meta["val"].shape) != angles or dtype_of(
+            part
+        ) != dtype_of(x):
             return None
     if angles not in ((rows, length, 1, width), (1, 1, 1, width)):
         return None
-    return (
-        math.prod(shape[:-1]),
-        width,
-        number_of(_dtype(x)),
-        heads,
-        angles[0] * angles[1],
-    )
+    return {
+        "rows": math.prod(shape[:-1]),
+        "width": width,
+        "heads": heads,
+        "angles": angles[0] * angles[1],
+    }
 
 
 def _either_way(node, target):
@@ -268,16 +275,7 @@ def _is_call(node, target):
 def _are_alike(x, node):
     """Whether a kernel reads one and returns what is like the other."""
     return (
-        _dtype(x) is not None
-        and _dtype(x) == _dtype(node)
+        dtype_of(x) is not None
+        and dtype_of(x) == dtype_of(node)
         and x.meta["val"].shape == node.meta["val"].shape
     )
-
-
-def _dtype(node):
-    """The dtype of a tensor that kernels read, or `None`."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return None
-    name = str(value.dtype).removeprefix("torch.")
-    return name if name in DTYPES else None

@@ -19,6 +19,7 @@ from keras_nlp_cache.generate.loops.generation import tokens_from
 from keras_nlp_cache.generate.loops.torch_capture import capture
 from keras_nlp_cache.generate.loops.torch_capture import multiplies
 from keras_nlp_cache.generate.loops.torch_capture import separate_views
+from keras_nlp_cache.generate.loops.torch_fusing import fuse
 from keras_nlp_cache.generate.loops.torch_products import dense_product
 from keras_nlp_cache.generate.loops.torch_products import DenseProducts
 from keras_nlp_cache.generate.loops.torch_products import opaque_dense_product
@@ -311,9 +312,9 @@ class TorchLoop(EagerTorchLoop):
                     step = torch.compile(step, dynamic=False)
                 elif self.own_products is not None:
                     # Which takes numba to import.
-                    from keras_nlp_cache.generate.loops import torch_fusing
+                    from keras_nlp_cache.generate.loops import torch_step_kernels
 
-                    torch_fusing.fuse(step)
+                    fuse(step, torch_step_kernels.kernel_of)
                 self._captured[key] = prepare, step
             return self._captured[key]
 
