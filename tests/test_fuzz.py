@@ -1,6 +1,7 @@
 """Whatever a backbone is called with, it answers or says what is wrong."""
 
 import numpy as np
+from hypothesis import example
 from hypothesis import given
 from hypothesis import HealthCheck
 from hypothesis import settings
@@ -75,6 +76,8 @@ def test_anything(inputs):
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(KEYS, NESTED, st.booleans())
+@example("cache", (([[1, 2, 3]], False), (False, False)), False)
+@example("cache", (({"a": 1}, False), (False, False)), True)
 def test_one_wrong_among_good_ones(key, value, with_cache):
     backbone = LLAMA.pair[0]
     inputs = {"token_ids": np.array(TOKENS)}

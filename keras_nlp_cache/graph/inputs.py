@@ -232,7 +232,7 @@ def _check_cache(cache, cache_spec, batch):
         )
     first = None
     for i, pair in enumerate(cache):
-        if not _is_pair(pair) or any(x is None for x in pair):
+        if not _is_pair(pair) or not all(map(_may_be_kept, pair)):
             raise ValueError(
                 f"Expected `cache[{i}]` to be a (key, value) pair of tensors. "
                 f"Received: {_describe(pair)}. {_HOW_TO_MAKE_A_CACHE}"
@@ -282,6 +282,13 @@ def _check_states(name, pair, shapes, batch):
                 f"in any cache. Received dtype: {dtype}. "
                 f"{_HOW_TO_MAKE_A_CACHE}"
             )
+
+
+def _may_be_kept(x):
+    """Whether it is something of a cache, or a tensor or numbers for one."""
+    if tree.is_nested(x):
+        return has_policy(x) or isinstance(x, Int8)
+    return x is not None
 
 
 def _as_tensors(cache):
