@@ -10,6 +10,7 @@ import gc
 import importlib.metadata
 import os
 import random
+import shutil
 import threading
 
 import pytest
@@ -24,10 +25,15 @@ MOST_GROWTH = 2**29
 
 
 def pytest_configure(config):
-    """What XLA compiles for JAX is kept, for all processes and next time.
+    """What XLA compiles for JAX is kept, and Triton interprets.
 
-    Small models differ in little, and most of the time goes to the compiler.
+    What is kept is so for all processes and next time: small models differ in
+    little, and most of the time goes to the compiler.
     """
+    if shutil.which("nvidia-smi") is None:
+        # Then its kernels are functions in Python, and need no GPU. Triton
+        # looks when it is imported, which PyTorch does.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     kept = config.pluginmanager.hasplugin("cacheprovider")
     runs_tests = config.getoption("dist", "no") == "no"
     if kept and runs_tests and backend() == "jax":

@@ -12,6 +12,7 @@ if importlib.util.find_spec("numba") is None:
 
 import torch
 
+from keras_nlp_cache.generate.loops import torch_step_kernels
 from keras_nlp_cache.generate.loops.torch_capture import capture
 from keras_nlp_cache.generate.loops.torch_fusing import fuse
 from keras_nlp_cache.kernels.torch_call import OPERATOR
@@ -23,7 +24,7 @@ def random(*shape, dtype=torch.float32):
 
 
 def normalized(x, exponent=2.0, epsilon=1e-6):
-    exponent = torch.tensor(exponent)
+    exponent = torch.tensor(exponent, device=x.device)
     mean = torch.mean(torch.pow(x, exponent), dim=-1, keepdim=True)
     return x * torch.rsqrt(mean + epsilon)
 
@@ -37,17 +38,53 @@ def rotated(x, angle):
     return x * torch.cos(angle) + turned(x) * torch.sin(angle)
 
 
-def check(function, *args, kernels):
-    """What is computed stays the same, with some kernels in it."""
+@pytest.fixture(params=["numba", "triton"])
+def check(request):
+    """Checks that what is computed stays the same, with kernels in it."""
+    if request.param == "numba":
+        return _check_on_cpu
+    pytest.importorskip(
+        "triton", reason="no Triton, which ends a process with TensorFlow"
+    )
+    return _check_with_triton
+
+
+def _check_on_cpu(function, *args, kernels):
     module = capture(function, *args)
-    fuse(module)
+    fuse(module, torch_step_kernels.kernel_of)
     targets = [node.target for node in module.graph.nodes]
     assert targets.count(OPERATOR) == kernels
     torch.testing.assert_close(module(*args), function(*args))
 
 
+def _check_with_triton(function, *args, kernels):
+    from keras_nlp_cache.generate.loops import triton_step_kernels
+
+    on_gpu, found = torch.cuda.is_available(), []
+    args = [x.cuda() if on_gpu else x for x in args]
+
+    def kernel_of(fused):
+        kernel = triton_step_kernels.kernel_of(fused)
+        found.append(kernel and kernel[0])
+        # A sum is one operator of PyTorch anyway.
+        assert (kernel is None) == (fused.kind == "add")
+        return kernel
+
+    module = capture(function, *args)
+    fuse(module, kernel_of)
+    assert len(found) == kernels
+    targets = {node.target for node in module.graph.nodes}
+    assert {x for x in found if x} <= targets
+    actual, expected = module(*args), function(*args)
+    tolerance = {}
+    if expected.dtype == torch.bfloat16 and not on_gpu:
+        # Triton's interpreter cuts bits off where a GPU rounds.
+        tolerance = {"rtol": 0.02, "atol": 0.03}
+    torch.testing.assert_close(actual, expected, **tolerance)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 576), (3, 2, 33), (5, 64)])
-def test_a_norm_is_one_kernel(shape):
+def test_a_norm_is_one_kernel(check, shape):
     check(normalized, random(*shape), kernels=1)
     check(
         lambda x: torch.rsqrt(torch.mean(x.pow(2), -1, True) + 0.1) * x,
@@ -61,7 +98,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("weight_dtype", DTYPES[:2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_norm_with_a_weight_is_one_kernel(dtype, weight_dtype):
+def test_a_norm_with_a_weight_is_one_kernel(check, dtype, weight_dtype):
     x = random(3, 1, 65, dtype=dtype)
     weight = random(65, dtype=weight_dtype)
 
@@ -72,7 +109,7 @@ def test_a_norm_with_a_weight_is_one_kernel(dtype, weight_dtype):
     check(call, x, weight, kernels=1)
     check(lambda x, w: (normalized(x.float()) * w).sum(), x, weight, kernels=1)
     # Another weight for each row, or what is needed as it was.
-    check(lambda x: normalized(x.float()) * torch.ones(3, 1, 65), x, kernels=1)
+    check(lambda x: normalized(x.float()) * torch.ones_like(x), x, kernels=1)
     check(
         lambda x, w: (lambda y: y * w - y)(normalized(x.float())),
         x,
@@ -81,7 +118,7 @@ def test_a_norm_with_a_weight_is_one_kernel(dtype, weight_dtype):
     )
 
 
-def test_what_is_rounded_is_not_what_it_was_rounded_from():
+def test_what_is_rounded_is_not_what_it_was_rounded_from(check):
     x, weight = random(3, 1, 65), random(65)
     check(
         lambda x, w: normalized(x) * w.to(torch.bfloat16), x, weight, kernels=1
@@ -92,7 +129,7 @@ def test_what_is_rounded_is_not_what_it_was_rounded_from():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_sum_is_one_kernel(dtype):
+def test_a_sum_is_one_kernel(check, dtype):
     x = random(2, 3, 33, dtype=dtype)
     for other in (x * 2, x[0, 0], x[:1, :1], x[1, :1]):
         check(torch.add, x, other, kernels=1)
@@ -104,7 +141,7 @@ def test_a_sum_is_one_kernel(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gate_is_one_kernel(dtype):
+def test_a_gate_is_one_kernel(check, dtype):
     x, y = random(2, 1, 33, dtype=dtype) * 20, random(2, 1, 33, dtype=dtype)
 
     def call(x, y):
@@ -125,12 +162,12 @@ def test_a_gate_is_one_kernel(dtype):
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_rotation_is_one_kernel(x, angle, dtype):
+def test_a_rotation_is_one_kernel(check, x, angle, dtype):
     x, angle = random(*x, dtype=dtype), random(*angle, dtype=dtype)
     check(rotated, x, angle, kernels=1)
 
 
-def test_what_only_looks_alike_is_left_alone():
+def test_what_only_looks_alike_is_left_alone(check):
     x, angle = random(2, 3, 4, 8), random(2, 3, 1, 8)
     mean = random(2, 3, 4, 1).abs()
     check(lambda x: normalized(x, exponent=4.0), x, kernels=0)
