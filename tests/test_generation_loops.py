@@ -281,7 +281,8 @@ def test_a_decode_step_does_not_copy_the_cache(family):
         assert all(a is b for a, b in zip(given, returned))
         ((_, module),) = loop._captured.values()
         names = [str(x.target) for x in module.graph.nodes]
-        assert names.count("aten.scatter_.src") == len(given)
+        # And into the tokens.
+        assert names.count("aten.scatter_.src") == len(given) + 1
         shapes = [
             tuple(x.meta["val"].shape)
             for x in module.graph.nodes
@@ -414,38 +415,6 @@ def test_a_cache_that_is_done_with_is_used_again():
     generate(lm, [5, 3], 20)
     kept = loop._spare_caches
     assert {k: x[0][0].shape[0] for k, x in kept.items()} == {True: 1, False: 2}
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="records PyTorch operators")
-@pytest.mark.parametrize("name", ["llama", "qwen3_5", "rwkv7"])
-def test_a_recorded_step_reads_the_same_memory_each_time(name, monkeypatch):
-    from keras_nlp_cache.generate.loops import torch_loop
-
-    recordings = []
-
-    def record(function, states):
-        # As on a GPU: once to warm up, and always the same output.
-        before = [x.clone() for x in states]
-        output = function().clone()
-        recordings.append(output)
-        for x, y in zip(states, before):
-            x.copy_(y)
-
-        def replay():
-            output.copy_(function())
-            return output
-
-        return replay
-
-    lm = greedy_lm(next(x for x in FAMILIES if x.name == name))
-    expected = generate(lm, [5, 3, 8], 20)
-    monkeypatch.setattr(torch_loop, "record", record)
-    monkeypatch.setattr(
-        torch_loop.TorchLoop, "is_gpu", staticmethod(lambda device: True)
-    )
-    for _ in range(2):
-        np.testing.assert_array_equal(generate(lm, [5, 3, 8], 20), expected)
-    assert len(recordings) == 2
 
 
 @in_turn("run_eagerly", [False, True])

@@ -3,19 +3,28 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import operator
+import sys
 import threading
 import typing
 
 import keras
 import torch
+from keras import ops
 from keras import tree
+from keras.src.backend.torch.core import get_device
+from keras_hub.samplers import GreedySampler
 from torch.utils import _pytree as pytree
 
-from keras_nlp_cache.cache.policies.state import is_state
+from keras_nlp_cache.cache.access import accessing
+from keras_nlp_cache.cache.kept import spare
+from keras_nlp_cache.device import constants
+from keras_nlp_cache.generate.loops.generation import decode_step
 from keras_nlp_cache.generate.loops.generation import Loop
 from keras_nlp_cache.generate.loops.generation import tokens_from
+from keras_nlp_cache.generate.loops.spare_caches import SpareCaches
 from keras_nlp_cache.generate.loops.torch_capture import capture
 from keras_nlp_cache.generate.loops.torch_capture import multiplies
 from keras_nlp_cache.generate.loops.torch_capture import separate_views
@@ -23,47 +32,15 @@ from keras_nlp_cache.generate.loops.torch_fusing import fuse
 from keras_nlp_cache.generate.loops.torch_products import dense_product
 from keras_nlp_cache.generate.loops.torch_products import DenseProducts
 from keras_nlp_cache.generate.loops.torch_products import opaque_dense_product
+from keras_nlp_cache.generate.loops.torch_recording import changing
+from keras_nlp_cache.generate.loops.torch_recording import record
+from keras_nlp_cache.generate.loops.torch_recording import StepsInPlace
 from keras_nlp_cache.kernels.torch_threads import all_threads
 from keras_nlp_cache.kernels.torch_threads import one_thread
 from keras_nlp_cache.products.finding import find_weights
 from keras_nlp_cache.products.multiplying import multiplying_with
 from keras_nlp_cache.products.packing import packed_now
 from keras_nlp_cache.products.sources import reader
-
-
-def record(function, states=()):
-    """Records what a function does on a GPU, to launch it all at once.
-
-    Args:
-        function: Takes no arguments. Reads and writes the same memory whenever
-            it is called. But for `states`, it may be called twice in place of
-            once.
-        states: List of tensors that are afterwards as they were.
-
-    Returns:
-        A function that does the same again, and returns the same tensor.
-
-    Reference:
-        https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-    """
-    # Libraries set themselves up in the first call, which can't be recorded.
-    before = [x.clone() for x in states]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    for x, y in zip(states, before):
-        x.copy_(y)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function()
-
-    def replay():
-        graph.replay()
-        return output
-
-    return replay
 
 
 @contextlib.contextmanager
@@ -100,11 +77,23 @@ def operator_choices(device):
     )
 
 
+def _has_triton():
+    """Whether Triton is there, and can be imported.
+
+    After TensorFlow it cannot, both bring an LLVM: that ends the process.
+    """
+    if "triton" in sys.modules:
+        return True
+    if "tensorflow" in sys.modules:
+        return False
+    return importlib.util.find_spec("triton") is not None
+
+
 @dataclasses.dataclass
 class _Bound:
-    """A step on a cache and on weights, and the tensors that it is for."""
+    """Steps on a cache and on weights, and the tensors that they are for."""
 
-    step: typing.Any = None
+    steps: typing.Any = None
     cache: typing.Any = None
     of_cache: list = ()
     bound_to: list = ()
@@ -156,20 +145,19 @@ class EagerTorchLoop(Loop):
 class TorchLoop(EagerTorchLoop):
     """Generation that calls the layers of the model once, not once per token.
 
-    The prefill runs eagerly, for prompts of any length. The model's part of a
-    decode step is captured for each size of the cache, and again where PyTorch
-    would choose other operators, as in `torch.autocast`. Weights are arguments
-    of what is captured, so that new ones are seen.
+    The prefill runs eagerly, for prompts of any length. A decode step is
+    captured for each size of the cache, or the model's part of it if a sampler
+    draws, and again where PyTorch would choose other operators, as in
+    `torch.autocast`. Weights are arguments of what is captured, so that new
+    ones are seen.
 
-    On a GPU the operators of a step are recorded and launched as one. With
-    `jit_compile=True`, what was captured is compiled by Inductor, which needs a
-    C++ compiler.
+    On a GPU the operators of a step are recorded and launched as one. Prompts
+    are read like this in chunks of one size. The last caches are kept there,
+    with what was recorded on them.
+
+    With `jit_compile=True`, what was captured is compiled by Inductor, which
+    needs a C++ compiler.
     """
-
-    @staticmethod
-    def is_gpu(device):
-        """Whether to record what runs on a device."""
-        return device.type == "cuda"
 
     def __init__(self, lm):
         super().__init__(lm)
@@ -177,20 +165,153 @@ class TorchLoop(EagerTorchLoop):
         self._read = reader(self.variables)
         self._captured, self._bound = {}, {}
         self._capturing = threading.Lock()
+        self._spare_caches = SpareCaches()
+
+    @property
+    def records(self):
+        """Whether steps are recorded, as on a GPU."""
+        return get_device().startswith("cuda")
+
+    @property
+    def _picks_alone(self):
+        """Whether what picks tokens can be captured with the model.
+
+        Samplers that draw read their seed in Python.
+        """
+        return type(self.sampler) is GreedySampler
+
+    @property
+    def compiles_sampler(self):
+        return self._picks_alone
+
+    @property
+    def reads_together(self):
+        # Several rows would take a cache of their own, recorded for once.
+        return not self._keeps_caches
+
+    @property
+    def _keeps_caches(self):
+        # A state is to be zeros when a text begins.
+        return self.records and not self.lm.backbone.has_states
 
     @property
     def compilations(self):
         return len(self._captured)
 
+    def new_cache(self, batch, slots):
+        if not self._keeps_caches:
+            return super().new_cache(batch, slots)
+        make_cache = functools.partial(
+            self.lm.backbone.make_cache,
+            *(batch, slots, self.lm.cache_dtype, self.lm.cache_policy),
+        )
+        spare, other = self._spare_caches.take(batch, make_cache)
+        self._unbind(other)
+        return spare or super().new_cache(batch, slots)
+
+    def keep(self, cache):
+        if self._keeps_caches:
+            cache = self._spare_caches.put(cache)
+        self._unbind(cache)
+
+    def _unbind(self, cache):
+        """Forgets steps on a cache, if there is one: they need its memory."""
+        if cache is None:
+            return
+        first = pytree.tree_leaves(cache)[0]
+        for key, bound in list(self._bound.items()):
+            if bound.bound_to[0] is first:
+                self._bound.pop(key, None)
+
     def _prefill_more(self, token_ids, length, cache, start):
+        if self._keeps_caches:
+            start = self._read_recorded(token_ids, length, cache, start)
         rows = len(token_ids) * min(self.chunk, int(length) - 1 - int(start))
         packed = packed_now(self.own_products, rows)
         with DenseProducts(), multiplying_with(self.own_products, packed):
             return super()._prefill_more(token_ids, length, cache, start)
 
-    def _decode(self, *args):
-        with self._threads():
-            return super()._decode(*args)
+    def _read_recorded(self, token_ids, length, cache, start):
+        """Reads a prompt in chunks of one size, each of them one launch.
+
+        What is read past the prompt is written again before it counts, so what
+        must not be read twice, a state, is not read like this.
+
+        Returns:
+            int. Up to where there was room for chunks.
+        """
+        slots = token_ids.shape[1]
+        chunk = min(constants().compiled_chunk, slots, spare(cache) or slots)
+        start, last = int(start), int(length) - 1
+        with inference():
+            token_ids = ops.convert_to_tensor(token_ids)
+            index = torch.zeros_like(token_ids[0, 0])
+            while start < last and start + chunk <= slots:
+                tokens = token_ids[:, start : start + chunk]
+                self._call(self._read_chunk, tokens, index + start, cache, {})
+                start += chunk
+        return min(start, last)
+
+    def _decode(self, generation, bounds, values, structure):
+        decode = super()._decode
+        # What a user's function does may be done in Python, at each step.
+        if self._picks_alone and structure.logits_processor is None:
+            decode = self._decode_in_place
+        with self._threads(), inference():
+            return decode(generation, bounds, values, structure)
+
+    def _decode_in_place(self, generation, bounds, values, structure):
+        most = int(bounds.steps)
+        arguments = tree.map_structure(
+            ops.convert_to_tensor, (generation, bounds, values)
+        )
+        generation, bounds, values = arguments
+        if not self._unfinished(generation, bounds):
+            return generation
+
+        def make(weights):
+            bind = functools.partial(self._bind_decode, weights, structure)
+            # A step too many would change a state, and takes a CPU time.
+            ahead = self.records and not self.lm.backbone.has_states
+            return StepsInPlace(bind, *arguments, ahead=ahead)
+
+        shapes = tuple(x.shape for x in pytree.tree_leaves(arguments))
+        key = "decode", structure, shapes
+        steps = self._bound_to(generation.cache, key, generation.index, make)
+        return steps.run(*arguments, most)
+
+    def _bind_decode(self, weights, structure, *arguments):
+        """A decode step that changes its arguments, see `StepsInPlace`."""
+
+        def step(weights, generation, bounds, values):
+            def call(generation):
+                tokens = tokens_from(generation.token_ids, generation.index)
+                logits = self._logits(
+                    weights,
+                    tokens,
+                    generation.cache,
+                    self._index(generation, 1),
+                    self._further_inputs(tokens),
+                )
+                return logits, generation.cache
+
+            ended, now = generation.ended(bounds.limit), generation
+            if len(ended) == 1:
+                # A row that is alone goes on in any case, be there room or not.
+                last = generation.token_ids.shape[1] - 2
+                now = now._replace(index=now.index.clamp(max=last))
+            pick = self._picker(values, structure)
+            with accessing(self.access):
+                after = decode_step(pick, call, now, bounds)
+            for old, new in zip(changing(generation), changing(after)):
+                kept = ended.view(-1, *[1] * (new.ndim - 1))
+                old.copy_(torch.where(kept, old, new))
+            return self._unfinished(after, bounds)
+
+        prepare, module = self._capture(
+            ("decode", structure), step, weights, *arguments
+        )
+        return self._ready(prepare, module, weights, arguments)
 
     def _verify(self, *args):
         with self._threads():
@@ -201,15 +322,8 @@ class TorchLoop(EagerTorchLoop):
         return (
             contextlib.nullcontext()
             if self.own_products is None
-            else (one_thread())
+            else one_thread()
         )
-
-    def keep(self, cache):
-        # What is bound to it is of no use without it.
-        first = pytree.tree_leaves(cache)[0]
-        for key, bound in list(self._bound.items()):
-            if bound.bound_to[0] is first:
-                self._bound.pop(key, None)
 
     def _make_call(self, length=1):
         def call(generation):
@@ -217,16 +331,41 @@ class TorchLoop(EagerTorchLoop):
             index = self._index(generation, length)
             now = tokens_from(generation.token_ids, generation.index, length)
             further = self._further_inputs(now)
-            step = self._bound_step(length, now, index, cache, further)
-            return step(now, index, further), cache
+            logits = self._call(self._logits, now, index, cache, further)
+            return logits, cache
 
         return call
 
-    def _bound_step(self, length, tokens, index, cache, further):
-        """A step on this cache and these weights, the last one if it is."""
+    def _call(self, function, tokens, index, cache, further):
+        """Calls what is bound to this cache and to these weights.
+
+        Args:
+            function: `_logits()` or `_read_chunk()`.
+            tokens: What it takes after the weights, as all that follow. int32
+                `(B, T)`.
+            index: int32, `()` or `(B,)`.
+            cache: A cache.
+            further: Dictionary of tensors.
+        """
+
+        def bind(weights):
+            return self._bind(function, weights, tokens, index, cache, further)
+
+        key = function.__name__, tuple(tokens.shape), index.ndim
+        return self._bound_to(cache, key, tokens, bind)(tokens, index, further)
+
+    def _bound_to(self, cache, key, tokens, make):
+        """Steps on a cache and on the weights, the last ones if they are.
+
+        Args:
+            cache: A cache.
+            key: What steps they are.
+            tokens: Tensor with a number for each token that they read.
+            make: Function that makes them, from `_weights()`.
+        """
         weights = self._weights(tokens.numel())
         values, packed = weights
-        key = length, index.ndim, threading.get_ident()
+        key = key, threading.get_ident()
         before = self._bound.get(key, _Bound())
         # To flatten it takes longer than some of a step.
         of_cache = before.of_cache
@@ -240,85 +379,131 @@ class TorchLoop(EagerTorchLoop):
             and all(map(operator.is_, bound_to, before.bound_to))
         ):
             before.cache = cache
-            return before.step
-        step = self._bind(weights, tokens, index, cache, further)
-        self._bound[key] = _Bound(step, cache, of_cache, bound_to, choices)
-        return step
+            return before.steps
+        steps = make(weights)
+        self._bound[key] = _Bound(steps, cache, of_cache, bound_to, choices)
+        return steps
 
     def _weights(self, rows):
         """The values of all variables, and what is packed for some rows."""
         return self._read(), packed_now(self.own_products, rows)
 
-    def _bind(self, weights, tokens, index, cache, further):
-        """A step from tokens to logits, on some weights and a cache."""
+    def _bind(self, function, weights, tokens, index, cache, further):
+        """What `_call()` calls, on some weights and a cache."""
         token = torch.zeros_like(tokens)
         slot = torch.zeros_like(index)
         inputs = pytree.tree_map(torch.clone, further)
         arguments = token, cache, slot, inputs
-        prepare, module = self._captured_step(weights, *arguments)
-        leaves = [
-            *prepare(*pytree.tree_leaves(weights)),
-            *pytree.tree_leaves(arguments),
-        ]
-        step, threads = None, contextlib.nullcontext
-        if multiplies(module):
-            threads = all_threads
-        states = [x.stored for pair in cache for x in pair if is_state(x)]
+        prepare, module = self._capture(
+            (function.__name__,), function, weights, *arguments
+        )
+        step = self._ready(prepare, module, weights, arguments)
 
         def bound_step(new_token, index, further):
-            nonlocal step
             token.copy_(new_token)
             slot.copy_(index)
             for name, x in further.items():
                 inputs[name].copy_(x)
-            # What autocasting does was captured.
-            with torch.autocast(token.device.type, enabled=False), threads():
-                if step is None:
-                    # Not before: it runs the step, which writes into the cache.
-                    step, output = self._recorded(module, leaves, states)
-                    return output
-                return step()
+            return step()
 
         return bound_step
 
-    def _recorded(self, module, arguments, states):
+    def _ready(self, prepare, module, weights, arguments):
+        """What was captured, on some weights and arguments.
+
+        Returns:
+            A function without arguments, recorded when it is first called: not
+            before, as it writes into the cache.
+        """
+        leaves = [
+            *prepare(*pytree.tree_leaves(weights)),
+            *pytree.tree_leaves(arguments),
+        ]
+        device = leaves[-1].device.type
+        step, threads = None, contextlib.nullcontext
+        if multiplies(module):
+            threads = all_threads
+
+        def run():
+            nonlocal step
+            # What autocasting does was captured.
+            with torch.autocast(device, enabled=False), threads():
+                if step is None:
+                    step, output = self._recorded(module, leaves)
+                    return output
+                return step()
+
+        return run
+
+    def _recorded(self, module, arguments):
         """Runs a step that reads and writes the same memory each time.
 
         Returns:
             A tuple of what runs it again, and what it returned.
         """
         step = functools.partial(module, *arguments)
-        if self.is_gpu(arguments[-1].device):
-            step = record(step, states)
-        elif self.own_products is not None and not self.lm.jit_compile:
+        if self.records:
+            return record(step)
+        if self.own_products is not None and not self.lm.jit_compile:
             # Which takes numba to import.
             from keras_nlp_cache.generate.loops import torch_replay
 
             return torch_replay.record(module, arguments)
         return step, step()
 
-    def _captured_step(self, weights, token_ids, cache, index, further):
-        choices = operator_choices(token_ids.device)
-        shapes = [tuple(x.shape) for x in pytree.tree_leaves(cache)]
-        key = *token_ids.shape, index.ndim, *shapes, choices
+    def _capture(self, key, function, weights, *arguments):
+        """Captures what the model does, or finds it.
+
+        Args:
+            key: Tuple, what is captured, besides what its arguments say.
+            function: Function of `weights` and `arguments`.
+            weights: From `_weights()`.
+            *arguments: What else it takes, tensors in any nesting.
+
+        Returns:
+            A tuple `(prepare, step)`, see `separate_views()`.
+        """
+        leaves = pytree.tree_leaves(arguments)
+        shapes = [tuple(x.shape) for x in leaves]
+        key = *key, *shapes, operator_choices(leaves[0].device)
         with self._capturing:
             if key not in self._captured:
-                module = capture(
-                    self._logits, weights, token_ids, cache, index, further
-                )
+                module = capture(function, weights, *arguments)
                 fixed = len(pytree.tree_leaves(weights))
                 prepare, step = separate_views(module, fixed)
-                if self.lm.jit_compile:
-                    step = torch.compile(step, dynamic=False)
-                elif self.own_products is not None:
-                    # Which takes numba to import.
-                    from keras_nlp_cache.generate.loops import torch_step_kernels
-
-                    fuse(step, torch_step_kernels.kernel_of)
-                self._captured[key] = prepare, step
+                self._captured[key] = prepare, self._improved(step)
             return self._captured[key]
 
+    def _improved(self, step):
+        """What was captured, in fewer operators."""
+        if self.lm.jit_compile:
+            return torch.compile(step, dynamic=False)
+        if self.own_products is not None:
+            # Which takes numba to import.
+            from keras_nlp_cache.generate.loops import torch_step_kernels
+
+            fuse(step, torch_step_kernels.kernel_of)
+        elif self.records and _has_triton():
+            from keras_nlp_cache.generate.loops import triton_step_kernels
+
+            fuse(step, triton_step_kernels.kernel_of)
+        return step
+
     def _logits(self, weights, token_ids, cache, index, further):
+        with self._multiplying(weights):
+            logits, _, _ = self.lm.call_with_cache(
+                token_ids, cache, index, **further
+            )
+            return logits
+
+    def _read_chunk(self, weights, token_ids, cache, index, further):
+        with self._multiplying(weights), accessing(self.access):
+            self.lm.read(token_ids, cache, index, **further)
+            return index
+
+    @contextlib.contextmanager
+    def _multiplying(self, weights):
+        """A scope in which the model has the weights that are passed to it."""
         values, packed = weights
         mapping = list(zip(self.variables, values))
         products = DenseProducts(
@@ -329,7 +514,4 @@ class TorchLoop(EagerTorchLoop):
             multiplying_with(self.own_products, packed),
             products,
         ):
-            logits, _, _ = self.lm.call_with_cache(
-                token_ids, cache, index, **further
-            )
-            return logits
+            yield
