@@ -35,9 +35,9 @@ class Constants:
     """Numbers that depend on the device.
 
     Attributes:
-        compiled_chunk: int. How many tokens of a prompt a compiled loop reads
-            at once. A prompt fills its last chunk by half on average, and one
-            size takes one compilation.
+        compiled_chunk: int. How many tokens of a prompt a loop reads at once
+            that is compiled, or recorded. A prompt fills its last chunk by half
+            on average, and one size takes one compilation.
         eager_chunk: int. How many a loop in Python reads at once.
         small_block: int. How many slots of a cache, narrow ones, are attended
             at a time.
