@@ -1,5 +1,7 @@
 """Steps on PyTorch that are recorded, as they are on a GPU."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -201,3 +203,16 @@ def test_a_flag_is_looked_at_later():
     flag.zero_()
     assert wait() is True
     assert torch_recording.look(flag)() is False
+
+
+@pytest.mark.parametrize(
+    "loaded, expected",
+    [(["tensorflow"], False), (["tensorflow", "triton"], True)],
+)
+def test_triton_is_not_imported_after_tensorflow(loaded, expected, monkeypatch):
+    """That would end the process."""
+    for name in ("tensorflow", "triton"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in loaded:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert torch_loop._has_triton() is expected
