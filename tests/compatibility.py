@@ -1,6 +1,7 @@
 """What works with which family on which backend, from tests that ran.
 
-Prints a Markdown table, from the results of one run per backend:
+Prints Markdown tables, one of what reads text alone and one of what reads more,
+from the results of one run per backend:
 
     KERAS_BACKEND=jax pytest --junitxml=jax.xml
     python -m tests.compatibility jax.xml tensorflow.xml torch.xml
@@ -58,16 +59,35 @@ FEATURES = {
 FAMILIES = {
     "GPT-2, OPT": r"(?i)gpt2|opt",
     "Llama 1 to 3, Mistral": r"(?i)llama3?|mistral",
-    "Gemma 1 to 3": r"(?i)gemma[23]?(_27b)?",
+    "Gemma 1 to 4": r"(?i)gemma([234]|3n)?(_27b)?",
     "Qwen 2, 3": r"(?i)qwen3?(_window)?",
     "Phi-3, SmolLM3": r"(?i)phi3(_long)?|smollm3",
     "BLOOM, Falcon, GPT-NeoX": r"(?i)bloom|falcon|gpt_?neo_?x",
     "experts: Mixtral, Qwen MoE, gpt-oss": (
         r"(?i)mixtral|qwen3?_?moe|gpt_?oss(_even)?"
     ),
+    "states: Qwen 3.5, RWKV-7": r"qwen3_5(_moe)?|rwkv7",
+}
+# Of models that read more than text.
+FEATURES_OF_READERS = {
+    "a cache, cut at the encoder or the image; `generate()`; edits": (
+        "test_(encoder_decoder|images|images_in_grids)::"
+    ),
+    "as transformers computes it": "test_transformers_parity::",
+    "files and presets, both ways": "test_weights_and_files::",
+    "sessions": "test_(source_sessions|image_sessions|images)::.*session",
+}
+READERS = {
+    "BART, T5": "bart|t5",
+    "T5Gemma 1, 2": "t5gemma2?",
+    "Moonshine": "moonshine",
+    "PaliGemma": "pali_gemma",
+    "BLIP-2": "blip2(_t5)?",
+    "images in Gemma 3, 3n, 4": "gemma(3|3n|4)_vision",
+    "images in Qwen 3.5": "qwen3_5(_moe)?_vision",
 }
 # Where what others show says nothing: GGUF files are read for these alone.
-_OF_GGUF = ("GPT-2, OPT", "Llama 1 to 3, Mistral", "Gemma 1 to 3")
+_OF_GGUF = ("GPT-2, OPT", "Llama 1 to 3, Mistral", "Gemma 1 to 4")
 OF_SOME = {
     "GGUF files": _OF_GGUF,
     "GGUF files, kept as they are stored": _OF_GGUF,
@@ -88,32 +108,33 @@ def outcomes(path):
         yield f"{file}::{case.get('name')}", outcome
 
 
-def cell(results, feature, family):
+def cell(results, feature, family, features=FEATURES, families=FAMILIES):
     """The letters of the backends on which all tests of a feature passed.
 
     In lower case where some were skipped. Tests that are not repeated for each
     family count for all, as do those that families take turns in, for a family
-    that had none.
+    that had none, or none that ran.
     """
-    if family not in OF_SOME.get(feature, FAMILIES):
+    if family not in OF_SOME.get(feature, families):
         return "---"
     letters = ""
     for backend, tests in results.items():
         found, of_others = set(), set()
         for name, outcome in tests:
-            if not re.match(FEATURES[feature], name):
+            if not re.match(features[feature], name):
                 continue
             parameters = re.split(r"[\[\]-]", name)
             named = [
                 x
-                for x, pattern in FAMILIES.items()
+                for x, pattern in families.items()
                 if any(re.fullmatch(pattern, y) for y in parameters)
             ]
             if not named or family in named:
                 found.add(outcome)
             else:
                 of_others.add(outcome)
-        found = found or of_others
+        if found <= {"skipped"}:
+            found |= of_others
         letter = BACKENDS[backend]
         if "passed" in found and "failed" not in found:
             letters += letter.lower() if "skipped" in found else letter
@@ -122,17 +143,22 @@ def cell(results, feature, family):
     return letters
 
 
-def table(results):
-    """The Markdown of the table.
+def table(results, features=FEATURES, families=FAMILIES):
+    """The Markdown of a table.
 
     Args:
         results: Dictionary from backends to lists of `outcomes()`.
+        features: Dictionary from features to the tests that show them.
+        families: Dictionary from families to what tests call them.
     """
     rows = [
-        [feature, *(cell(results, feature, family) for family in FAMILIES)]
-        for feature in FEATURES
+        [
+            feature,
+            *(cell(results, feature, x, features, families) for x in families),
+        ]
+        for feature in features
     ]
-    return tabulate.tabulate(rows, ["", *FAMILIES], tablefmt="github")
+    return tabulate.tabulate(rows, ["", *families], tablefmt="github")
 
 
 def main():
@@ -142,14 +168,11 @@ def main():
             backend, type=pathlib.Path, metavar=f"{backend}.xml"
         )
     args = parser.parse_args()
-    print(
-        table(
-            {
-                backend: list(outcomes(getattr(args, backend)))
-                for backend in BACKENDS
-            }
-        )
-    )
+    results = {
+        backend: list(outcomes(getattr(args, backend))) for backend in BACKENDS
+    }
+    print(table(results), end="\n\n")
+    print(table(results, FEATURES_OF_READERS, READERS))
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ def test_cells(tmp_path):
         family: compatibility.cell(found, feature, family)
         for family in compatibility.FAMILIES
     }
-    assert cells.pop("Gemma 1 to 3") == "JtP"
+    assert cells.pop("Gemma 1 to 4") == "JtP"
     # Where a family had no turn, what the others had counts.
     assert set(cells.values()) == {"Jt-"}
     # Tests that are not repeated for each family count for all.
-    assert compatibility.cell(found, "pickling", "Gemma 1 to 3") == "--P"
+    assert compatibility.cell(found, "pickling", "Gemma 1 to 4") == "--P"
 
 
 def test_the_readme_has_a_row_for_each_feature():
@@ -57,6 +57,16 @@ def test_the_readme_has_a_row_for_each_feature():
         for line in section.splitlines()
         if line.startswith("|")
     ]
-    assert rows[0][1:] == list(compatibility.FAMILIES)
-    assert [row[0] for row in rows[2:]] == list(compatibility.FEATURES)
-    assert all(set("".join(row[1:])) & set("JTP") for row in rows[2:])
+    of_text = 2 + len(compatibility.FEATURES)
+    for table, features, families in (
+        (rows[:of_text], compatibility.FEATURES, compatibility.FAMILIES),
+        (
+            rows[of_text:],
+            compatibility.FEATURES_OF_READERS,
+            compatibility.READERS,
+        ),
+    ):
+        assert table[0][1:] == list(families)
+        assert [row[0] for row in table[2:]] == list(features)
+        for row in table[2:]:
+            assert set("".join(row[1:]).upper()) & set("JTP")
