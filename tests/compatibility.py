@@ -59,7 +59,8 @@ FEATURES = {
 FAMILIES = {
     "GPT-2, OPT": r"(?i)gpt2|opt",
     "Llama 1 to 3, Mistral": r"(?i)llama3?|mistral",
-    "Gemma 1 to 4": r"(?i)gemma([234]|3n)?(_27b)?",
+    "Gemma 1 to 3": r"(?i)gemma[23]?(_27b)?",
+    "Gemma 3n, 4": r"(?i)gemma(3n|4)",
     "Qwen 2, 3": r"(?i)qwen3?(_window)?",
     "Phi-3, SmolLM3": r"(?i)phi3(_long)?|smollm3",
     "BLOOM, Falcon, GPT-NeoX": r"(?i)bloom|falcon|gpt_?neo_?x",
@@ -87,7 +88,7 @@ READERS = {
     "images in Qwen 3.5": "qwen3_5(_moe)?_vision",
 }
 # Where what others show says nothing: GGUF files are read for these alone.
-_OF_GGUF = ("GPT-2, OPT", "Llama 1 to 3, Mistral", "Gemma 1 to 4")
+_OF_GGUF = ("GPT-2, OPT", "Llama 1 to 3, Mistral", "Gemma 1 to 3")
 OF_SOME = {
     "GGUF files": _OF_GGUF,
     "GGUF files, kept as they are stored": _OF_GGUF,

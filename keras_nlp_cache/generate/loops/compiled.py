@@ -78,19 +78,13 @@ class CompiledLoop(Loop):
         return batch * min(self.chunk, slots)
 
     def new_cache(self, batch, slots):
-        make_cache = functools.partial(
-            self.lm.backbone.make_cache,
-            *(batch, slots, self.lm.cache_dtype, self.lm.cache_policy),
-        )
+        make_cache = functools.partial(self._make_cache, batch, slots)
         # Of another size, it goes before there are two.
         spare = self._spare_caches.take(batch, make_cache)[0]
         return spare or make_cache(zeros=self._new_tensor)
 
     def _chunk_of_prefill(self, slots):
-        lm = self.lm
-        cache = lm.backbone.make_cache(
-            1, slots, lm.cache_dtype, lm.cache_policy, zeros=keras.KerasTensor
-        )
+        cache = self._make_cache(1, slots, zeros=keras.KerasTensor)
         return self._chunk_for(cache, slots)
 
     def _chunk_for(self, cache, slots):

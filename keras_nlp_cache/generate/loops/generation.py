@@ -407,8 +407,12 @@ class Loop:
 
     def empty_cache(self, batch, slots):
         """A cache of zeros."""
+        return self._make_cache(batch, slots)
+
+    def _make_cache(self, batch, slots, **kwargs):
+        """A cache of the model, as `backbone.make_cache()` makes it."""
         return self.lm.backbone.make_cache(
-            batch, slots, self.lm.cache_dtype, self.lm.cache_policy
+            batch, slots, self.lm.cache_dtype, self.lm.cache_policy, **kwargs
         )
 
     def put_row(self, cache, row, row_cache):

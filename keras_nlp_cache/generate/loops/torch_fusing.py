@@ -41,8 +41,8 @@ def fuse(module, kernel_of):
 
     Args:
         module: `torch.fx.GraphModule`, changed in place.
-        kernel_of: Function from a `Fused` to a function and the arguments to
-            call it with, or to `None` if there is no kernel.
+        kernel_of: Function from a `Fused` to what `Graph.call_function()`
+            takes, or to `None` if there is no kernel.
     """
     graph = module.graph
     for node in graph.nodes:

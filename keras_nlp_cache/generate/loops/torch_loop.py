@@ -201,13 +201,11 @@ class TorchLoop(EagerTorchLoop):
     def new_cache(self, batch, slots):
         if not self._keeps_caches:
             return super().new_cache(batch, slots)
-        make_cache = functools.partial(
-            self.lm.backbone.make_cache,
-            *(batch, slots, self.lm.cache_dtype, self.lm.cache_policy),
-        )
-        spare, other = self._spare_caches.take(batch, make_cache)
+        make_cache = functools.partial(self._make_cache, batch, slots)
+        cache, other = self._spare_caches.take(batch, make_cache)
         self._unbind(other)
-        return spare or super().new_cache(batch, slots)
+        del other  # Before there are two.
+        return cache or super().new_cache(batch, slots)
 
     def keep(self, cache):
         if self._keeps_caches:

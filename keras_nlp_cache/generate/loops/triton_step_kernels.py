@@ -22,14 +22,13 @@ def kernel_of(fused):
         fused: A `Fused`.
 
     Returns:
-        A tuple of a function and its arguments, or `None` for what is one
-        operator anyway.
+        A tuple of a function, its arguments and its keyword arguments, or
+        `None` for what is one operator anyway.
     """
     if fused.kind not in _FUNCTIONS:
         return None
-    sizes = tuple(fused.sizes.values())
-    dtype = fused.last.meta["val"].dtype
-    return _FUNCTIONS[fused.kind], (*fused.arguments, dtype, *sizes)
+    arguments = *fused.arguments, fused.last.meta["val"].dtype
+    return _FUNCTIONS[fused.kind], arguments, fused.sizes
 
 
 def normalize(x, weight, dtype, rows, width, epsilon):
