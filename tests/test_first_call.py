@@ -1,7 +1,9 @@
 """What the first call of a process costs: traces, compilations, a folder."""
 
 import contextvars
+import gc
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -18,6 +20,8 @@ from keras_nlp_cache.attention.layer import CachedAttention
 from keras_nlp_cache.generate.loops import generation
 from keras_nlp_cache.generate.loops.alike import describe
 from keras_nlp_cache.generate.loops.meanwhile import meanwhile
+from keras_nlp_cache.generate.loops.meanwhile import proceed
+from keras_nlp_cache.memory import untouched_zeros
 from keras_nlp_cache.models import Llama3Backbone
 from keras_nlp_cache.models import Llama3CausalLM
 
@@ -165,6 +169,12 @@ def test_meanwhile_ends_with_its_scope_and_tells_what_went_wrong():
     with meanwhile(lambda: seen.append(variable.get())):
         pass
     assert seen == ["inside"]
+    with meanwhile(lambda: seen.append("called"), waits=True):
+        seen.append("before")
+        proceed()
+    with meanwhile(lambda: seen.append("called"), waits=True):
+        seen.append("at the end")
+    assert seen == ["inside", "before", "called", "at the end", "called"]
     with pytest.raises(ZeroDivisionError), meanwhile(lambda: 1 / 0):
         pass
     with pytest.raises(KeyError), meanwhile(lambda: 1 / 0):
@@ -205,6 +215,53 @@ def test_a_second_process_compiles_nothing(tmp_path):
     (misses, _), second = seen
     assert misses > 0
     assert second == (0, misses)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="names are TensorFlow's")
+def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+    program = """
+import keras_nlp_cache.compile_cache
+keras_nlp_cache.compile_cache.for_programs()
+"""
+    environment = {**os.environ, "KERAS_NLP_CACHE_HOME": str(tmp_path)}
+    environment.pop("TF_XLA_FLAGS", None)
+    found = []
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-c", program + MODEL + GENERATE],
+            env=environment,
+            capture_output=True,
+            check=True,
+        )
+        found.append({x.name for x in tmp_path.rglob("xla_compile_cache*")})
+    assert found[0] == found[1] != set()
+
+
+def test_nothing_is_collected_while_the_first_call_is_traced(monkeypatch):
+    enabled = []
+    step = generation.decode_step
+
+    def decode_step(*args):
+        enabled.append(gc.isenabled())
+        return step(*args)
+
+    monkeypatch.setattr(generation, "decode_step", decode_step)
+    lm = model(1)
+    lm.compile(sampler="greedy")
+    prompt = {"token_ids": np.array([[3, 4, 0, 0]])}
+    prompt["padding_mask"] = prompt["token_ids"] > 0
+    lm.generate(prompt, stop_token_ids=None)
+    assert enabled and not any(enabled)
+    assert gc.isenabled()
+
+
+def test_memory_of_zeros_is_not_copied():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pages = 2**26 // resource.getpagesize()
+    x = keras.ops.convert_to_tensor(untouched_zeros((2**24,), "float32"))
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert x.shape == (2**24,) and not keras.ops.any(x)
+    assert taken < pages / 2
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="the folder is JAX's")

@@ -10,6 +10,7 @@ ROOT = pathlib.Path(keras_nlp_cache.__file__).parent
 ORDER = (
     "__init__",
     "coverage",
+    "garbage",
     "memory",
     "files",
     "compile_cache",

@@ -8,9 +8,10 @@ installed.
 """
 
 import contextlib
-import gc
 import os
 import sys
+
+from keras_nlp_cache.garbage import collecting_none
 
 _OPTIONAL = ("matplotlib", "pandas", "sklearn")
 # keras_hub's tokenizers do without it on all backends but its own.
@@ -27,26 +28,14 @@ def importing(preset=None):
         preset: Optional. What is loaded in the scope, as a path if it is one.
             TensorFlow knows of more places to load from than the local disk.
     """
-    with _without(_OPTIONAL), _collecting_no_garbage():
+    with _without(_OPTIONAL), collecting_none():
         import keras
     names = _OPTIONAL
     if keras.config.backend() != "tensorflow":
         if preset is None or os.path.exists(preset):
             names += _TENSORFLOW
-    with _without(names), _collecting_no_garbage():
+    with _without(names), collecting_none():
         yield
-
-
-@contextlib.contextmanager
-def _collecting_no_garbage():
-    """Nearly all that is made in this scope stays, and is looked at in vain."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

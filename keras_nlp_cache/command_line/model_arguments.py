@@ -2,6 +2,7 @@
 
 import argparse
 
+from keras_nlp_cache import garbage
 from keras_nlp_cache.command_line import few_imports
 
 SAMPLERS = {
@@ -90,12 +91,14 @@ def load(args):
     preset = find_preset(args)
     try:
         with few_imports.importing(preset):
-            return CausalLM.from_preset(preset, dtype=args.dtype)
+            lm = CausalLM.from_preset(preset, dtype=args.dtype)
     except Exception as e:
         # Damaged files raise whatever the library that reads them raises.
         raise CommandError(
             f"cannot load the preset {preset!r}: {type(e).__name__}: {e}"
         ) from e
+    garbage.keep_all()
+    return lm
 
 
 def find_preset(args):

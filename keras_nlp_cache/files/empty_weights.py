@@ -1,9 +1,8 @@
 """Models whose weights are to be read from a file next."""
 
 import keras
-import numpy as np
 
-from keras_nlp_cache.memory import aligned
+from keras_nlp_cache.memory import untouched_zeros
 
 _RANDOM = (
     keras.initializers.RandomNormal,
@@ -48,10 +47,4 @@ def draw_no_random_numbers(model):
     """
     for variable in model.variables:
         if isinstance(variable._initializer, _RANDOM):
-            variable._initializer = _zeros
-
-
-def _zeros(shape, dtype=None):
-    if keras.backend.standardize_dtype(dtype) == "bfloat16":
-        return keras.ops.zeros(shape, dtype)
-    return aligned(shape, dtype, np.zeros)
+            variable._initializer = untouched_zeros

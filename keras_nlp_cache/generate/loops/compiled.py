@@ -13,6 +13,7 @@ from keras_nlp_cache.cache.kept import spare
 from keras_nlp_cache.cache.slots import slots as slots_from
 from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.device import constants
+from keras_nlp_cache.garbage import collecting_none
 from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.generation import Loop
@@ -33,6 +34,8 @@ class CompiledLoop(Loop):
 
     compiles_sampler = True
     reads_together = False
+    # Whether decode steps are traced after a prefill, and not at once with it.
+    traces_in_turn = False
 
     def __init__(self, lm):
         super().__init__(lm)
@@ -63,11 +66,13 @@ class CompiledLoop(Loop):
             self._cache_like_a_prefill_s(batch, slots),
             logprobs=logprobs,
         )
-        return meanwhile(
-            functools.partial(
-                self._prepare, generation, bounds, values, structure
-            )
-        )
+        return self._preparing(generation, bounds, values, structure)
+
+    @contextlib.contextmanager
+    def _preparing(self, *args):
+        prepare = functools.partial(self._prepare, *args)
+        with collecting_none(), meanwhile(prepare, waits=self.traces_in_turn):
+            yield
 
     def keep(self, cache):
         self._spare_caches.put(cache)

@@ -11,6 +11,8 @@ from keras import ops
 from keras import tree
 
 from keras_nlp_cache.generate.loops.compiled import CompiledLoop
+from keras_nlp_cache.generate.loops.meanwhile import is_waiting
+from keras_nlp_cache.generate.loops.meanwhile import proceed
 from keras_nlp_cache.generate.loops.sampling import sampler_variables
 from keras_nlp_cache.generate.loops.tensorflow_products import (
     kernels_as_matrices,
@@ -38,6 +40,9 @@ class TensorFlowLoop(CompiledLoop):
     """
 
     jit_compile_by_default = True
+    # What is compiled is found again by its name, in which TensorFlow counts
+    # what was traced before it.
+    traces_in_turn = True
 
     def __init__(self, lm):
         super().__init__(lm)
@@ -273,6 +278,9 @@ _traced = weakref.WeakKeyDictionary()
 def _call(function, *args):
     """Calls a `tf.function`, and tidies up after the compiler if it ran."""
     with outside_of_strategies():
+        if is_waiting():
+            function.get_concrete_function(*args)
+            proceed()
         output = function(*args)
     count = function.experimental_get_tracing_count()
     if count > _traced.get(function, 0):

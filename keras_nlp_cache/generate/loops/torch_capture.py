@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from keras_nlp_cache.garbage import collecting_none
+
 _aten = torch.ops.aten
 _RESHAPES = (
     _aten.view.default,
@@ -44,7 +46,7 @@ def capture(function, *args):
         return function(*pytree.tree_unflatten(flat, structure))
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad():
+    with torch.no_grad(), collecting_none():
         fakes = [mode.from_tensor(x.detach()) for x in flat]
         module = make_fx(flat_function)(*fakes)
     _fold_constants(module)
