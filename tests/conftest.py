@@ -22,6 +22,9 @@ from tests.subject import PATCHED
 MOST_MEMORY = 4 * 2**30
 # By how many bytes it may grow until all that it holds is looked through.
 MOST_GROWTH = 2**29
+# How many new objects are looked through for garbage at once. By 700, as Python
+# does, most of them are in use, and are looked through again.
+NEW_OBJECTS = 20_000
 
 
 def pytest_configure(config):
@@ -57,18 +60,44 @@ def pytest_report_header():
 
 @pytest.fixture(autouse=True, scope="session")
 def _without_xla():
-    """TensorFlow runs loops without XLA, where tests do not ask for it.
+    """TensorFlow runs without XLA, where tests do not ask for it.
 
     It keeps what XLA compiled for as long as the process lives, some 20 MiB for
-    each of hundreds of small models. Tests of the compiled loops ask for it
-    with `jit_compile=True`.
+    each of hundreds of small models, and compiles upstream's loops and each
+    `fit()` for longer than they run. Tests of what is compiled ask for it with
+    `jit_compile=True`.
     """
-    if backend() == "tensorflow" and not PATCHED:
-        from keras_nlp_cache.generate.loops.tensorflow_loop import (
-            TensorFlowLoop,
-        )
+    if backend() != "tensorflow" or PATCHED:
+        yield
+        return
+    import keras
 
-        TensorFlowLoop.jit_compile_by_default = False
+    from keras_nlp_cache.generate.loops.tensorflow_loop import TensorFlowLoop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorFlowLoop, "jit_compile_by_default", False)
+        patch.setattr(
+            keras.Model, "_resolve_auto_jit_compile", lambda self: False
+        )
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_keras():
+    """What Keras does over and over in Python is done once."""
+    from keras.src.saving import saving_lib
+
+    gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        # For each layer of a file, Keras makes another one to see which
+        # attributes all have. It keeps that by a name and asks for it by
+        # another.
+        patch.setattr(
+            saving_lib,
+            "get_attr_skipset",
+            functools.cache(saving_lib.get_attr_skipset),
+        )
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
