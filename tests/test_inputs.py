@@ -15,6 +15,7 @@ from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import to_numpy
+from tests.families import XLA
 
 TOKENS = random_tokens(4, 8)
 MASK = padding_mask([5, 8, 3, 8], 8)
@@ -97,7 +98,9 @@ def test_training_a_backbone(family):
     histories = []
     ours = family.backbone()
     for backbone in (ours, family.upstream_backbone(ours)):
-        backbone.compile(optimizer=keras.optimizers.SGD(0.01), loss="mse")
+        backbone.compile(
+            optimizer=keras.optimizers.SGD(0.01), loss="mse", **XLA
+        )
         history = [
             backbone.fit(
                 INPUTS,
@@ -131,6 +134,7 @@ def test_training_a_task(family):
         lm.compile(
             optimizer=keras.optimizers.SGD(0.01),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            **XLA,
         )
         history = lm.fit(
             INPUTS,
@@ -170,6 +174,7 @@ def test_upstream_task_heads(family):
         classifier.compile(
             optimizer=keras.optimizers.SGD(0.01),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            **XLA,
         )
         history = classifier.fit(
             dataset(INPUTS, np.array([0, 1, 0, 1])), epochs=2, verbose=0
@@ -195,6 +200,7 @@ def test_training_a_task_on_text():
         lm.compile(
             optimizer=keras.optimizers.SGD(0.01),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            **XLA,
         )
         batches = tf.data.Dataset.from_tensor_slices(sentences).batch(2)
         losses.append(
