@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as arrays
 
 from keras_nlp_cache.graph.inputs import OPTIONAL
 from keras_nlp_cache.graph.roles import TEXT
+from tests.families import examples
 from tests.families import FAMILIES
 from tests.families import to_numpy
 
@@ -72,7 +73,7 @@ def test_anything(inputs):
 
 @settings(
     deadline=None,
-    max_examples=150,
+    max_examples=examples(150),
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(KEYS, NESTED, st.booleans())

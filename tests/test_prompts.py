@@ -14,6 +14,7 @@ from keras import ops
 
 from tests.families import deep_families
 from tests.families import FAMILIES
+from tests.families import on_one_backend
 from tests.families import padding_mask
 from tests.families import random_tokens
 
@@ -321,6 +322,7 @@ def kind_of_collection(tokens, i):
     return list(kinds_of_collections(tokens))[i]
 
 
+@on_one_backend("what tokens a collection has is looked at")
 def test_what_to_stop_at_is_any_collection():
     lm = GPT2.text_lm()
     lm.compile(sampler="greedy", run_eagerly=True)

@@ -31,10 +31,14 @@ def main():
     from tests.families import to_numpy
 
     assert jax.config.jax_enable_x64
-    for family in (FAMILIES[0], FAMILIES[3]):
+    for family, modes in (
+        (FAMILIES[0], [False]),
+        (FAMILIES[3], [True, False]),
+    ):
         lm = family.text_lm()
-        for kwargs in ({"run_eagerly": True}, {"run_eagerly": False}):
-            lm.compile(sampler="greedy", **kwargs)
+        # Compiled, both are traced. Operation by operation, one says it.
+        for run_eagerly in modes:
+            lm.compile(sampler="greedy", run_eagerly=run_eagerly)
             session = lm.start_session()
             answer = session.send("the fox", 4, None)
             expected = lm.generate("the fox", stop_token_ids=None)
