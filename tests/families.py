@@ -393,7 +393,7 @@ class ImageText(Family):
     @staticmethod
     def of_images_alone(backbone):
         """Layers that are called once for an image, whatever is generated."""
-        tower = getattr(backbone, backbone.tower_name)
+        tower = getattr(backbone, backbone.roles.images.tower)
         return [tower.get_layer("image_encoder")]
 
     def without_images(self):

@@ -46,8 +46,9 @@ def instead(family, **given):
 def seen_by(backbone, inputs):
     """What the tower makes of the images among inputs."""
     roles = backbone.roles
-    beside = {name: inputs[name] for name in roles.with_images}
-    return to_numpy(backbone.encode_images(inputs[roles.images], **beside))
+    beside = {name: inputs[name] for name in roles.images.with_given}
+    given = inputs[roles.images.given]
+    return to_numpy(backbone.encode_images(given, **beside))
 
 
 @functools.cache
@@ -193,8 +194,8 @@ def test_parts_of_the_graph(family):
     if family.with_images:
         names = family.name_of_images, *family.with_images
         expected = {name: inputs[name] for name in names}
-    for name in (backbone.tower_name, *backbone.after_tower):
-        expected = getattr(backbone, name)(expected)
+    for tower in backbone.towers(backbone.roles.images):
+        expected = tower(expected)
     np.testing.assert_array_equal(seen, to_numpy(expected))
     embeddings = backbone.embed(family.inputs(TOKENS, MASK))
     for given in ({"img_embeddings": seen}, {"embeddings": embeddings}):
@@ -599,7 +600,7 @@ SAMPLERS = ("greedy", keras_hub.samplers.BeamSampler(num_beams=1))
 
 def places_to_edit(backbone):
     """Where, and with which sampler. Each is compiled anew."""
-    tower = getattr(backbone, backbone.tower_name).name
+    tower = getattr(backbone, backbone.roles.images.tower).name
     if keras.config.backend() != "torch":
         return [(tower, SAMPLERS[0])]
     places = (tower, "joined_embeddings", "decoder.1")
@@ -662,7 +663,7 @@ def bad_calls(backbone, family):
         {**inputs, **instead(family, embeddings=np.zeros((2, 3, 32)))},
         rf"`embeddings` of length {before + 10}, .*\(2, 3, 32\)",
     )
-    for name in backbone.roles.beside_images[-1:]:
+    for name in backbone.roles.masks:
         short = {**inputs, name: MASK[:, :3]}
         yield short, rf"`{name}` of length 10.*\(2, 3\)"
     yield (

@@ -242,7 +242,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
         Takes and returns what `reading.fitted()` does.
         """
-        masks = self.backbone.roles.beside_images[-1:]
+        masks = self.backbone.roles.masks
         return reading.fitted(inputs, max_length, truncation, masks)
 
     def overridden(self, *names):

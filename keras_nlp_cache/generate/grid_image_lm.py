@@ -19,7 +19,7 @@ from keras_nlp_cache.graph.image_inputs import known
 class GridImageLM(ImageTextLM):
     """Base of tasks that generate from images of any size.
 
-    Args are those of `ImageTextLM`. Of `Roles.beside_images`, the last one says
+    Args are those of `ImageTextLM`. Of what is beside images, the last one says
     which tokens are of images, counted over all rows of a batch.
     """
 
@@ -72,11 +72,11 @@ class GridImageLM(ImageTextLM):
     def with_masks(self, inputs):
         roles = self.backbone.roles
         text = roles.token_ids, roles.padding_mask
-        *_, places = roles.beside_images
+        *_, places = roles.images.beside
         of_images = np.zeros(inputs[text[0]].shape, bool)
         of_images.flat[inputs[places].reshape(-1)] = True
         _check_within_prompts(of_images, inputs[roles.padding_mask])
-        images = {name: inputs.get(name) for name in roles.of_images}
+        images = {name: inputs.get(name) for name in roles.of_media}
         found = {
             **{name: inputs[name] for name in text},
             **self._embedded({text[0]: inputs[text[0]], **images}),
@@ -92,8 +92,10 @@ class GridImageLM(ImageTextLM):
         embeddings = ops.convert_to_numpy(ops.cast(embeddings, "float32"))
         return {self.backbone.roles.embeddings: embeddings}
 
-    def _check_text_alone(self, inputs):
-        super()._check_text_alone(inputs)
+    def _check_text_alone(self, inputs, media):
+        super()._check_text_alone(inputs, media)
+        if media:
+            return
         name = self.backbone.roles.grid_positions
         given = known(inputs.get(name)) if isinstance(inputs, dict) else None
         if given is not None and (given != np.arange(given.shape[-1])).any():
@@ -104,9 +106,9 @@ class GridImageLM(ImageTextLM):
 
     def fitted(self, inputs, max_length, truncation):
         roles = self.backbone.roles
-        if not isinstance(inputs, dict) or self._images_in(inputs) is None:
+        if not isinstance(inputs, dict) or not self._media_in(inputs):
             return super().fitted(inputs, max_length, truncation)
-        *_, places = roles.beside_images
+        *_, places = roles.images.beside
         before = np.shape(inputs[roles.token_ids])[-1]
         inputs = reading.fitted(inputs, max_length, truncation, [places])
         found = np.asarray(ops.convert_to_numpy(inputs[places]))
@@ -132,26 +134,25 @@ class GridImageLM(ImageTextLM):
     sees_in_turns = True
 
     def places_in(self, x, count):
-        grid, places = (x[name] for name in self.backbone.roles.beside_images)
+        grid, places = (x[name] for name in self.backbone.roles.images.beside)
         merged = self.backbone.vision_encoder.spatial_merge_size
         return np.sort(places.reshape(-1)), grid.reshape(-1, 3)[:, 1:] // merged
 
     def embeddings_of(self, x, count):
         roles = self.backbone.roles
-        names = roles.images, *roles.with_images
-        seen = self._encode(*(x[name] for name in names))
+        seen = self._encode(roles.images, x)
         return ops.reshape(seen, (-1, seen.shape[-1]))
 
     def source_in_turn(self, images, token_ids, start):
         roles, new = self.backbone.roles, images.since(start)
-        *_, name_of_places = roles.beside_images
+        *_, name_of_places = roles.images.beside
         token_ids = token_ids[None]
         of_images = np.zeros(token_ids[:, start:].shape, bool)
         of_images[0, new.places] = True
         found = self._embedded(
             {
                 roles.token_ids: token_ids[:, start:],
-                roles.image_embeddings: new.embeddings[None],
+                roles.images.output: new.embeddings[None],
                 name_of_places: new.places[None],
             }
         )

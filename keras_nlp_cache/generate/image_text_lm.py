@@ -1,4 +1,4 @@
-"""The task that generates from images and text."""
+"""The task that generates from images, or sound, and text."""
 
 import contextlib
 
@@ -18,7 +18,7 @@ from keras_nlp_cache.graph.image_inputs import known
 
 
 class ImageTextLM(CausalLM):
-    """Base of the tasks that generate from images and text.
+    """Base of the tasks that generate from images, or sound, and text.
 
     Images are read in the prefill, once, by one call with all of the tokens
     that see each other, and so are rows of different lengths, one after the
@@ -63,16 +63,22 @@ class ImageTextLM(CausalLM):
     def read_with(self, source):
         if not source:
             return 0
-        return self.backbone.before + source[self.name_of_mask].shape[1]
+        name, *_ = self._masks_in(source)
+        return self.backbone.before + source[name].shape[1]
 
     @property
-    def name_of_mask(self):
+    def names_of_masks(self):
         """Of what is read with images, what has a column for each token."""
-        return self.backbone.roles.beside_images[-1]
+        return self.backbone.roles.masks
+
+    def _masks_in(self, source):
+        return [name for name in self.names_of_masks if name in source]
 
     def fitted_source(self, source, length, slots, chunk):
-        name = self.name_of_mask
-        needed = self.needed_with_images(source[name], length)
+        names = self._masks_in(source)
+        needed = max(
+            self.needed_with_images(source[name], length) for name in names
+        )
         if not needed:
             return {}
         count = -(-needed // chunk) * chunk
@@ -81,13 +87,15 @@ class ImageTextLM(CausalLM):
             # Chunks after it would overlap it.
             count = slots
         count -= self.backbone.before
-        mask = source[name][:, :count]
-        mask = np.pad(
-            mask,
-            ((0, 0), (0, count - mask.shape[1])),
-            constant_values=self.mask_of_text,
-        )
-        return {**source, name: mask}
+        fitted = dict(source)
+        for name in names:
+            mask = source[name][:, :count]
+            fitted[name] = np.pad(
+                mask,
+                ((0, 0), (0, count - mask.shape[1])),
+                constant_values=self.mask_of_text,
+            )
+        return fitted
 
     # What a mask says of tokens that are in no span.
     mask_of_text = 0
@@ -96,7 +104,7 @@ class ImageTextLM(CausalLM):
         """Up to which slot all has to be read with images.
 
         Args:
-            mask: int array `(B, T)`, the last of `Roles.beside_images`.
+            mask: int array `(B, T)`, the last of what is beside a medium.
             length: int. How many slots prompts take.
 
         Returns:
@@ -139,16 +147,16 @@ class ImageTextLM(CausalLM):
             if "prompts" in inputs:
                 # By what is last, upstream sees whether there is one prompt.
                 inputs["prompts"] = inputs.pop("prompts")
-            if further and self.backbone.sees:
+            if further and self.backbone.has_towers:
                 raise ValueError(
                     "Expected `inputs`, `max_length`, `stop_token_ids` and "
                     "`strip_prompt`, which is what goes with a dictionary of "
                     f"{sorted(inputs)}. Received also: "
                     f"{', '.join(sorted(further))}."
                 )
-        if self.backbone.sees and self.preprocessor is not None:
+        if self.backbone.has_towers and self.preprocessor is not None:
             texts = isinstance(inputs, (str, list, tuple))
-            self.check_images_of({"prompts": inputs} if texts else inputs)
+            self.check_media_of({"prompts": inputs} if texts else inputs)
         return super().generate(
             inputs,
             max_length=max_length,
@@ -157,22 +165,22 @@ class ImageTextLM(CausalLM):
             **further,
         )
 
-    def check_images_of(self, inputs):
+    def check_media_of(self, inputs):
         """Checks images and prompts before a preprocessor sees them."""
 
     def _generate(self, inputs, stop_token_ids=None):
         if self.overridden("generate_step"):
             return super()._generate(inputs, stop_token_ids)
-        images = self._images_in(inputs)
-        if images is None:
-            self._check_text_alone(inputs)
+        media = self._media_in(inputs)
+        self._check_text_alone(inputs, media)
+        if not media:
             return super()._generate(inputs, stop_token_ids)
         stops = prompts.stop_tokens(stop_token_ids)
         prompts.check_tokens(inputs, self.backbone)
         if not self._has_loop():
             self.refuse_states()
-        inputs = self._as_arrays({**inputs, self.backbone.roles.images: images})
-        self._check_images(inputs)
+        inputs = self._as_arrays({**inputs, **media}, media)
+        self._check_media(inputs)
         inputs = self.with_masks(inputs)
         before = 0
         if self._has_loop():
@@ -182,7 +190,8 @@ class ImageTextLM(CausalLM):
             outputs = self._in_groups(inputs, stops)
         found = {name: x[:, before:] for name, x in outputs.items()}
         if self.returns_images:
-            found[self.backbone.roles.images] = images
+            name = self.backbone.roles.images.given
+            found[name] = media[name]
         return found
 
     # Whether `generate()` returns the images, too, as upstream's does.
@@ -192,68 +201,82 @@ class ImageTextLM(CausalLM):
         """A batch of prompts, with all that is read of them with images."""
         return inputs
 
-    def _images_in(self, inputs):
-        """The images of a batch of prompts, with its axis, or `None`."""
-        if not self.backbone.sees or not isinstance(inputs, dict):
-            return None
-        images = inputs.get(self.backbone.roles.images)
-        if images is None:
-            return None
-        if not ops.is_tensor(images):
-            images = np.asarray(images)
-        rank = len(self.backbone.cuts.images.shape)
-        if len(images.shape) == rank - 1:
-            images = images[None]
-        if 0 in images.shape:
-            return None
-        return images
+    def _media_in(self, inputs):
+        """What is in a batch of prompts beside text, with its axis.
 
-    def _check_text_alone(self, inputs):
-        """Raises a `ValueError` for prompts that lack their images.
+        Returns:
+            Dictionary of what is there of `Roles.media`.
+        """
+        if not isinstance(inputs, dict) or not self.backbone.has_towers:
+            return {}
+        found = {}
+        for cut in self.backbone.cuts:
+            x = inputs.get(cut.medium.given)
+            if x is None:
+                continue
+            if not ops.is_tensor(x):
+                x = np.asarray(x)
+            if len(x.shape) == len(cut.given.shape) - 1:
+                x = x[None]
+            if 0 not in x.shape:
+                found[cut.medium.given] = x
+        return found
 
-        Or that have some for a model without a tower.
+    def _check_text_alone(self, inputs, media):
+        """Raises a `ValueError` for prompts that lack what is said of them.
+
+        Or that have images, say, for a model without a tower.
+
+        Args:
+            inputs: A batch of prompts.
+            media: What `_media_in()` finds in it.
         """
         if not isinstance(inputs, dict):
             return
         roles = self.backbone.roles
-        if not self.backbone.sees:
-            name = self.backbone.image_roles.images
-            shape = getattr(inputs.get(name), "shape", ())
+        for medium in self.backbone.media_roles.media:
+            if roles.medium(medium.noun) is not None:
+                continue
+            shape = getattr(inputs.get(medium.given), "shape", ())
             if shape and 0 not in shape:
                 raise ValueError(
-                    f"Expected no `{name}` for a backbone without a "
-                    f"`{self.backbone.tower_name}`. Received some of shape "
-                    f"{tuple(shape)}."
+                    f"Expected no `{medium.given}` for a backbone without a "
+                    f"`{medium.tower}`. Received some of shape {tuple(shape)}."
                 )
-            return
-        if self.backbone.needs_images:
-            shape = self.backbone.cuts.images.shape[1:]
+        if self.backbone.needs_images and not media:
+            shape = self.backbone.cuts.images.given.shape[1:]
             raise ValueError(
-                f"Expected prompts with `{roles.images}` of shape "
+                f"Expected prompts with `{roles.images.given}` of shape "
                 f"{('batch', *shape)}. Received the keys {sorted(inputs)}."
             )
-        for name in roles.beside_images:
-            given = known(inputs.get(name))
-            if given is not None and given.any():
-                raise ValueError(
-                    f"Expected `{roles.images}` with `{name}`. Received no "
-                    f"images, and `{name}` of shape {given.shape} that is not "
-                    "0 for some tokens."
-                )
+        for medium in roles.media:
+            if medium.given in media:
+                continue
+            for name in medium.beside:
+                given = known(inputs.get(name))
+                if given is not None and given.any():
+                    raise ValueError(
+                        f"Expected `{medium.given}` with `{name}`. Received no "
+                        f"{medium.noun}s, and `{name}` of shape {given.shape} "
+                        "that is not 0 for some tokens."
+                    )
 
-    def _as_arrays(self, inputs):
-        names = "token_ids", "padding_mask", *self.backbone.roles.of_images
+    def _as_arrays(self, inputs, media):
+        """Prompts as arrays, with what is there beside text, and no more."""
+        roles = self.backbone.roles
+        absent = [x for x in roles.media if x.given not in media]
+        left_out = [name for x in absent for name in (x.given, *x.beside)]
         return {
             name: np.asarray(ops.convert_to_numpy(inputs[name]))
-            for name in names
-            if inputs.get(name) is not None
+            for name in ("token_ids", "padding_mask", *roles.of_media)
+            if inputs.get(name) is not None and name not in left_out
         }
 
-    def _check_images(self, inputs):
+    def _check_media(self, inputs):
         """Has the backbone look at what it is going to read."""
-        names = self.backbone.roles.of_images
-        images = {name: inputs.get(name) for name in names}
-        self.backbone._normalize({"token_ids": inputs["token_ids"], **images})
+        names = self.backbone.roles.of_media
+        media = {name: inputs.get(name) for name in names}
+        self.backbone._normalize({"token_ids": inputs["token_ids"], **media})
 
     def _in_slots(self, inputs):
         """Prompts with a token for each slot that an image takes."""
@@ -296,13 +319,13 @@ class ImageTextLM(CausalLM):
             )
         images = [np.asarray(ops.convert_to_numpy(x)) for x in images]
         inputs = {"prompts": [text], "images": [images]}
-        self.check_images_of(inputs)
+        self.check_media_of(inputs)
         token_ids, x = reading.encode_whole(
             self.preprocessor,
             inputs,
             len(text.encode()) + 3 + self.most_tokens_of(images),
         )
-        x = self._as_arrays(x)
+        x = self._as_arrays(x, self._media_in(x))
         places, sizes = (
             found.astype("int32") for found in self.places_in(x, len(images))
         )
@@ -319,7 +342,7 @@ class ImageTextLM(CausalLM):
                 f"preprocessor has at {places.tolist()} of the "
                 f"{len(token_ids)} tokens that it makes of {text!r}."
             )
-        self._check_images(x)
+        self._check_media(x)
         embeddings = self.generation_loop.evaluate(
             self.embeddings_of, x, len(images)
         )
@@ -370,10 +393,13 @@ class ImageTextLM(CausalLM):
         """
         raise NotImplementedError
 
-    def _encode(self, images, *beside):
-        """Runs the tower, on what `Roles.with_images` names, too."""
-        names = self.backbone.roles.with_images
-        return self.backbone.encode_images(images, **dict(zip(names, beside)))
+    def _encode(self, medium, inputs):
+        """Runs the tower of a medium, on what else it takes, too."""
+        names = medium.given, *medium.with_given
+        given, *beside = (inputs[name] for name in names)
+        return self.backbone.encode(
+            medium, given, **dict(zip(medium.with_given, beside))
+        )
 
     # === For samplers with a loop of their own ===
 
@@ -406,21 +432,22 @@ class ImageTextLM(CausalLM):
         """
         self.refuse_partial_steering()
         self.refuse_states()
-        images = self._images_in(inputs)
-        if images is None:
-            self._check_text_alone(inputs)
+        media = self._media_in(inputs)
+        self._check_text_alone(inputs, media)
         own = self.overridden("_build_cache", "call_with_cache")
         with contextlib.nullcontext() if own else accessing(loop_access()):
-            return self._step_with(inputs, images, stop_token_ids)
+            return self._step_with(inputs, media, stop_token_ids)
 
-    def _step_with(self, inputs, images, stop_token_ids):
+    def _step_with(self, inputs, media, stop_token_ids):
         token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
         padding_mask = ops.cast(padding_mask, "bool")
-        before = 0 if images is None else self.backbone.before
-        if images is not None:
-            beside = self.backbone.roles.with_images
-            images = self._encode(images, *(inputs[name] for name in beside))
-        hidden_states, cache = self.build_cache_of(inputs, images)
+        before = self.backbone.before if media else 0
+        seen = {
+            x.output: self._encode(x, {**inputs, **media})
+            for x in self.backbone.roles.media
+            if x.given in media
+        }
+        hidden_states, cache = self.build_cache_of(inputs, seen)
 
         def next(prompt, cache, index):
             shape = ops.shape(prompt)[0], 1
@@ -450,11 +477,11 @@ class ImageTextLM(CausalLM):
             mask = ops.equal(ops.cumsum(ends, axis=1) - ends, 0)
         return {"token_ids": token_ids, "padding_mask": mask}
 
-    def build_cache_of(self, inputs, img_embeddings):
+    def build_cache_of(self, inputs, seen):
         """Calls upstream's `_build_cache()` with what it takes.
 
         Args:
             inputs: Dictionary of tensors, as for `generate_step()`.
-            img_embeddings: What the tower returned, or `None`.
+            seen: Dictionary of what towers returned, by its names.
         """
         raise NotImplementedError

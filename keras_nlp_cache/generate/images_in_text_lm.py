@@ -1,4 +1,4 @@
-"""The task that generates from a text in which images stand."""
+"""The task that generates from a text in which images stand, or sound."""
 
 import numpy as np
 from keras import ops
@@ -11,8 +11,9 @@ from keras_nlp_cache.generate.image_text_lm import ImageTextLM
 class ImagesInTextLM(ImageTextLM):
     """Base of tasks whose images stand in the place of tokens.
 
-    Args are those of `ImageTextLM`. Of `Roles.beside_images`, the last two say
-    where tokens of images are, and for which tokens it is not 0.
+    Args are those of `ImageTextLM`. Of what is beside images, the last two say
+    where their tokens are, and for which tokens it is not 0. So it is with all
+    media.
     """
 
     sees_in_turns = True
@@ -64,22 +65,27 @@ class ImagesInTextLM(ImageTextLM):
 
     # === How images are read ===
 
-    def check_images_of(self, inputs):
+    def check_media_of(self, inputs):
         placeholder = reading.image_mark(self.preprocessor)
         if placeholder is not None:
             most = self.preprocessor.max_images_per_prompt
             check_placeholders(inputs, placeholder, most)
 
     def with_masks(self, inputs):
-        mask, lengths = inputs["vision_mask"], inputs["padding_mask"]
-        last = lengths.astype(bool).sum(axis=1) - 1
-        ends = np.flatnonzero(mask[np.arange(len(mask)), last])
-        if len(ends):
-            raise ValueError(
-                "Expected prompts to end with a token of text. Received: "
-                f"prompt {ends[0]}, which ends with one of an image, at "
-                f"{last[ends[0]]}."
-            )
+        lengths = inputs["padding_mask"].astype(bool).sum(axis=1)
+        last = lengths - 1
+        for medium in self.backbone.roles.media:
+            *_, name = medium.beside
+            if name not in inputs:
+                continue
+            ends = np.flatnonzero(inputs[name][np.arange(len(last)), last])
+            if len(ends):
+                raise ValueError(
+                    "Expected prompts to end with a token of text. Received: "
+                    f"prompt {ends[0]}, which ends with one of "
+                    f"{'an' if medium.noun == 'image' else 'a'} "
+                    f"{medium.noun}, at {last[ends[0]]}."
+                )
         return inputs
 
     def needed_with_images(self, mask, length):
@@ -91,7 +97,7 @@ class ImagesInTextLM(ImageTextLM):
     @property
     def tokens_of_image(self):
         """How many tokens an image becomes in a prompt."""
-        return self.backbone.cuts.tower.shape[-2]
+        return self.backbone.cuts.images.tower.shape[-2]
 
     def most_tokens_of(self, images):
         # Some are put around those of an image.
@@ -99,12 +105,15 @@ class ImagesInTextLM(ImageTextLM):
 
     def places_in(self, x, count):
         sizes = np.tile([1, self.tokens_of_image], (count, 1))
-        return np.flatnonzero(x[self.name_of_mask]), sizes
+        *_, mask = self.backbone.roles.images.beside
+        return np.flatnonzero(x[mask]), sizes
 
     def embeddings_of(self, x, count):
-        roles = self.backbone.roles
-        names = roles.images, *roles.with_images
-        seen = self._encode(*(x[name][:, :count] for name in names))
+        images = self.backbone.roles.images
+        names = images.given, *images.with_given
+        seen = self._encode(
+            images, {name: x[name][:, :count] for name in names}
+        )
         # Some have a row of images for each text.
         tokens, dim = seen.shape[-2:]
         seen = ops.reshape(seen, (count, tokens, dim))
@@ -112,26 +121,25 @@ class ImagesInTextLM(ImageTextLM):
 
     def source_in_turn(self, images, token_ids, start):
         new = images.since(start)
-        roles, count = self.backbone.roles, len(new.sizes)
-        *_, name_of_places, name_of_mask = roles.beside_images
+        medium, count = self.backbone.roles.images, len(new.sizes)
+        *_, name_of_places, name_of_mask = medium.beside
         shape = count, -1, new.embeddings.shape[-1]
-        if len(self.backbone.cuts.tower.shape) == 4:
+        if len(self.backbone.cuts.images.tower.shape) == 4:
             shape = 1, *shape
         mask = np.zeros((1, len(token_ids) - start), "int32")
         mask[0, new.places] = 1
         return {
-            roles.image_embeddings: ops.reshape(new.embeddings, shape),
+            medium.output: ops.reshape(new.embeddings, shape),
             name_of_places: new.places[None],
             name_of_mask: mask,
         }
 
     # === For samplers with a loop of their own ===
 
-    def build_cache_of(self, inputs, img_embeddings):
-        seen = img_embeddings is not None
+    def build_cache_of(self, inputs, seen):
         return self._build_cache(
             inputs["token_ids"],
-            img_embeddings,
+            seen.get("img_embeddings"),
             inputs["vision_mask"] if seen else None,
             inputs["padding_mask"],
             inputs["vision_indices"] if seen else None,

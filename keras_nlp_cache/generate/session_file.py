@@ -196,7 +196,7 @@ def _images(path, tensors, backbone, count):
         return SessionImages()
     if not getattr(backbone, "sees", False):
         raise _damaged(path, "images, which the model does not read")
-    if any(missing) or not _fit(found, backbone.cuts.tower, count):
+    if any(missing) or not _fit(found, backbone.cuts.images.tower, count):
         raise _damaged(path, "images that do not fit the text")
     return found
 

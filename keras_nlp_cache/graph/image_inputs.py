@@ -9,13 +9,13 @@ from keras_nlp_cache.graph.inputs import as_tensor
 from keras_nlp_cache.graph.inputs import check_shape
 
 
-def normalize_images(inputs, backbone, text):
-    """Completes the inputs of images, and in place of images, as tensors.
+def normalize_media(inputs, backbone, text):
+    """Completes the inputs of media, and in place of media, as tensors.
 
     Args:
-        inputs: Dictionary of what was passed for each of `Roles.of_images`, or
+        inputs: Dictionary of what was passed for each of `Roles.of_media`, or
             `None`.
-        backbone: An `ImageTextBackbone` that sees.
+        backbone: An `ImageTextBackbone` with towers.
         text: What `normalize()` made of all other inputs. `None` if there is
             no text.
 
@@ -28,36 +28,55 @@ def normalize_images(inputs, backbone, text):
             to be some.
     """
     roles, cuts = backbone.roles, backbone.cuts
-    found = dict.fromkeys(roles.of_images)
-    given = [
-        name
-        for name in (roles.images, roles.image_embeddings, roles.embeddings)
-        if inputs.get(name) is not None
-    ]
-    if len(given) > 1:
-        raise ValueError(
-            f"Expected `{roles.images}`, or `{roles.image_embeddings}` or "
-            f"`{roles.embeddings}`, which were computed of some before. "
-            f"Received: {' and '.join(given)}."
-        )
-    for name, like in zip(
-        (roles.images, roles.image_embeddings, roles.embeddings), cuts.inputs
-    ):
-        if name in given:
-            found[name] = as_tensor(name, inputs[name], like.dtype, "iuf")
-            axes = _AXES if name == roles.images else _AXES_OF_EMBEDDINGS
-            _check_like(name, found[name], like.shape, axes)
+    found = dict.fromkeys(roles.of_media)
+    for cut in cuts:
+        medium = cut.medium
+        _check_once(medium, inputs, roles)
+        axes = medium.axes.get(medium.given, _AXES.get(len(cut.given.shape)))
+        for name, like, named in (
+            (medium.given, cut.given, axes),
+            (medium.output, cut.tower, None),
+        ):
+            _take(name, inputs, found, like, named)
+    _take(roles.embeddings, inputs, found, cuts.embeddings)
     inputs_of_graph = backbone._inputs_struct
-    beside = {name: inputs_of_graph[name].shape for name in roles.beside_images}
+    beside = {
+        name: (inputs_of_graph[name].shape, x.axes.get(name))
+        for x in roles.media
+        for name in x.beside
+    }
     if roles.grid_positions is not None:
-        beside[roles.grid_positions] = None, 4, None
-    for name, shape in beside.items():
+        beside[roles.grid_positions] = (None, 4, None), None
+    for name, (shape, axes) in beside.items():
         if inputs.get(name) is not None:
             found[name] = as_tensor(name, inputs[name], "int32")
-            _check_like(name, found[name], shape, _AXES_BESIDE)
+            axes = axes or _AXES_BESIDE[len(shape)]
+            _check_like(name, found[name], shape, axes)
+    backbone.check_given(found)
     if text is not None:
-        backbone.check_images(found, text)
+        backbone.check_media(found, text)
     return found
+
+
+def _check_once(medium, inputs, roles):
+    """Checks that a medium is given in one of its forms, or in none."""
+    names = medium.given, medium.output, roles.embeddings
+    given = [name for name in names if inputs.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"Expected `{names[0]}`, or `{names[1]}` or `{names[2]}`, which "
+            "were computed of some before. Received: "
+            f"{' and '.join(given)}."
+        )
+
+
+def _take(name, inputs, found, like, axes=None):
+    """Takes what was passed for one input, if it is like a symbolic tensor."""
+    if inputs.get(name) is None:
+        return
+    found[name] = as_tensor(name, inputs[name], like.dtype, "iuf")
+    axes = axes or _AXES_OF_EMBEDDINGS[len(like.shape)]
+    _check_like(name, found[name], like.shape, axes)
 
 
 # What the axes of images are.
@@ -79,7 +98,7 @@ _AXES_BESIDE = {
 
 
 def _check_like(name, x, shape, axes):
-    check_shape(name, x, **dict(zip(axes[len(shape)], shape)))
+    check_shape(name, x, **dict(zip(axes, shape)))
 
 
 def known(x):

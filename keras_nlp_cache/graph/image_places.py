@@ -14,7 +14,7 @@ def check_before_text(images, text, backbone):
     """Checks images that take the first slots, before those of the text.
 
     Args:
-        images: Dictionary of tensors, or `None`, for `Roles.of_images`, of
+        images: Dictionary of tensors, or `None`, for `Roles.of_media`, of
             which at most one is beside images: which tokens are no prompt.
         text: What `normalize()` made of all other inputs.
         backbone: An `ImageTextBackbone`.
@@ -27,7 +27,7 @@ def check_before_text(images, text, backbone):
     roles, before = backbone.roles, backbone.before
     token_ids, index = text[roles.token_ids], text["cache_update_index"]
     rows, length = token_ids.shape
-    response = next(iter(roles.beside_images), None)
+    response = next(iter(roles.images.beside), None)
     given = [name for name, x in images.items() if x is not None]
     for name in given:
         check_rows(name, images[name], token_ids)
@@ -37,12 +37,12 @@ def check_before_text(images, text, backbone):
     ):
         if name in given:
             check_length(name, images[name], expected, token_ids)
-    has_image = roles.has_images(images)
+    has_image = roles.has_media(images)
     first = known(index)
-    shape = rows, *backbone.cuts.images.shape[1:]
+    shape = rows, *backbone.cuts.images.given.shape[1:]
     wanted = (
-        f"`{roles.images}` of shape {shape}, or `{roles.image_embeddings}` or "
-        f"`{roles.embeddings}` in their place"
+        f"`{roles.images.given}` of shape {shape}, or "
+        f"`{roles.images.output}` or `{roles.embeddings}` in their place"
     )
     lacks_image = backbone.needs_images and not has_image
     if index is None and lacks_image:
@@ -72,44 +72,44 @@ def check_before_text(images, text, backbone):
         )
 
 
-def check_in_text(images, text, roles, count):
-    """Checks images that stand in the place of tokens.
+def check_in_text(media, text, roles, medium, count=None):
+    """Checks what stands in the place of tokens.
 
     Args:
-        images: Dictionary of tensors, or `None`, for `Roles.of_images`, of
-            which the last two are beside images: where tokens of images are,
-            and a mask that is not 0 there.
+        media: Dictionary of tensors, or `None`, for `Roles.of_media`.
         text: What `normalize()` made of all other inputs.
         roles: `Roles`.
-        count: int. How many tokens an image has, `None` if that is not known.
+        medium: The `Medium` to check. The last two of what is beside it are
+            where its tokens are, and a mask that is not 0 there.
+        count: Optional int. How many tokens each has, if all have as many.
 
     Raises:
-        ValueError: If a shape does not fit the text, if there are images and no
-            places or the other way round, or if an image is not whole.
+        ValueError: If a shape does not fit the text, if there are images, say,
+            and no places or the other way round, or if one is not whole.
     """
     token_ids = text[roles.token_ids]
     length = token_ids.shape[1]
-    *_, name = roles.beside_images
-    mask = known(images[name])
-    if images[name] is not None:
-        check_rows(name, images[name], token_ids)
-        check_length(name, images[name], length, token_ids)
-    if not roles.has_images(images):
+    *_, name = medium.beside
+    mask = known(media[name])
+    if media[name] is not None:
+        check_rows(name, media[name], token_ids)
+        check_length(name, media[name], length, token_ids)
+    embeddings = media[roles.embeddings]
+    if embeddings is None and not medium.is_in(media):
         if mask is not None and mask.any():
             raise ValueError(
-                f"Expected `{roles.images}` for the tokens that `{name}`, of "
-                f"shape {mask.shape}, says are of images. Received: none, for "
-                f"{int((mask != 0).sum())} such tokens."
+                f"Expected `{medium.given}` for the tokens that `{name}`, of "
+                f"shape {mask.shape}, says are of {medium.noun}s. Received: "
+                f"none, for {int((mask != 0).sum())} such tokens."
             )
         return
-    embeddings = images[roles.embeddings]
     if embeddings is not None:
         check_rows(roles.embeddings, embeddings, token_ids)
         check_length(roles.embeddings, embeddings, length, token_ids)
     else:
-        _check_places(images, token_ids, roles, count)
+        _check_places(media, token_ids, medium, count)
     if mask is not None and count is not None:
-        _check_whole(name, mask != 0, count)
+        _check_whole(name, mask != 0, medium, count)
 
 
 def places_of(mask, length):
@@ -129,17 +129,17 @@ def places_of(mask, length):
     return found
 
 
-def _check_places(images, token_ids, roles, count):
-    """Checks that each token of an image has a place in the text."""
-    *_, places, name = roles.beside_images
-    given = roles.images
+def _check_places(images, token_ids, medium, count):
+    """Checks that each token of a medium has a place in the text."""
+    *_, places, name = medium.beside
+    given, nouns = medium.given, f"{medium.noun}s"
     if images[given] is None:
-        given = roles.image_embeddings
+        given = medium.output
     shape = tuple(images[given].shape)
     missing = [x for x in (places, name) if images[x] is None]
     if missing:
         raise ValueError(
-            f"Expected `{places}` and `{name}` with images, to say where in "
+            f"Expected `{places}` and `{name}` with {nouns}, to say where in "
             f"the text they are. Received: `{given}` of shape {shape}, and no "
             f"{' and no '.join(missing)}."
         )
@@ -151,7 +151,7 @@ def _check_places(images, token_ids, roles, count):
     elif None not in (shape[0], token_ids.shape[0]):
         if shape[0] % token_ids.shape[0]:
             raise ValueError(
-                f"Expected `{given}` with as many images for each row of "
+                f"Expected `{given}` with as many {nouns} for each row of "
                 f"`token_ids`, of shape {tuple(token_ids.shape)}. Received "
                 f"shape: {shape}."
             )
@@ -172,21 +172,21 @@ def _check_places(images, token_ids, roles, count):
             )
     if not mask.any():
         raise ValueError(
-            f"Expected `{name}`, of shape {mask.shape}, to say where images "
+            f"Expected `{name}`, of shape {mask.shape}, to say where {nouns} "
             f"are. Received: `{given}` of shape {shape}, and a mask of zeros. "
-            "Put a placeholder for each image into a prompt."
+            f"Put a placeholder for each {medium.noun} into a prompt."
         )
 
 
-def _check_whole(name, mask, count):
+def _check_whole(name, mask, medium, count):
     """Checks that images are whole, whose tokens see each other."""
     for row, inside in enumerate(mask):
         ends = np.diff(np.pad(inside.astype(int), 1))
         lengths = np.flatnonzero(ends == -1) - np.flatnonzero(ends == 1)
         if (lengths % count).any():
             raise ValueError(
-                f"Expected each image to have {count} tokens side by side, "
-                f"all of them in one call. Received a `{name}` of shape "
+                f"Expected each {medium.noun} to have {count} tokens side by "
+                f"side, all of them in one call. Received a `{name}` of shape "
                 f"{mask.shape} with {lengths.tolist()} in row {row}."
             )
 
@@ -195,7 +195,7 @@ def check_in_grids(images, text, roles, merged):
     """Checks images of any size that stand in the place of tokens.
 
     Args:
-        images: Dictionary of tensors, or `None`, for `Roles.of_images`, of
+        images: Dictionary of tensors, or `None`, for `Roles.of_media`, of
             which two are beside images: how many patches they have, `(B, N,
             3)`, and where tokens of images are, counted over all rows.
         text: What `normalize()` made of all other inputs.
@@ -209,12 +209,12 @@ def check_in_grids(images, text, roles, merged):
     """
     token_ids = text[roles.token_ids]
     _check_grid_positions(images, text, roles)
-    if not roles.has_images(images):
-        for name in roles.beside_images:
+    if not roles.has_media(images):
+        for name in roles.images.beside:
             if images[name] is not None:
                 raise ValueError(
-                    f"Expected `{roles.images}` with `{name}`. Received: no "
-                    f"images, and `{name}` of shape "
+                    f"Expected `{roles.images.given}` with `{name}`. Received: "
+                    f"no images, and `{name}` of shape "
                     f"{tuple(images[name].shape)}."
                 )
         return
@@ -225,10 +225,10 @@ def check_in_grids(images, text, roles, merged):
             roles.embeddings, embeddings, token_ids.shape[1], token_ids
         )
         return
-    grid, places = roles.beside_images
-    given, needed = roles.images, (grid, places)
+    grid, places = roles.images.beside
+    given, needed = roles.images.given, (grid, places)
     if images[given] is None:
-        given, needed = roles.image_embeddings, (places,)
+        given, needed = roles.images.output, (places,)
     shape = tuple(images[given].shape)
     missing = [name for name in needed if images[name] is None]
     if missing:
@@ -238,7 +238,7 @@ def check_in_grids(images, text, roles, merged):
             f"{' and no '.join(missing)}."
         )
     count = shape[0] * shape[1] if None not in shape[:2] else None
-    if given == roles.images:
+    if given == roles.images.given:
         count = _check_grid(images, roles, count, merged)
     _check_flat_places(places, images[places], count, token_ids)
 
@@ -271,7 +271,7 @@ def _check_grid(images, roles, patches, merged):
     Returns:
         How many tokens they become, `None` if that is not known.
     """
-    name, (grid, _) = roles.images, roles.beside_images
+    name, (grid, _) = roles.images.given, roles.images.beside
     if isinstance(images[grid], keras.KerasTensor):
         return None
     sizes = known(images[grid])

@@ -1,4 +1,4 @@
-"""A backbone that reads images with its text.
+"""A backbone that reads images with its text, or sound.
 
 What an image becomes stands in the text, as if there were tokens for it: before
 all others, or in the place of some. So a cache has slots for it like any other,
@@ -6,6 +6,8 @@ and where images are read once, nothing of them is needed any more. What is
 different is the call that reads them: some of its tokens see what follows them
 (`cache/spans.py`), so it has to have all of these, and the graph can be given
 what was computed of images before (`image_wiring.py`).
+
+All that is told of images is so of any `Medium`, each with a tower of its own.
 """
 
 import typing
@@ -18,36 +20,54 @@ from keras_nlp_cache.cache.spans import ImageSpans
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.constructed import nodes_of
 from keras_nlp_cache.graph.grid_wiring import GridWiring
-from keras_nlp_cache.graph.image_inputs import normalize_images
+from keras_nlp_cache.graph.image_inputs import normalize_media
 from keras_nlp_cache.graph.image_wiring import ImageWiring
+from keras_nlp_cache.graph.image_wiring import name_of_joined
+from keras_nlp_cache.graph.image_wiring import name_of_output
 from keras_nlp_cache.graph.inputs import normalize
+from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import TEXT
 from keras_nlp_cache.quantization.quantizing import floating_policy
 
 
-class Cuts(typing.NamedTuple):
-    """Symbolic tensors of upstream's graph, at which ours is cut.
+class Cut(typing.NamedTuple):
+    """Symbolic tensors of upstream's graph, at which ours is cut for a medium.
 
     Args:
-        images: The images that go into the tower.
+        medium: `Medium`.
+        given: What goes into the tower.
         tower: What comes out of it.
-        joined: Images and text as one sequence.
+        joined: That and the text as one sequence.
     """
 
-    images: typing.Any
+    medium: Medium
+    given: typing.Any
     tower: typing.Any
     joined: typing.Any
 
+
+class Cuts(tuple):
+    """A `Cut` for each medium, in the order in which they join the text."""
+
     @property
-    def inputs(self):
+    def joined(self):
+        """All media and the text as one sequence."""
+        return self[-1].joined
+
+    @property
+    def embeddings(self):
         """What can be given there, of texts of any length."""
-        joined = self.joined
-        shape = joined.shape[0], None, joined.shape[-1]
-        return self.images, self.tower, keras.KerasTensor(shape, joined.dtype)
+        x = self.joined
+        return keras.KerasTensor((x.shape[0], None, x.shape[-1]), x.dtype)
+
+    @property
+    def images(self):
+        """The `Cut` for images, `None` if there is no tower for them."""
+        return next((x for x in self if x.medium.noun == "image"), None)
 
 
 class ImageTextBackbone(CachedBackbone):
-    """Base of backbones whose graph reads images.
+    """Base of backbones whose graph reads images, or sound.
 
     Four calls are possible, by what is passed beside `"token_ids"`:
 
@@ -59,15 +79,12 @@ class ImageTextBackbone(CachedBackbone):
     Images are read by one call, with all of the tokens that see each other. All
     later ones find in the cache what became of them.
 
+    Sound is read like images. There are as many towers as `Roles.media` has
+    media, and each of these is there or not.
+
     Attributes:
-        image_roles: `Roles` of a model that sees.
-        text_roles: `Roles` of one that does not.
-        tower_name: Name of the attribute that holds the tower.
-        after_tower: Names of those that hold what then comes of it alone, the
-            last of which returns what the text is joined with.
-        join_name: Name of the attribute that holds the layer that joins images
-            and text, `None` if the first decoder block is called with what is
-            joined.
+        media_roles: `Roles` of a model with all towers.
+        text_roles: `Roles` of one without any.
         windows_in_spans: bool. Whether a window holds among tokens that see
             each other, too.
         before: int. How many slots an image takes before those of the text.
@@ -103,10 +120,7 @@ class ImageTextBackbone(CachedBackbone):
     ```
     """
 
-    image_roles = text_roles = TEXT
-    tower_name = "vision_encoder"
-    after_tower = ()
-    join_name = None
+    media_roles = text_roles = TEXT
     windows_in_spans = True
     before = 0
     needs_images = False
@@ -118,18 +132,31 @@ class ImageTextBackbone(CachedBackbone):
         return self._roles
 
     @property
+    def has_towers(self):
+        """Whether something else than text is read."""
+        return bool(self.roles.media)
+
+    @property
     def sees(self):
         """Whether there is a tower of images."""
-        return self.roles.images is not None
+        return self.roles.medium("image") is not None
+
+    def towers(self, medium):
+        """The layers that make of a medium what the text is joined with."""
+        names = medium.tower, *medium.after_tower
+        return [getattr(self, name) for name in names]
 
     @property
     def prefill_layers(self):
         """The layers that no decode step calls."""
-        if not self.sees:
+        if not self.has_towers:
             return getattr(super(), "prefill_layers", [])
-        names = self.tower_name, *self.after_tower
-        towers = [getattr(self, name) for name in names]
-        return [x for tower in towers for x in tower._flatten_layers()]
+        return [
+            x
+            for medium in self.roles.media
+            for tower in self.towers(medium)
+            for x in tower._flatten_layers()
+        ]
 
     # === How the graph is made ===
 
@@ -139,23 +166,29 @@ class ImageTextBackbone(CachedBackbone):
 
     def roles_as_constructed(self):
         """`Roles` of upstream's graph, by what it was constructed with."""
-        has_tower = getattr(self, self.tower_name) is not None
-        return self.image_roles if has_tower else self.text_roles
+        roles = self.media_roles
+        media = [x for x in roles.media if getattr(self, x.tower) is not None]
+        if not media:
+            return self.text_roles
+        return roles._replace(media=tuple(media))
 
     def _output_of_encoder(self, outputs):
-        if not self.sees:
+        if not self.has_towers:
             return super()._output_of_encoder(outputs)
-        names = self.tower_name, *self.after_tower
         nodes = nodes_of(outputs)
-        towers = [nodes[getattr(self, name)][0] for name in names]
-        seen = towers[0].input_tensors
-        if self.join_name is None:
+        return Cuts(self._cut(x, nodes) for x in self.roles.media)
+
+    def _cut(self, medium, nodes):
+        towers = [nodes[x][0] for x in self.towers(medium)]
+        read = towers[0].input_tensors
+        if medium.join is None:
             joined = nodes[self.blocks[0]][0].input_tensors[0]
         else:
-            joined = nodes[getattr(self, self.join_name)][0].outputs[0]
-        return Cuts(
-            # A tower may see more than images.
-            next((x for x in seen if x.name == self.roles.images), seen[0]),
+            joined = nodes[getattr(self, medium.join)][0].outputs[0]
+        return Cut(
+            medium,
+            # A tower may take more than that.
+            next((x for x in read if x.name == medium.given), read[0]),
             towers[-1].outputs[0],
             joined,
         )
@@ -166,7 +199,7 @@ class ImageTextBackbone(CachedBackbone):
         return self._source
 
     def new_wiring(self, graph=None):
-        if not self.sees:
+        if not self.has_towers:
             return super().new_wiring(graph)
         dtype = floating_policy(self.blocks[0])
         in_grids = self.roles.grid_positions is not None
@@ -179,29 +212,32 @@ class ImageTextBackbone(CachedBackbone):
 
     def with_graph(self, wiring, *args, **kwargs):
         new = super().with_graph(wiring, *args, **kwargs)
-        if self.sees:
+        if self.has_towers:
             self._check_cuts(new)
         return new
 
     def _check_cuts(self, edited):
         """Raises a `ValueError` if text alone would not go through an edit."""
-        join = self.cuts.joined._keras_history.operation
-        # Of a model that is loaded, it is another one of the same class.
-        kind = type(join)
+        joins = [x.joined._keras_history.operation for x in self.cuts]
         joined = [x for x in edited.sites if type(x.layer) is JoinedEmbeddings]
-        towers = [x for x in edited.sites if type(x.layer) is EncoderOutput]
+        outputs = [x for x in edited.sites if type(x.layer) is EncoderOutput]
         before = [
             x.node.input_tensors[0]._keras_history.operation for x in joined
         ]
-        if [type(x) for x in before] == [kind] and len(towers) == 1:
+        # Of a model that is loaded, they are others of the same classes.
+        as_before = [type(x) for x in before] == [type(x) for x in joins]
+        if as_before and len(outputs) == len(joins):
             return
+        cuts = [name_of_output(x.medium) for x in self.cuts]
+        cuts += [name_of_joined(x.medium, self.roles) for x in self.cuts]
         raise ValueError(
-            "Expected an edit that leaves 'image_encoder_output' and "
-            f"'joined_embeddings' in the graph, and {join.name!r} right before "
-            "the latter, where text goes on alone if there are no images. "
-            f"Received: {[x.name for x in (*towers, *joined)]}, after "
+            "Expected an edit that leaves "
+            f"{', '.join(map(repr, cuts[:-1]))} and {cuts[-1]!r} in the graph, "
+            f"and {joins[-1].name!r} right before the latter, where text goes "
+            "on alone if there are no images. "
+            f"Received: {[x.name for x in (*outputs, *joined)]}, after "
             f"{[x.name for x in before]}. Insert layers after "
-            "'joined_embeddings'."
+            f"{cuts[-1]!r}."
         )
 
     def further_arguments(self, operation, inputs):
@@ -223,7 +259,7 @@ class ImageTextBackbone(CachedBackbone):
             inputs: Dictionary of the symbolic inputs of a graph.
             **kwargs: Arguments of the layer that numbers them.
         """
-        *_, mask = self.roles.beside_images
+        *_, mask = self.roles.images.beside
         return ImageSpans(**kwargs)(inputs[mask])
 
     # === How it is called ===
@@ -246,14 +282,47 @@ class ImageTextBackbone(CachedBackbone):
                 f"generates. Received: {self.name!r}, which reads none, or "
                 "whose encoder reads them: call `encode()`."
             )
-        given = {self.roles.images: images, **beside}
-        given = normalize_images(self.unpacked(given), self, None)
+        return self.encode(self.roles.images, images, **beside)
+
+    def encode_audio(self, audio, **beside):
+        """Runs the tower of sound alone.
+
+        Args:
+            audio: As upstream's backbone takes it.
+            **beside: What else the tower takes, by the names that it has for
+                the backbone.
+
+        Returns:
+            Tensor `(B, clips, tokens, hidden_dim)`, to be passed as
+            `"audio_embeddings"`.
+        """
+        medium = self.roles.medium("clip")
+        if medium is None:
+            raise ValueError(
+                "Expected a model that reads sound with the text that it "
+                f"generates. Received: {self.name!r}, which reads none."
+            )
+        return self.encode(medium, audio, **beside)
+
+    def encode(self, medium, given, **beside):
+        """Runs one of the towers alone.
+
+        Args:
+            medium: `Medium`.
+            given: What it reads.
+            **beside: What else it takes.
+
+        Returns:
+            Tensor, to be passed by the name of its output.
+        """
+        given = {medium.given: given, **beside}
+        given = normalize_media(self.unpacked(given), self, None)
         # As a call with a cache runs it.
         given["cache_update_index"] = 0
-        return self._computed(given, EncoderOutput)
+        return self._computed(given, EncoderOutput, name_of_output(medium))
 
     def embed(self, inputs):
-        """Embeds images and text.
+        """Embeds images, sound and text.
 
         Args:
             inputs: Dictionary, as the backbone is called with, without a cache.
@@ -261,44 +330,64 @@ class ImageTextBackbone(CachedBackbone):
         Returns:
             Tensor `(B, T, hidden_dim)`, to be passed as `"embeddings"`.
         """
-        return self._computed(self._normalize(inputs), JoinedEmbeddings)
+        *_, last = self.roles.media
+        name = name_of_joined(last, self.roles)
+        return self._computed(self._normalize(inputs), JoinedEmbeddings, name)
 
-    def _computed(self, inputs, kind):
-        """What the layer of a class returns, without what comes after it."""
-        (node,) = self.nodes_of_kind(kind)
+    def _computed(self, inputs, kind, name):
+        """What a layer returns, without what comes after it."""
+        (node,) = (
+            x for x in self.nodes_of_kind(kind) if x.operation.name == name
+        )
         inputs = {**dict.fromkeys(self._inputs_struct), **inputs}
         inputs["cache"] = ((None, None),) * len(self.cache_spec)
         (found,) = self.values_of(node.outputs[:1], inputs)
         return found
 
     def _normalize(self, inputs):
-        if not self.sees or not isinstance(inputs, dict):
+        if not self.has_towers or not isinstance(inputs, dict):
             return super()._normalize(inputs)
         roles = self.roles
-        text = {k: x for k, x in inputs.items() if k not in roles.of_images}
+        text = {k: x for k, x in inputs.items() if k not in roles.of_media}
         text = normalize(
             text,
             self.cache_spec,
             self.max_positions,
             ("generated",) if self.takes_generated else (),
             roles,
-            self.before if roles.has_images(inputs) else 0,
+            self.before if roles.has_media(inputs) else 0,
         )
-        images = {name: inputs.get(name) for name in roles.of_images}
-        return {**text, **normalize_images(self.unpacked(images), self, text)}
+        media = {name: inputs.get(name) for name in roles.of_media}
+        return {**text, **normalize_media(self.unpacked(media), self, text)}
 
-    def unpacked(self, images):
-        """What was passed of images, as upstream's graph takes it.
+    def unpacked(self, media):
+        """What was passed of media, as upstream's graph takes it.
 
         Args:
-            images: Dictionary for some of `Roles.of_images`.
+            media: Dictionary for some of `Roles.of_media`.
         """
-        return images
+        return media
+
+    def check_given(self, media):
+        """Raises a `ValueError` for what a tower does not read.
+
+        Args:
+            media: Dictionary of tensors, or `None`, for `Roles.of_media`.
+        """
+
+    def check_media(self, media, text):
+        """Raises a `ValueError` for media that do not fit a text.
+
+        Args:
+            media: As for `check_given()`.
+            text: What `normalize()` made of all other inputs.
+        """
+        raise NotImplementedError
 
     def _output_spec(self, inputs, x):
         spec = super()._output_spec(inputs, x)
         batch, length, *further = spec.shape
-        if length is None or not self.roles.has_images(inputs):
+        if length is None or not self.roles.has_media(inputs):
             return spec
         return keras.KerasTensor(
             (batch, length + self.before, *further), dtype=spec.dtype

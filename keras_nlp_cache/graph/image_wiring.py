@@ -1,10 +1,11 @@
 """How a cache is threaded through a graph that reads images, too.
 
-The graph is cut twice. Where the tower of images ends, `EncoderOutput` takes
-what it returned in an earlier call. Where the text begins, `JoinedEmbeddings`
-takes the embeddings of images and text together, and goes on with the text
-alone if there are no images. So a decode step calls nothing of the tower. If
-token ids are others where images are, `JoinedTokens` is where they are told.
+The graph is cut twice for each tower. Where that ends, `EncoderOutput` takes
+what it returned in an earlier call. Where images, or sound, are joined with the
+text, `JoinedEmbeddings` goes on with the text alone if there are none, and the
+last one takes the embeddings of all together. So a decode step calls nothing of
+a tower. If token ids are others where images are, `JoinedTokens` is where they
+are told.
 """
 
 import keras
@@ -32,12 +33,16 @@ class ImageWiring(Wiring):
 
     def __init__(self, dtype, graph, roles, backbone):
         self._backbone = backbone
-        self._spans = self._tower_output = None
+        self._spans, self._told = None, 0
         self._cuts = backbone.cuts
+        # By the noun of a medium, what its tower returned.
+        self._outputs = {}
+        # The `id()`s of what is a text, with whatever was put into it so far.
+        self._texts = set()
         super().__init__(dtype, graph, roles)
 
     def _new_input(self, name):
-        if name not in self._roles.images_of_upstream:
+        if name not in self._roles.media_of_upstream:
             return super()._new_input(name)
         if self._graph is None:
             return _input_like(self._backbone.input[name], name)
@@ -45,10 +50,13 @@ class ImageWiring(Wiring):
         return _input_like(x, name)
 
     def _new_positions(self):
-        names = self._roles.image_embeddings, self._roles.embeddings
-        for name, x in zip(names, self._cuts.inputs[1:]):
-            self.inputs[name] = _input_like(x, name)
-        for name in self._roles.beside_images:
+        for cut in self._cuts:
+            name = cut.medium.output
+            self.inputs[name] = _input_like(cut.tower, name)
+        name = self._roles.embeddings
+        self.inputs[name] = _input_like(self._cuts.embeddings, name)
+        self._texts.add(id(self.inputs[self._roles.token_ids]))
+        for name in self._roles.beside_media:
             if name not in self.inputs:
                 # Which upstream's backbone has not: of tokens.
                 self.inputs[name] = keras.Input(
@@ -62,14 +70,15 @@ class ImageWiring(Wiring):
 
     def _place_tokens(self, **arguments):
         """The symbolic positions of tokens, and of images before them."""
+        medium, *_ = self._roles.media
         positions = PositionsAfter(
             self._backbone.before, dtype=self._dtype, name="positions"
         )
         return positions(
             self.inputs[self._roles.token_ids],
             **arguments,
-            images=self.inputs[self._roles.images],
-            image_embeddings=self.inputs[self._roles.image_embeddings],
+            images=self.inputs[medium.given],
+            image_embeddings=self.inputs[medium.output],
             embeddings=self.inputs[self._roles.embeddings],
         )
 
@@ -95,45 +104,96 @@ class ImageWiring(Wiring):
         further = self._backbone.further_arguments(operation, self.inputs)
         kwargs = {**kwargs, **further}
         x = super().call_operation(operation, args, kwargs)
-        if operation is self._cuts.tower._keras_history.operation:
-            self._tower_output = EncoderOutput(
-                dtype=self._dtype, name="image_encoder_output"
-            )(x, given=self.inputs[self._roles.image_embeddings])
-            return self._tower_output
-        if self._joins_tokens(operation, args, kwargs):
-            return JoinedTokens(dtype=self._dtype, name="joined_tokens")(
-                x, text=self.inputs[self._roles.token_ids]
-            )
-        if operation is not self._cuts.joined._keras_history.operation:
-            return x
-        # Two sequences are joined. One of them is of images.
-        (text,) = (
+        tensors = [
             y
             for y in tree.flatten((args, kwargs))
             if isinstance(y, keras.KerasTensor)
-            and len(y.shape) == 3
-            and not comes_of(y, self._tower_output)
-        )
-        return JoinedEmbeddings(dtype=self._dtype, name="joined_embeddings")(
-            x, text=text, given=self.inputs[self._roles.embeddings]
+        ]
+        for cut in self._cuts:
+            if operation is cut.tower._keras_history.operation:
+                return self._after_tower(cut.medium, x)
+            if operation is cut.joined._keras_history.operation:
+                return self._text(self._joined(cut.medium, x, tensors))
+        alone = self._text_alone(operation, tensors)
+        if alone is None:
+            return x
+        # Layers of a graph have names of their own.
+        number = f"_{self._told}" if self._told else ""
+        name, self._told = f"joined_tokens{number}", self._told + 1
+        return self._text(
+            JoinedTokens(dtype=self._dtype, name=name)(x, text=alone)
         )
 
-    def _joins_tokens(self, operation, args, kwargs):
-        """Whether an operation puts others in the place of token ids.
+    def _text(self, x):
+        self._texts.add(id(x))
+        return x
 
-        By what says where images are. Layers embed them.
+    def _after_tower(self, medium, x):
+        """Where what was made of a medium before can be given."""
+        x = EncoderOutput(dtype=self._dtype, name=name_of_output(medium))(
+            x, given=self.inputs[medium.output]
+        )
+        self._outputs[medium.noun] = x
+        return x
+
+    def _joined(self, medium, x, tensors):
+        """Where text goes on alone if there is nothing of a medium.
+
+        Args:
+            medium: `Medium`.
+            x: Symbolic tensor, that joined with the text.
+            tensors: List of those that are joined, and of what says how.
+        """
+        # Two sequences are joined. One of them is of this medium.
+        (text,) = (
+            y
+            for y in tensors
+            if len(y.shape) == 3 and not comes_of(y, self._outputs[medium.noun])
+        )
+        given = {}
+        if _is_last(medium, self._roles):
+            given["given"] = self.inputs[self._roles.embeddings]
+        return JoinedEmbeddings(
+            dtype=self._dtype, name=name_of_joined(medium, self._roles)
+        )(x, text=text, **given)
+
+    def _text_alone(self, operation, tensors):
+        """What goes on if nothing says where a medium is, or `None`.
+
+        For an operation that puts something into a text by what says so. Layers
+        embed, or read it.
+
+        Args:
+            operation: One of the graph.
+            tensors: List of the symbolic tensors that it is called on.
         """
         if isinstance(operation, keras.layers.Layer):
-            return False
-        *_, mask = self._roles.beside_images or (None,)
-        found = [
-            x
-            for x in tree.flatten((args, kwargs))
-            if isinstance(x, keras.KerasTensor)
-        ]
-        return any(x is self.inputs[self._roles.token_ids] for x in found) and (
-            any(comes_of(x, self.inputs.get(mask)) for x in found)
+            return None
+        texts = [x for x in tensors if id(x) in self._texts]
+        masks = [self.inputs.get(name) for name in self._roles.masks]
+        told = any(
+            comes_of(x, mask)
+            for x in tensors
+            for mask in masks
+            if id(x) not in self._texts
         )
+        return texts[-1] if texts and told else None
+
+
+def name_of_output(medium):
+    """What the layer is called at which a tower ends."""
+    return f"{medium.noun}_encoder_output"
+
+
+def name_of_joined(medium, roles):
+    """What the layer is called at which a medium was joined with the text."""
+    if _is_last(medium, roles):
+        return "joined_embeddings"
+    return f"joined_{medium.noun}s"
+
+
+def _is_last(medium, roles):
+    return medium.noun == roles.media[-1].noun
 
 
 def _input_like(x, name):

@@ -1,6 +1,42 @@
 """What the inputs of a graph are for, whatever they are called."""
 
+import types
 import typing
+
+
+class Medium(typing.NamedTuple):
+    """Names of what stands for images, or for sound, beside a text.
+
+    Args:
+        noun: What one of them is called.
+        given: What a tower of layers reads.
+        beside: Names of what upstream's backbone takes with it. The last one
+            has a column for each token of the text.
+        with_given: Those of these that the tower takes, too.
+        output: The output of the tower.
+        tower: Name of the attribute that holds the tower.
+        after_tower: Names of those that hold what then comes of it alone, the
+            last of which returns what the text is joined with.
+        join: Name of the attribute that holds the layer that joins it with the
+            text, `None` if the first decoder block is called with what is
+            joined.
+        axes: Dictionary of what the axes of some of these are, by their names.
+    """
+
+    noun: str
+    given: str
+    beside: tuple = ()
+    with_given: tuple = ()
+    output: str | None = None
+    tower: str = "vision_encoder"
+    after_tower: tuple = ()
+    join: str | None = None
+    axes: typing.Mapping = types.MappingProxyType({})
+
+    def is_in(self, inputs):
+        """Whether there is some among inputs, or what a tower made of it."""
+        names = self.given, self.output
+        return any(inputs.get(name) is not None for name in names)
 
 
 class Roles(typing.NamedTuple):
@@ -16,14 +52,10 @@ class Roles(typing.NamedTuple):
         source: The output of the encoder. Given, the encoder does not run.
         beside_source: Names of what else the encoder reads, if it is there,
             such as images before its text.
-        images: What a tower of layers sees, `None` without one.
-        beside_images: Names of what upstream's backbone takes with them. The
-            last one has a column for each token of the text.
-        with_images: Those of these that the tower takes, too.
+        media: `Medium`s, in the order in which they are joined with the text.
         placed_by_tokens: Whether upstream's backbone takes none of what is
-            beside images, and has them where tokens have the id for it.
-        image_embeddings: The output of the tower.
-        embeddings: That and the embedded text, as one sequence.
+            beside them, and has them where tokens have the id for it.
+        embeddings: All of these and the embedded text, as one sequence.
         grid_positions: Where tokens stand if those of an image stand in a grid,
             `None` if all stand in a row.
     """
@@ -35,11 +67,8 @@ class Roles(typing.NamedTuple):
     source_mask: str | None = None
     source: str | None = None
     beside_source: tuple = ()
-    images: str | None = None
-    beside_images: tuple = ()
-    with_images: tuple = ()
+    media: tuple = ()
     placed_by_tokens: bool = False
-    image_embeddings: str | None = None
     embeddings: str | None = None
     grid_positions: str | None = None
 
@@ -51,7 +80,7 @@ class Roles(typing.NamedTuple):
             self.token_ids,
             self.padding_mask,
             *self.beside_text,
-            *self.images_of_upstream,
+            *self.media_of_upstream,
         )
 
     @property
@@ -69,38 +98,55 @@ class Roles(typing.NamedTuple):
         return self.source_ids, self.source_mask, *self.beside_source
 
     @property
-    def images_of_upstream(self):
-        """The inputs of images that upstream's backbone has. Empty without."""
-        if self.images is None:
-            return ()
-        beside = () if self.placed_by_tokens else self.beside_images
-        return self.images, *beside
+    def media_of_upstream(self):
+        """The inputs of media that upstream's backbone has. Empty without."""
+        return tuple(
+            name
+            for x in self.media
+            for name in (x.given, *(() if self.placed_by_tokens else x.beside))
+        )
 
     @property
-    def of_images(self):
-        """The inputs of images, or in their place. Empty without any."""
-        if self.images is None:
+    def beside_media(self):
+        """What there is beside media, whether upstream's backbone takes it."""
+        return tuple(name for x in self.media for name in x.beside)
+
+    @property
+    def of_media(self):
+        """The inputs of media, or in their place. Empty without any."""
+        if not self.media:
             return ()
         further = () if self.grid_positions is None else (self.grid_positions,)
         return (
-            self.images,
-            *self.beside_images,
-            self.image_embeddings,
+            *(y for x in self.media for y in (x.given, *x.beside, x.output)),
             self.embeddings,
             *further,
         )
 
-    def has_images(self, inputs):
-        """Whether there are images among inputs, or what they became."""
-        if self.images is None:
-            return False
-        names = self.images, self.image_embeddings, self.embeddings
-        return any(inputs.get(name) is not None for name in names)
+    @property
+    def masks(self):
+        """Those that have a column for each token of the text."""
+        return tuple(name for x in self.media for name in x.beside[-1:])
+
+    def medium(self, noun):
+        """The `Medium` of images, say, `None` if there is none."""
+        return next((x for x in self.media if x.noun == noun), None)
+
+    @property
+    def images(self):
+        """The `Medium` of images, one without names if there is none."""
+        return self.medium("image") or Medium("image", None)
+
+    def has_media(self, inputs):
+        """Whether there are media among inputs, or what they became."""
+        if self.media and inputs.get(self.embeddings) is not None:
+            return True
+        return any(x.is_in(inputs) for x in self.media)
 
     @property
     def of_prefill(self):
         """What a prefill takes beside the text."""
-        return (*self.of_source, *self.of_images)
+        return (*self.of_source, *self.of_media)
 
 
 TEXT = Roles()

@@ -69,7 +69,7 @@ def describe(backbone):
     tensors = {id(x): TensorOf(name) for name, x in backbone.input.items()}
     tensors[id(backbone._positions)] = TensorOf("positions")
     roles = backbone.roles
-    ours = "generated", "cache_update_index", roles.source, *roles.of_images
+    ours = "generated", "cache_update_index", roles.source, *roles.of_media
     for name in ours:
         if name in backbone._inputs_struct:
             tensors[id(backbone._inputs_struct[name])] = TensorOf(name)

@@ -10,6 +10,7 @@ from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.images_in_text_lm import ImagesInTextLM
 from keras_nlp_cache.graph.image_places import check_in_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.gemma import gemma_parts
 from keras_nlp_cache.models.gemma import GemmaAttention
@@ -61,10 +62,15 @@ class Gemma3Backbone(keras_hub.models.Gemma3Backbone, ImageTextBackbone):
         https://arxiv.org/abs/2503.19786
     """
 
-    image_roles = Roles(
-        images="images",
-        beside_images=("vision_indices", "vision_mask"),
-        image_embeddings="img_embeddings",
+    media_roles = Roles(
+        media=(
+            Medium(
+                "image",
+                "images",
+                beside=("vision_indices", "vision_mask"),
+                output="img_embeddings",
+            ),
+        ),
         embeddings="embeddings",
     )
 
@@ -90,9 +96,9 @@ class Gemma3Backbone(keras_hub.models.Gemma3Backbone, ImageTextBackbone):
                 inputs = {**inputs, **none}
         return super()._normalize(inputs)
 
-    def check_images(self, images, text):
-        count = self.num_vision_tokens_per_image
-        check_in_text(images, text, self.roles, count)
+    def check_media(self, media, text):
+        roles, count = self.roles, self.num_vision_tokens_per_image
+        check_in_text(media, text, roles, roles.images, count)
 
 
 @replaces(keras_hub.models.Gemma3CausalLM)

@@ -11,6 +11,7 @@ from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
 from keras_nlp_cache.graph.image_places import check_before_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.gemma import gemma_parts
 from keras_nlp_cache.models.gemma import scale_as_trained
@@ -57,13 +58,18 @@ class PaliGemmaBackbone(keras_hub.models.PaliGemmaBackbone, ImageTextBackbone):
         https://arxiv.org/abs/2407.07726, https://arxiv.org/abs/2412.03555
     """
 
-    image_roles = Roles(
-        images="images",
-        beside_images=("response_mask",),
-        image_embeddings="img_embeddings",
+    media_roles = Roles(
+        media=(
+            Medium(
+                "image",
+                "images",
+                beside=("response_mask",),
+                output="img_embeddings",
+                tower="vit_encoder",
+            ),
+        ),
         embeddings="embeddings",
     )
-    tower_name = "vit_encoder"
     needs_images = True
 
     @property
@@ -89,8 +95,8 @@ class PaliGemmaBackbone(keras_hub.models.PaliGemmaBackbone, ImageTextBackbone):
             inputs["padding_mask"] = ops.ones_like(inputs["token_ids"])
         return inputs
 
-    def check_images(self, images, text):
-        check_before_text(images, text, self)
+    def check_media(self, media, text):
+        check_before_text(media, text, self)
 
 
 @replaces(keras_hub.models.PaliGemmaCausalLM)
@@ -183,11 +189,13 @@ class PaliGemmaCausalLM(ImageTextLM, keras_hub.models.PaliGemmaCausalLM):
         in_prompt = np.flatnonzero((mask == 0).any(axis=0))
         return self.backbone.before + in_prompt.max(initial=0) + 1
 
-    def build_cache_of(self, inputs, img_embeddings):
+    def build_cache_of(self, inputs, seen):
         is_prompt = inputs["padding_mask"]
         if "response_mask" in inputs:
             is_prompt = ops.equal(inputs["response_mask"], 0)
-        return self._build_cache(inputs["token_ids"], img_embeddings, is_prompt)
+        return self._build_cache(
+            inputs["token_ids"], seen.get("img_embeddings"), is_prompt
+        )
 
     def _build_cache(self, token_ids, img_embeddings, padding_mask):
         rows, length = ops.shape(token_ids)

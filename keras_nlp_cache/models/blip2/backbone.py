@@ -8,6 +8,7 @@ from keras_nlp_cache.graph.image_places import check_before_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.language_model import HasLanguageModel
 from keras_nlp_cache.graph.roles import ENCODER_DECODER
+from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.blip2.language_models import check_parts
 from keras_nlp_cache.models.blip2.language_models import gelu_approximate
@@ -76,12 +77,17 @@ class BLIP2Backbone(
         https://arxiv.org/abs/2301.12597
     """
 
-    image_roles = Roles(
-        images="images",
-        image_embeddings="img_embeddings",
+    media_roles = Roles(
+        media=(
+            Medium(
+                "image",
+                "images",
+                output="img_embeddings",
+                after_tower=("qformer", "language_projection"),
+            ),
+        ),
         embeddings="embeddings",
     )
-    after_tower = ("qformer", "language_projection")
     made_of = ("vision_encoder", "qformer", "language_model")
 
     def __init__(
@@ -145,5 +151,5 @@ class BLIP2Backbone(
     def new_spans(self, inputs, **kwargs):
         return None  # All is causal.
 
-    def check_images(self, images, text):
-        check_before_text(images, text, self)
+    def check_media(self, media, text):
+        check_before_text(media, text, self)

@@ -81,7 +81,7 @@ class BLIP2CausalLM(ImageTextLM, keras_hub.models.BLIP2CausalLM):
 
     # === How images are read ===
 
-    def check_images_of(self, inputs):
+    def check_media_of(self, inputs):
         if not {"text", "prompts", "token_ids"} & set(inputs):
             raise ValueError(
                 "Expected `inputs` with `text`, a string or one for each "
@@ -91,25 +91,27 @@ class BLIP2CausalLM(ImageTextLM, keras_hub.models.BLIP2CausalLM):
 
     # Upstream's takes nothing with a column for each token that is read with
     # an image: any number of them may be.
-    name_of_mask = "columns"
+    names_of_masks = ("columns",)
 
     def fitted_source(self, source, length, slots, chunk):
         columns = np.zeros((1, length), "int32")
         return super().fitted_source(
-            {**source, self.name_of_mask: columns}, length, slots, chunk
+            {**source, "columns": columns}, length, slots, chunk
         )
 
     def read_source(self, token_ids, cache, source):
         tokens = token_ids[:, self.backbone.before : self.read_with(source)]
-        source = {k: x for k, x in source.items() if k != self.name_of_mask}
+        source = {k: x for k, x in source.items() if k != "columns"}
         return self.read(tokens, cache, 0, **source)[1]
 
     def needed_with_images(self, mask, length):
         return self.backbone.before + 1
 
-    def build_cache_of(self, inputs, img_embeddings):
+    def build_cache_of(self, inputs, seen):
         return self._build_cache(
-            inputs["token_ids"], img_embeddings, inputs["padding_mask"]
+            inputs["token_ids"],
+            seen.get("img_embeddings"),
+            inputs["padding_mask"],
         )
 
     def _build_cache(self, token_ids, projected_features, padding_mask):

@@ -91,9 +91,9 @@ class Gemma3nCausalLM(ImagesInTextLM, keras_hub.models.Gemma3nCausalLM):
             self.backbone.without_unread(inputs)
         return super()._generate(inputs, stop_token_ids)
 
-    def _check_text_alone(self, inputs):
-        super()._check_text_alone(inputs)
-        if not self.backbone.sees or not isinstance(inputs, dict):
+    def _check_text_alone(self, inputs, media):
+        super()._check_text_alone(inputs, media)
+        if media or not self.backbone.sees or not isinstance(inputs, dict):
             return
         tokens = known(inputs.get("token_ids"))
         image = self.backbone.image_token_id
@@ -109,11 +109,11 @@ class Gemma3nCausalLM(ImagesInTextLM, keras_hub.models.Gemma3nCausalLM):
             self.backbone.placed(inputs, inputs["token_ids"])
         )
 
-    def build_cache_of(self, inputs, img_embeddings):
-        places = {} if img_embeddings is None else inputs
+    def build_cache_of(self, inputs, seen):
+        places = inputs if seen else {}
         return self._build_cache(
             inputs["token_ids"],
-            pixel_values=img_embeddings,
+            pixel_values=seen.get("img_embeddings"),
             input_features=None,
             input_features_mask=None,
             vision_indices=places.get("vision_indices"),
@@ -143,10 +143,10 @@ class Gemma3nCausalLM(ImagesInTextLM, keras_hub.models.Gemma3nCausalLM):
 
     def _media(self, pixel_values, input_features):
         """What the backbone takes for images, seen or not, and for sound."""
-        roles, given = self.backbone.image_roles, {}
+        images, given = self.backbone.media_roles.images, {}
         if pixel_values is not None:
             was_seen = len(pixel_values.shape) == 4
-            name = roles.image_embeddings if was_seen else roles.images
+            name = images.output if was_seen else images.given
             given[name] = pixel_values
         if input_features is not None:
             given["input_features"] = input_features

@@ -47,8 +47,8 @@ class OpenedBackbone(ImagesByTokenBackbone):
             x = EmbeddingsOfMedia(
                 processor, dtype=dtype, name="embeddings_of_media"
             )(x, token_ids)
-        if roles.images is not None:
-            seen = self.image_tower(inputs[roles.images])
+        if roles.media:
+            seen = self.image_tower(inputs[roles.images.given])
             x = self.images_in_text(seen, x, token_ids)
         of_layers = PerLayerInputs(
             processor, dtype=dtype, name="per_layer_inputs"
@@ -66,7 +66,7 @@ class OpenedBackbone(ImagesByTokenBackbone):
     # Upstream's has what this does not read.
     @property
     def _model_inputs_dict(self):
-        names = *self.roles.of_upstream, *self.roles.beside_images
+        names = *self.roles.of_upstream, *self.roles.beside_media
         return {name: self._inputs_struct[name] for name in names}
 
     @_model_inputs_dict.setter

@@ -7,6 +7,7 @@ from keras_nlp_cache.graph.image_inputs import known
 from keras_nlp_cache.graph.image_places import check_in_text
 from keras_nlp_cache.graph.image_places import places_of
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 
 # What upstream's preprocessor says of sound, whether there is any.
@@ -26,15 +27,20 @@ class ImagesByTokenBackbone(ImageTextBackbone):
             without a `vision_encoder`.
     """
 
-    image_roles = Roles(
-        images="images",
-        beside_images=("vision_indices", "vision_mask"),
+    media_roles = Roles(
+        media=(
+            Medium(
+                "image",
+                "images",
+                beside=("vision_indices", "vision_mask"),
+                output="img_embeddings",
+                tower="image_tower",
+                join="images_in_text",
+            ),
+        ),
         placed_by_tokens=True,
-        image_embeddings="img_embeddings",
         embeddings="embeddings",
     )
-    tower_name = "image_tower"
-    join_name = "images_in_text"
 
     @property
     def prefill_layers(self):
@@ -60,8 +66,8 @@ class ImagesByTokenBackbone(ImageTextBackbone):
         """
         inputs, unread = dict(inputs), _SOUND
         if not self.sees:
-            roles = self.image_roles
-            unread = roles.images, *roles.beside_images, *_SOUND
+            images = self.media_roles.images
+            unread = images.given, *images.beside, *_SOUND
         for name in unread:
             x = inputs.pop(name, None)
             shape = tuple(getattr(x, "shape", ()))
@@ -101,7 +107,7 @@ class ImagesByTokenBackbone(ImageTextBackbone):
         As upstream's code finds them, where that is not passed.
 
         Args:
-            images: Dictionary for some of `Roles.of_images`.
+            images: Dictionary for some of `Roles.of_media`.
             token_ids: int `(B, T)`.
 
         Returns:
@@ -133,17 +139,18 @@ class ImagesByTokenBackbone(ImageTextBackbone):
 
     def _given(self, images):
         """Under which name there are images, `None` if there are none."""
-        names = self.roles.images, self.roles.image_embeddings
+        names = self.roles.images.given, self.roles.images.output
         return next((x for x in names if images.get(x) is not None), None)
 
-    def check_images(self, images, text):
+    def check_media(self, images, text):
         token_ids, given = text[self.roles.token_ids], self._given(images)
         if given is not None:
             check_rows(given, images[given], token_ids)
             images = self.placed(images, token_ids)
-            if any(images[x] is None for x in self.roles.beside_images):
+            if any(images[x] is None for x in self.roles.images.beside):
                 return  # It is not known where they are.
-        check_in_text(images, text, self.roles, self.image_tower.tokens)
+        roles, count = self.roles, self.image_tower.tokens
+        check_in_text(images, text, roles, roles.images, count)
         if given is not None:
             self._check_ids(known(images["vision_mask"]), known(token_ids))
 

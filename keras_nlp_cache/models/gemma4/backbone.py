@@ -5,6 +5,7 @@ import keras_hub
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.graph.image_places import check_in_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.gemma4 import layers  # noqa: F401 (replace upstream)
 
@@ -60,15 +61,20 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
     """
 
     text_roles = Roles(beside_text=("position_ids",))
-    image_roles = Roles(
+    media_roles = Roles(
         beside_text=("position_ids",),
-        images="pixel_values",
-        beside_images=("pixel_position_ids", "vision_indices", "vision_mask"),
-        with_images=("pixel_position_ids",),
-        image_embeddings="img_embeddings",
+        media=(
+            Medium(
+                "image",
+                "pixel_values",
+                beside=("pixel_position_ids", "vision_indices", "vision_mask"),
+                with_given=("pixel_position_ids",),
+                output="img_embeddings",
+                join="interleave_embeddings",
+            ),
+        ),
         embeddings="embeddings",
     )
-    join_name = "interleave_embeddings"
     windows_in_spans = False
 
     def inlined(self, outputs):
@@ -134,7 +140,7 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
                 return shape[1], shape[2] // pooled
         return None
 
-    def check_images(self, images, text):
+    def check_given(self, images):
         pixels, positions = images["pixel_values"], images["pixel_position_ids"]
         if (pixels is None) != (positions is None):
             raise ValueError(
@@ -144,7 +150,10 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
             )
         if pixels is not None:
             self._check_pixels(pixels, positions)
-        check_in_text(images, text, self.roles, self._tokens_of_each(images))
+
+    def check_media(self, images, text):
+        roles, count = self.roles, self._tokens_of_each(images)
+        check_in_text(images, text, roles, roles.images, count)
 
     def _check_pixels(self, pixels, positions):
         """Raises a `ValueError` if the tower does not see such patches."""

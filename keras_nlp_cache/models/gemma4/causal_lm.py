@@ -35,14 +35,14 @@ class Gemma4CausalLM(ImagesInTextLM, keras_hub.models.Gemma4CausalLM):
     def turn_end_id(self):
         return self.preprocessor.tokenizer.token_to_id("<turn|>")
 
-    def check_images_of(self, inputs):
+    def check_media_of(self, inputs):
         if inputs.get("audio") is not None:
             raise ValueError(
                 "Expected prompts with `images`, or with `videos`, whose "
                 "frames are images. Received `audio`. Models that hear are "
                 "keras_hub's."
             )
-        super().check_images_of(inputs)
+        super().check_media_of(inputs)
 
     @property
     def tokens_of_image(self):

@@ -6,6 +6,7 @@ import numpy as np
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.graph.image_places import check_in_grids
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.qwen3_5 import layers  # noqa: F401 (replace upstream)
 
@@ -14,14 +15,19 @@ class SeesInGrids:
     """What a backbone of Qwen 3.5 has because of its tower of images."""
 
     @property
-    def image_roles(self):
+    def media_roles(self):
         # Blocks of other families have no sections.
         in_grids = any(getattr(x, "mrope_section", None) for x in self.blocks)
         return Roles(
-            images="pixel_values",
-            beside_images=("image_grid_thw", "vision_indices"),
-            with_images=("image_grid_thw",),
-            image_embeddings="img_embeddings",
+            media=(
+                Medium(
+                    "image",
+                    "pixel_values",
+                    beside=("image_grid_thw", "vision_indices"),
+                    with_given=("image_grid_thw",),
+                    output="img_embeddings",
+                ),
+            ),
             embeddings="embeddings",
             grid_positions="position_ids" if in_grids else None,
         )
@@ -60,9 +66,9 @@ class SeesInGrids:
             found.update(dict.fromkeys(empty))
         return {**images, **found}
 
-    def check_images(self, images, text):
+    def check_media(self, media, text):
         merged = self.vision_encoder.spatial_merge_size
-        check_in_grids(images, text, self.roles, merged)
+        check_in_grids(media, text, self.roles, merged)
 
 
 @replaces(keras_hub.models.Qwen3_5Backbone)

@@ -17,7 +17,7 @@ class GeneratesInGrids(GridImageLM):
         preprocessor = self.preprocessor_cls.over(preprocessor)
         super().__init__(backbone, preprocessor, **kwargs)
 
-    def check_images_of(self, inputs):
+    def check_media_of(self, inputs):
         if getattr(self.preprocessor, "start_of_image_token", None) is not None:
             self.preprocessor.media_of(inputs)
 
