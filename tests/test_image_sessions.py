@@ -33,14 +33,14 @@ lm_that_sees = functools.cache(lm_with_text)
 @pytest.fixture
 def seen(monkeypatch, family):
     """The number of images in each call of the tower."""
-    encode_images = lm_that_sees(family).backbone.encode_images
+    encode = lm_that_sees(family).backbone.encode
     counts = []
 
-    def counted(images, **beside):
+    def counted(medium, images, **beside):
         counts.append(len(beside.get("image_grid_thw", images[0])))
-        return encode_images(images, **beside)
+        return encode(medium, images, **beside)
 
-    monkeypatch.setattr(lm_that_sees(family).backbone, "encode_images", counted)
+    monkeypatch.setattr(lm_that_sees(family).backbone, "encode", counted)
     return counts
 
 

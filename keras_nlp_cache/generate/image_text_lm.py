@@ -235,7 +235,7 @@ class ImageTextLM(CausalLM):
             return
         roles = self.backbone.roles
         for medium in self.backbone.media_roles.media:
-            if roles.medium(medium.noun) is not None:
+            if roles.medium(medium.kind) is not None:
                 continue
             shape = getattr(inputs.get(medium.given), "shape", ())
             if shape and 0 not in shape:

@@ -66,7 +66,7 @@ class ImagesInTextLM(ImageTextLM):
     # === How images are read ===
 
     def check_media_of(self, inputs):
-        placeholder = reading.image_mark(self.preprocessor)
+        placeholder = reading.mark_of("image", self.preprocessor)
         if placeholder is not None:
             most = self.preprocessor.max_images_per_prompt
             check_placeholders(inputs, placeholder, most)

@@ -7,9 +7,17 @@ import numpy as np
 from keras import ops
 
 _TRUNCATIONS = ("error", "left", "right")
-# By a class of preprocessors, the attribute that holds what a user writes for
-# an image, where that is not the token by which an image begins.
-image_marks = {}
+# By a class of preprocessors and by what stands in a text, the attribute that
+# holds what a user writes for it. For an image, that is the token by which one
+# begins, where nobody says something else.
+marks = {}
+_MARKS = {"image": "start_of_image_token"}
+# What is to be passed of it.
+_PASSED = {
+    "image": "`images`: to `generate()` in a dictionary with `prompts`, or to "
+    "`Session.send()`",
+    "clip": "`audio` to `generate()`, in a dictionary with `prompts`",
+}
 
 
 def check_truncation(truncation):
@@ -32,26 +40,27 @@ def encode(preprocessor, text):
         int32 array `(T,)`.
 
     Raises:
-        ValueError: If the text says that there is an image.
+        ValueError: If the text says that there is an image, or a clip.
     """
-    image = image_mark(preprocessor)
-    if image is not None and image in text:
-        raise ValueError(
-            f"Expected a text without {image!r}, which stands for an image. "
-            f"Received: {text!r}, and no image. Pass `images`: to `generate()` "
-            "in a dictionary with `prompts`, or to `Session.send()`."
-        )
+    for noun, passed in _PASSED.items():
+        mark = mark_of(noun, preprocessor)
+        if mark is not None and mark in text:
+            raise ValueError(
+                f"Expected a text without {mark!r}, which stands for "
+                f"{'an' if noun == 'image' else 'a'} {noun}. Received: "
+                f"{text!r}, and no {noun}. Pass {passed}."
+            )
     # A token is a byte or more, as a rule, and one or two are added.
     token_ids, _ = encode_whole(preprocessor, [text], len(text.encode()) + 3)
     return token_ids
 
 
-def image_mark(preprocessor):
-    """What stands for an image in a text, `None` if nothing does."""
+def mark_of(noun, preprocessor):
+    """What stands for an image, say, in a text, `None` if nothing does."""
     for cls in type(preprocessor).__mro__:
-        if cls in image_marks:
-            return getattr(preprocessor, image_marks[cls])
-    return getattr(preprocessor, "start_of_image_token", None)
+        if cls in marks:
+            return getattr(preprocessor, marks[cls][noun])
+    return getattr(preprocessor, _MARKS.get(noun, ""), None)
 
 
 def encode_whole(preprocessor, prompts, size):

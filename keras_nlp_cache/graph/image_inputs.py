@@ -35,7 +35,7 @@ def normalize_media(inputs, backbone, text):
         axes = medium.axes.get(medium.given, _AXES.get(len(cut.given.shape)))
         for name, like, named in (
             (medium.given, cut.given, axes),
-            (medium.output, cut.tower, None),
+            (medium.output, cut.tower, medium.axes.get(medium.output)),
         ):
             _take(name, inputs, found, like, named)
     _take(roles.embeddings, inputs, found, cuts.embeddings)

@@ -191,6 +191,34 @@ def _check_whole(name, mask, medium, count):
             )
 
 
+def check_side_by_side(media, medium, count):
+    """Checks that the tokens of each clip stand side by side.
+
+    Clips have as many places each, and need some of them. If places of one were
+    left for others, these would be taken for its own.
+
+    Args:
+        media: As for `check_in_text()`.
+        medium: The `Medium` to check.
+        count: int. How many places each clip has, `None` if it is not known.
+    """
+    *_, name, _ = medium.beside
+    places = known(media[name])
+    if places is None or count is None:
+        return
+    for row, of_row in enumerate(places):
+        for of_clip in of_row.reshape(-1, count):
+            needed = of_clip[of_clip != 0]
+            apart = (np.diff(needed) != 1).any()
+            if apart or of_clip[len(needed) :].any():
+                raise ValueError(
+                    f"Expected `{name}` with {count} places for each "
+                    f"{medium.noun}, those of its tokens, side by side, and 0 "
+                    "for those that it does not need. Received, in row "
+                    f"{row}: {of_row.tolist()}."
+                )
+
+
 def check_in_grids(images, text, roles, merged):
     """Checks images of any size that stand in the place of tokens.
 

@@ -35,7 +35,7 @@ class ImageWiring(Wiring):
         self._backbone = backbone
         self._spans, self._told = None, 0
         self._cuts = backbone.cuts
-        # By the noun of a medium, what its tower returned.
+        # By the kind of a medium, what its tower returned.
         self._outputs = {}
         # The `id()`s of what is a text, with whatever was put into it so far.
         self._texts = set()
@@ -133,7 +133,7 @@ class ImageWiring(Wiring):
         x = EncoderOutput(dtype=self._dtype, name=name_of_output(medium))(
             x, given=self.inputs[medium.output]
         )
-        self._outputs[medium.noun] = x
+        self._outputs[medium.kind] = x
         return x
 
     def _joined(self, medium, x, tensors):
@@ -148,7 +148,7 @@ class ImageWiring(Wiring):
         (text,) = (
             y
             for y in tensors
-            if len(y.shape) == 3 and not comes_of(y, self._outputs[medium.noun])
+            if len(y.shape) == 3 and not comes_of(y, self._outputs[medium.kind])
         )
         given = {}
         if _is_last(medium, self._roles):
@@ -182,7 +182,7 @@ class ImageWiring(Wiring):
 
 def name_of_output(medium):
     """What the layer is called at which a tower ends."""
-    return f"{medium.noun}_encoder_output"
+    return f"{medium.kind}_encoder_output"
 
 
 def name_of_joined(medium, roles):
@@ -193,7 +193,7 @@ def name_of_joined(medium, roles):
 
 
 def _is_last(medium, roles):
-    return medium.noun == roles.media[-1].noun
+    return medium.kind == roles.media[-1].kind
 
 
 def _input_like(x, name):

@@ -8,7 +8,7 @@ class Medium(typing.NamedTuple):
     """Names of what stands for images, or for sound, beside a text.
 
     Args:
-        noun: What one of them is called.
+        kind: `"image"` or `"audio"`.
         given: What a tower of layers reads.
         beside: Names of what upstream's backbone takes with it. The last one
             has a column for each token of the text.
@@ -21,9 +21,10 @@ class Medium(typing.NamedTuple):
             text, `None` if the first decoder block is called with what is
             joined.
         axes: Dictionary of what the axes of some of these are, by their names.
+        one: What one of them is called, if not as its kind is.
     """
 
-    noun: str
+    kind: str
     given: str
     beside: tuple = ()
     with_given: tuple = ()
@@ -32,6 +33,12 @@ class Medium(typing.NamedTuple):
     after_tower: tuple = ()
     join: str | None = None
     axes: typing.Mapping = types.MappingProxyType({})
+    one: str | None = None
+
+    @property
+    def noun(self):
+        """What one of them is called."""
+        return self.one or self.kind
 
     def is_in(self, inputs):
         """Whether there is some among inputs, or what a tower made of it."""
@@ -128,9 +135,9 @@ class Roles(typing.NamedTuple):
         """Those that have a column for each token of the text."""
         return tuple(name for x in self.media for name in x.beside[-1:])
 
-    def medium(self, noun):
-        """The `Medium` of images, say, `None` if there is none."""
-        return next((x for x in self.media if x.noun == noun), None)
+    def medium(self, kind):
+        """The `Medium` of a kind, `None` if there is none."""
+        return next((x for x in self.media if x.kind == kind), None)
 
     @property
     def images(self):

@@ -4,6 +4,7 @@ import keras_hub
 
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.graph.image_places import check_in_text
+from keras_nlp_cache.graph.image_places import check_side_by_side
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
@@ -17,7 +18,7 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
     A drop-in replacement for `keras_hub.models.Gemma4Backbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs, and `ImageTextBackbone`, if it has a
-    `vision_encoder`, how images are read. Models that hear are not covered.
+    `vision_encoder` or an `audio_encoder`, how images and sound are read.
 
     The last `num_kv_shared_layers` layers read the keys and values of earlier
     ones, and have no entries in the cache. Global layers have as many heads, of
@@ -35,6 +36,13 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
     `use_vision_bidirectional_attention`, they see each other in layers that are
     not global, with a cache, too, where upstream's `generate()` has them see
     what came before alone.
+
+    Sound is `audio_mel` `(B, clips, frames, mel_bins)`, and `audio_mel_mask`
+    `(B, clips, frames)` is 0 for its padding. `audio_mask` and `audio_indices`
+    say where its tokens are, as with images: these have as many places for each
+    clip, and 0 for those that it does not need. A clip is read in one call, and
+    its tokens see what came before, as those of text do. In the place of sound
+    there may be `audio_embeddings`, what `encode_audio()` returns.
 
     Differs from upstream, on purpose: quantized, and with layers of the
     feed-forward network that an edit replaced, blocks compute what these layers
@@ -72,19 +80,30 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
                 output="img_embeddings",
                 join="interleave_embeddings",
             ),
+            Medium(
+                "audio",
+                "audio_mel",
+                beside=("audio_mel_mask", "audio_indices", "audio_mask"),
+                with_given=("audio_mel_mask",),
+                output="audio_embeddings",
+                tower="audio_encoder",
+                join="audio_interleave_embeddings",
+                axes={
+                    "audio_mel": ("batch", "clips", "frames", "mel_bins"),
+                    "audio_mel_mask": ("batch", "clips", "frames"),
+                    "audio_embeddings": (
+                        "batch",
+                        "clips",
+                        "length",
+                        "hidden_dim",
+                    ),
+                },
+                one="clip",
+            ),
         ),
         embeddings="embeddings",
     )
     windows_in_spans = False
-
-    def inlined(self, outputs):
-        if self.audio_encoder is not None:
-            raise ValueError(
-                "Expected `audio_encoder` to be `None`. Received: one of class "
-                f"{type(self.audio_encoder).__name__!r}. Models that hear are "
-                "keras_hub's."
-            )
-        return super().inlined(outputs)
 
     def mend(self):
         if any(x.use_bidirectional_attention for x in self.blocks):
@@ -94,7 +113,8 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
             )
 
     def new_spans(self, inputs, **kwargs):
-        if not self.blocks[0].use_vision_bidirectional_attention:
+        sees_ahead = self.blocks[0].use_vision_bidirectional_attention
+        if not self.sees or not sees_ahead:
             return None
         return super().new_spans(inputs, **kwargs)
 
@@ -115,75 +135,126 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
             )
         return {**inputs, "token_positions": positions, "position_ids": None}
 
-    # === Images ===
+    # === Images and sound ===
 
-    def unpacked(self, images):
-        shape = getattr(images.get("pixel_values"), "shape", ())
+    def unpacked(self, media):
+        for medium in self.roles.media:
+            media = self._unpacked(media, medium)
+        return media
+
+    def _unpacked(self, media, medium):
+        shape = getattr(media.get(medium.given), "shape", ())
+        *beside, places, _ = medium.beside
         if len(shape) == 4 and shape[1] == 0:
             # As upstream's preprocessor says that there are none.
-            none = "pixel_values", "pixel_position_ids", "vision_indices"
-            return {**images, **dict.fromkeys(none)}
-        count, places = self._tokens_seen(images), images.get("vision_indices")
-        if count is None or len(getattr(places, "shape", ())) != 2:
-            return images
+            none = medium.given, *beside, places
+            return {**media, **dict.fromkeys(none)}
+        count, given = self._tokens_of(media, medium), media.get(places)
+        if count is None or len(getattr(given, "shape", ())) != 2:
+            return media
         # Upstream's preprocessor has places for more images.
-        return {**images, "vision_indices": places[:, : count[0] * count[1]]}
+        return {**media, places: given[:, : count[0] * count[1]]}
 
-    def _tokens_seen(self, images):
-        """`(images, tokens)` of what the tower returns, or `None`."""
-        for name, pooled in (
-            ("pixel_values", self.vision_encoder.pool_size**2),
-            ("img_embeddings", 1),
-        ):
-            shape = getattr(images.get(name), "shape", ())
-            if len(shape) == 4 and None not in shape[1:3]:
-                return shape[1], shape[2] // pooled
+    def _tokens_of(self, media, medium):
+        """`(images, tokens)` of what a tower returns, or `None`."""
+        for name in (medium.given, medium.output):
+            shape = getattr(media.get(name), "shape", ())
+            if len(shape) != 4 or None in shape[1:3]:
+                continue
+            number, length = shape[1:3]
+            if name == medium.given:
+                length = self._length_of_output(medium, length)
+            return number, length
         return None
 
-    def check_given(self, images):
-        pixels, positions = images["pixel_values"], images["pixel_position_ids"]
-        if (pixels is None) != (positions is None):
-            raise ValueError(
-                "Expected `pixel_values` and `pixel_position_ids`, or neither "
-                f"of them. Received: {_shape_of(pixels)} and "
-                f"{_shape_of(positions)}."
-            )
-        if pixels is not None:
-            self._check_pixels(pixels, positions)
+    def _length_of_output(self, medium, length):
+        """How many tokens a tower makes of one image, or of one clip.
 
-    def check_media(self, images, text):
-        roles, count = self.roles, self._tokens_of_each(images)
-        check_in_text(images, text, roles, roles.images, count)
+        Args:
+            medium: `Medium`.
+            length: int. How many patches, or frames, that has.
+        """
+        if medium.kind == "image":
+            return length // self.vision_encoder.pool_size**2
+        encoder = self.audio_encoder
+        kernels, strides = encoder.sscp_kernel_sizes, encoder.sscp_stride_sizes
+        padding = 2 * (kernels[0][0] // 2)
+        for (kernel, _), (stride, _) in zip(kernels, strides):
+            length = (length + padding - kernel) // stride + 1
+        return -(-length // encoder.reduction_factor)
 
-    def _check_pixels(self, pixels, positions):
-        """Raises a `ValueError` if the tower does not see such patches."""
-        count = 3 * self.vision_encoder.patch_size**2
-        shapes = zip(pixels.shape[:3], positions.shape[:3])
-        if pixels.shape[3] not in (None, count) or any(
+    def tokens_of_clips(self, mask):
+        """How many tokens of each clip are no padding.
+
+        Args:
+            mask: int array `(B, clips, frames)`, not 0 for what is none.
+
+        Returns:
+            int array `(B, clips)`.
+        """
+        encoder = self.audio_encoder
+        strides = [stride for stride, _ in encoder.sscp_stride_sizes]
+        for stride in (*strides, encoder.reduction_factor):
+            mask = mask[..., ::stride]
+        return (mask != 0).sum(axis=-1)
+
+    def check_given(self, media):
+        for medium in self.roles.media:
+            (name,) = medium.with_given
+            x, beside = media[medium.given], media[name]
+            if (x is None) != (beside is None):
+                raise ValueError(
+                    f"Expected `{medium.given}` and `{name}`, or neither of "
+                    f"them. Received: {_shape_of(x)} and {_shape_of(beside)}."
+                )
+            if x is not None:
+                self._check_shapes(medium, x, beside)
+
+    def _check_shapes(self, medium, x, beside):
+        """Raises a `ValueError` if a tower does not read such patches."""
+        expected = "audio_mel` of shape (batch, clips, frames, {}), and "
+        expected += "`audio_mel_mask` (batch, clips, frames)"
+        if medium.kind == "image":
+            size = 3 * self.vision_encoder.patch_size**2
+            expected = "pixel_values` of shape (batch, images, patches, {}), "
+            expected += "and `pixel_position_ids` (batch, images, patches, 2)"
+        else:
+            size = self.audio_encoder.input_feat_size
+        shapes = zip(x.shape[:3], beside.shape[:3])
+        if x.shape[3] not in (None, size) or any(
             x != y for x, y in shapes if None not in (x, y)
         ):
             raise ValueError(
-                f"Expected `pixel_values` of shape (batch, images, patches, "
-                f"{count}), and `pixel_position_ids` (batch, images, patches, "
-                f"2). Received shapes: {tuple(pixels.shape)} and "
-                f"{tuple(positions.shape)}."
+                f"Expected `{expected.format(size)}. Received shapes: "
+                f"{tuple(x.shape)} and {tuple(beside.shape)}."
             )
 
-    def _tokens_of_each(self, images):
-        """How many tokens each image has, `None` if that is not known.
+    def check_media(self, media, text):
+        for medium in self.roles.media:
+            count = self._tokens_of_each(media, medium)
+            if medium.kind == "image":
+                check_in_text(media, text, self.roles, medium, count)
+                continue
+            # As many as a clip is long.
+            check_in_text(media, text, self.roles, medium)
+            check_side_by_side(media, medium, count)
+
+    def _tokens_of_each(self, media, medium):
+        """How many places each image has, `None` if that is not known.
 
         Of what the tower returns of one, upstream takes as many first ones as
         there are places for.
         """
-        seen, places = self._tokens_seen(images), images["vision_indices"]
-        if seen is None or places is None or places.shape[1] is None:
+        *_, name, _ = medium.beside
+        found, places = self._tokens_of(media, medium), media[name]
+        if found is None or places is None or places.shape[1] is None:
             return None
-        number, most = seen
+        number, most = found
         count = places.shape[1] // number
         if count * number != places.shape[1] or not count:
             raise ValueError(
-                "Expected `vision_indices` with as many places for each of "
-                f"{number} images, at most {most}. Received shape: "
+                f"Expected `{name}` with as many places for each of "
+                f"{number} {medium.noun}s, at most {most}. Received shape: "
                 f"{tuple(places.shape)}."
             )
         return count
