@@ -1228,7 +1228,7 @@ def _with_name(family):
     return pytest.param(family, id=family.name, marks=marks)
 
 
-def _taking_turns(families, **counts):
+def taking_turns(families, **counts):
     """Marks a test that is run with families, with all of them on PyTorch.
 
     Where a compiler makes it cost several times as much, only with some. Which
@@ -1268,17 +1268,17 @@ any_family = pytest.mark.parametrize(
     ],
 )
 # For what only they have.
-every_encoder_decoder = _taking_turns(ENCODER_DECODERS, jax=1, tensorflow=1)
+every_encoder_decoder = taking_turns(ENCODER_DECODERS, jax=1, tensorflow=1)
 STATEFUL = tuple(x for x in FAMILIES if x.keeps_states)
-every_stateful = _taking_turns(STATEFUL, jax=1, tensorflow=1)
-every_image_model = _taking_turns(IMAGE_MODELS, jax=1, tensorflow=1)
+every_stateful = taking_turns(STATEFUL, jax=1, tensorflow=1)
+every_image_model = taking_turns(IMAGE_MODELS, jax=1, tensorflow=1)
 # In whose text images stand, as it is with Gemma 3 and 4.
-every_image_in_text = _taking_turns(
+every_image_in_text = taking_turns(
     [x for x in IMAGE_MODELS if x.mark], jax=1, tensorflow=1
 )
-every_grid_model = _taking_turns(GRID_MODELS, jax=1, tensorflow=1)
+every_grid_model = taking_turns(GRID_MODELS, jax=1, tensorflow=1)
 # Which a session may bring with any of its turns.
-every_image_in_turns = _taking_turns(
+every_image_in_turns = taking_turns(
     [*(x for x in IMAGE_MODELS if x.mark), *GRID_MODELS], jax=1, tensorflow=1
 )
 # For what comes of upstream's code and of the lines that a family has, and not
@@ -1297,22 +1297,22 @@ _KINDS |= {"qwen3_5", "rwkv7", "gemma3n"}
 _EACH_KIND = [
     x for x in FAMILIES if x.name in _KINDS or keras.config.backend() == "torch"
 ]
-each_kind = _taking_turns(_EACH_KIND, jax=2, tensorflow=2)
+each_kind = taking_turns(_EACH_KIND, jax=2, tensorflow=2)
 # For what is of attention, which layers that keep a state have none of.
-each_kind_that_attends = _taking_turns(
+each_kind_that_attends = taking_turns(
     [x for x in _EACH_KIND if not x.keeps_states], jax=2, tensorflow=2
 )
 # Of each kind, those with an encoder and with images, too.
-any_kind = _taking_turns(
+any_kind = taking_turns(
     [*_EACH_KIND, *ENCODER_DECODERS, *IMAGE_MODELS, *GRID_MODELS],
     jax=2,
     tensorflow=2,
 )
 # For what code does that does not ask which family it serves.
-deep_families = _taking_turns(DEEP, jax=1, tensorflow=1)
+deep_families = taking_turns(DEEP, jax=1, tensorflow=1)
 # For the suites that go deepest: compositions of edits, files, quantization,
 # sessions. With Llama, whose logits have a matrix of their own.
-deep_suites = _taking_turns(
+deep_suites = taking_turns(
     [x for x in FAMILIES if x in DEEP or x.name == "llama"],
     jax=1,
     tensorflow=1,

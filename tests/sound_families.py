@@ -66,7 +66,9 @@ class SoundInText(PatchesInText):
         backbone = super().backbone(**kwargs)
         # For two clips to be heard as different ones, and to matter.
         for weight in backbone.audio_encoder.weights:
-            if "audio_output_projection" in weight.path:
+            if weight.name == "bias":
+                weight.assign(0 * weight)
+            elif "audio_output_projection" in weight.path:
                 weight.assign(8 * weight)
         return backbone
 

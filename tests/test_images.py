@@ -1023,5 +1023,5 @@ def test_frames_are_images():
         )
         upstream.compile(sampler="greedy")
         assert lm.generate(inputs) == upstream.generate(dict(inputs))
-        with pytest.raises(ValueError, match="Received `audio`"):
+        with pytest.raises(ValueError, match="with an `audio_converter`"):
             lm.generate({**inputs, "audio": np.zeros(8)})

@@ -1,7 +1,6 @@
 """Layers that read the keys and values of an earlier one have no entry."""
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 from keras import ops
@@ -125,11 +124,6 @@ def test_models_that_do_not_generate():
     config = dict(GEMMA4.config)
     with pytest.raises(ValueError, match="`use_bidirectional_attention`"):
         models.Gemma4Backbone(**config, use_bidirectional_attention=True)
-    sound = keras_hub.models.Gemma4AudioEncoder(
-        hidden_size=16, num_heads=2, num_layers=1, output_dim=32
-    )
-    with pytest.raises(ValueError, match="`audio_encoder`.*hear are keras_hub"):
-        models.Gemma4Backbone(**config, audio_encoder=sound)
     with pytest.raises(ValueError, match="embeddings are keras_hub's"):
         models.Gemma4Backbone(
             **config,
