@@ -415,7 +415,15 @@ class ImagesInText(ImageText):
 
 
 class PatchesInText(ImagesInText):
-    """A small model in whose text images stand, which come as patches."""
+    """A small model in whose text images stand, as patches, and sound.
+
+    A clip in each row, of three tokens and of two.
+    """
+
+    clips = np.random.default_rng(7).normal(size=(2, 1, 12, 128))
+    clips = clips.astype("float32")
+    frames = (np.arange(12) < np.array([[[12]], [[8]]])).astype("int32")
+    places = np.array([[6, 7, 8], [2, 3, 0]], "int32")
 
     def save(self, folder):
         Family.save(self, folder)
@@ -430,18 +438,39 @@ class PatchesInText(ImagesInText):
             **inputs,
             "pixel_values": x.reshape(-1, 1, 16, 48),
             "pixel_position_ids": np.tile(places, (len(x), 1, 1, 1)),
+            "audio_mel": self.clips,
+            "audio_mel_mask": self.frames,
+            "audio_indices": self.places,
+            "audio_mask": self.of_clips(token_ids).astype("int32"),
         }
+
+    def of_clips(self, token_ids):
+        """Which tokens are of clips."""
+        columns = np.arange(token_ids.shape[1])
+        inside = columns == np.where(self.places, self.places, -1)[..., None]
+        return inside.any(axis=1)
 
     def inputs(self, images, token_ids, padding_mask):
         ours = self.our_inputs(images, token_ids, padding_mask)
         inputs = super().inputs(images, token_ids, padding_mask)
+        of_clips = torch.tensor(ours["audio_mask"]) != 0
+        ids = inputs["input_ids"]
         return dict(
-            input_ids=inputs["input_ids"],
+            input_ids=ids.masked_fill(of_clips, self.config.audio_token_id),
             attention_mask=inputs["attention_mask"],
+            input_features=torch.tensor(self.clips[:, 0]),
+            input_features_mask=torch.tensor(self.frames[:, 0]) != 0,
             pixel_values=torch.tensor(ours["pixel_values"][:, 0]),
             image_position_ids=torch.tensor(ours["pixel_position_ids"][:, 0]),
-            mm_token_type_ids=inputs["token_type_ids"],
+            mm_token_type_ids=inputs["token_type_ids"].masked_fill(of_clips, 3),
         )
+
+    def greedy(self, images, token_ids):
+        generated = super().greedy(images, token_ids)
+        of_clips = self.of_clips(token_ids)
+        start = generated[:, : token_ids.shape[1]]
+        start[of_clips] = token_ids[of_clips]
+        return generated
 
 
 class ImagesByToken(ImagesInText):
@@ -1607,8 +1636,19 @@ IMAGE_MODELS["gemma4"] = PatchesInText(
             use_clipped_linears=True,
             standardize=True,
         ),
-        audio_config=None,
+        audio_config=dict(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            subsampling_conv_channels=[128, 2],
+            attention_chunk_size=2,
+            attention_context_left=2,
+            output_proj_dims=12,
+        ),
         image_token_id=100,
+        audio_token_id=101,
+        boa_token_id=None,
+        eoa_token_index=None,
         boi_token_id=None,
         eoi_token_id=None,
         attn_implementation="eager",
