@@ -345,8 +345,6 @@ class ImageTextBackbone(CachedBackbone):
         return found
 
     def _normalize(self, inputs):
-        if isinstance(inputs, dict):
-            inputs = self.without_unread(inputs)
         if not self.has_towers or not isinstance(inputs, dict):
             return super()._normalize(inputs)
         roles = self.roles
@@ -361,23 +359,6 @@ class ImageTextBackbone(CachedBackbone):
         )
         media = {name: inputs.get(name) for name in roles.of_media}
         return {**text, **normalize_media(self.unpacked(media), self, text)}
-
-    def without_unread(self, inputs):
-        """The inputs without what says that there is nothing of a medium.
-
-        Of one without a tower: preprocessors may make that for all of them.
-
-        Args:
-            inputs: Dictionary, as the backbone is called with.
-        """
-        unread = [
-            x
-            for x in self.media_roles.media
-            if self.roles.medium(x.kind) is None
-            and 0 in getattr(inputs.get(x.given), "shape", ())
-        ]
-        names = {name for x in unread for name in (x.given, *x.beside)}
-        return {k: x for k, x in inputs.items() if k not in names}
 
     def unpacked(self, media):
         """What was passed of media, as upstream's graph takes it.

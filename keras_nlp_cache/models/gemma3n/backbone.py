@@ -15,7 +15,9 @@ class Gemma3nBackbone(keras_hub.models.Gemma3nBackbone, OpenedBackbone):
     A drop-in replacement for `keras_hub.models.Gemma3nBackbone`: the same
     arguments, weights and files. `CachedBackbone` describes what it can be
     called with beyond upstream's inputs, and `ImageTextBackbone`, if it has a
-    `vision_encoder`, how images are read. Sound is not.
+    `vision_encoder`, how images are read. Sound is refused: upstream's encoder
+    takes for padding what its preprocessor says is none, so that nothing of a
+    clip is heard.
 
     Its decoder blocks take and return `altup_num_inputs` streams of hidden
     states, `(streams, B, T, hidden_dim)`. The last `num_kv_shared_layers` of

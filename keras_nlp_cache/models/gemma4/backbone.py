@@ -119,6 +119,8 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
         return super().new_spans(inputs, **kwargs)
 
     def _normalize(self, inputs):
+        if isinstance(inputs, dict):
+            inputs = self.without_unread(inputs)
         inputs = super()._normalize(inputs)
         positions = inputs["position_ids"]
         is_ours = inputs["attention_mask"] is not None or (
@@ -136,6 +138,23 @@ class Gemma4Backbone(keras_hub.models.Gemma4Backbone, ImageTextBackbone):
         return {**inputs, "token_positions": positions, "position_ids": None}
 
     # === Images and sound ===
+
+    def without_unread(self, inputs):
+        """The inputs without what says that there is nothing of a medium.
+
+        Of one without a tower: preprocessors may make that for all of them.
+
+        Args:
+            inputs: Dictionary, as the backbone is called with.
+        """
+        unread = [
+            x
+            for x in self.media_roles.media
+            if self.roles.medium(x.kind) is None
+            and 0 in getattr(inputs.get(x.given), "shape", ())
+        ]
+        names = {name for x in unread for name in (x.given, *x.beside)}
+        return {k: x for k, x in inputs.items() if k not in names}
 
     def unpacked(self, media):
         for medium in self.roles.media:
