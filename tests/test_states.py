@@ -27,6 +27,7 @@ from tests.families import padding_mask
 from tests.families import random_tokens
 from tests.families import STATEFUL
 from tests.families import to_numpy
+from tests.families import XLA
 
 # Of blocks as a whole.
 BLOCK_EDITS = (
@@ -332,6 +333,7 @@ def test_training(family):
             optimizer=keras.optimizers.SGD(1e-5),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             sampler="greedy",
+            **XLA,
         )
         history = lm.fit(
             {"token_ids": TOKENS, "padding_mask": PROMPTS["padding_mask"]},

@@ -16,6 +16,7 @@ from tests.families import deep_families
 from tests.families import in_turn
 from tests.families import padding_mask
 from tests.families import to_numpy
+from tests.families import XLA
 
 PROMPTS = {
     "token_ids": TOKENS * padding_mask([3, 5], LENGTH),
@@ -42,7 +43,9 @@ def test_inserted_layers_train(family, edit):
         weight.trainable = False
     before = [to_numpy(w) for w in lm.weights]
 
-    edited.compile(optimizer=keras.optimizers.Adam(0.05), sampler="greedy")
+    edited.compile(
+        optimizer=keras.optimizers.Adam(0.05), sampler="greedy", **XLA
+    )
     untrained = edited.generate(PROMPTS, stop_token_ids=None)["token_ids"]
     x = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
     y = np.full_like(TOKENS, LEARNED)
