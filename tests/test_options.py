@@ -523,6 +523,17 @@ def test_mistakes(name, value, words):
         Options(**{name: value})
 
 
+@on_one_backend("options are checked")
+@pytest.mark.parametrize("method", ["generate", "stream", "generate_many"])
+def test_an_option_that_there_is_not(method):
+    call = getattr(FAMILIES[0].text_lm(), method)
+    words = "^Expected .*`bad_words`, .*Received: `max_tokens`, `top_k`"
+    with pytest.raises(TypeError, match=words):
+        list(
+            call("the fox", max_new_tokens=4, max_tokens=3, top_k=5, min_p=0.5)
+        )
+
+
 NOT_FOR_THIS_MODEL = [
     (dict(logit_bias={5: 1, 6: 1, -1: 1}), r"`logit_bias`.*to 5,.*\[-1, 6\]"),
     (dict(bad_words=[[0, 6]]), r"`bad_words`.*from 0 to 5,.*\[6\]"),

@@ -514,6 +514,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                 model learned, or holds ids that are not in its vocabulary; if
                 an argument is not what it should be; or if the assistant does
                 not fit the model or its sampler.
+            TypeError: If there is no argument or option of some name.
 
         Example:
         ```python

@@ -224,7 +224,7 @@ class Session:
                 "`images`, too. Pass them to `send()` or `stream()`, with a "
                 "`text` in the form of the template."
             )
-        options = Options(**options).tokenized(self.lm.preprocessor.tokenizer)
+        options = Options.of(options).tokenized(self.lm.preprocessor.tokenizer)
         if options.return_logprobs is not None:
             raise ValueError(
                 "Expected no `return_logprobs` of a text that is streamed. "

@@ -84,7 +84,7 @@ class Call:
             )
         self._lm = lm
         tokenizer = getattr(lm.preprocessor, "tokenizer", None)
-        self._options = Options(**options).tokenized(tokenizer)
+        self._options = Options.of(options).tokenized(tokenizer)
         self._stops = stops_of(lm, stop_token_ids)
         self._watch = None
         if self._options.stop_strings:

@@ -79,6 +79,29 @@ class Options:
         for name, check in checks.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
 
+    @classmethod
+    def of(cls, arguments):
+        """Options from what a method takes besides arguments of its own.
+
+        Args:
+            arguments: Dictionary.
+
+        Returns:
+            `Options`.
+
+        Raises:
+            TypeError: If there is no option of some name.
+        """
+        names = {x.name for x in dataclasses.fields(cls)}
+        unknown = sorted(set(arguments) - names)
+        if unknown:
+            raise TypeError(
+                "Expected arguments of the method, or options, which are "
+                f"{', '.join(f'`{x}`' for x in sorted(names))}. Received: "
+                f"{', '.join(f'`{x}`' for x in unknown)}."
+            )
+        return cls(**arguments)
+
     def tokenized(self, tokenizer):
         """These options with token ids in place of bad words that are strings.
 
