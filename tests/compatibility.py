@@ -72,10 +72,11 @@ FAMILIES = {
 # Of models that read more than text.
 FEATURES_OF_READERS = {
     "a cache, cut at the encoder or the image; `generate()`; edits": (
-        "test_(encoder_decoder|images|images_in_grids)::"
+        "test_(encoder_decoder|images|images_in_grids|sound)::"
     ),
     "as transformers computes it": "test_transformers_parity::",
     "files and presets, both ways": "test_weights_and_files::",
+    "many prompts, with all options": "test_image_sessions::test_many",
     "sessions": "test_(source_sessions|image_sessions|images)::.*session",
 }
 READERS = {
@@ -86,12 +87,17 @@ READERS = {
     "BLIP-2": "blip2(_t5)?",
     "images in Gemma 3, 3n, 4": "gemma(3|3n|4)_vision",
     "images in Qwen 3.5": "qwen3_5(_moe)?_vision",
+    "sound in Gemma 4": "gemma4_sound(_and_images)?",
 }
 # Where what others show says nothing: GGUF files are read for these alone.
 _OF_GGUF = ("GPT-2, OPT", "Llama 1 to 3, Mistral", "Gemma 1 to 3")
 OF_SOME = {
     "GGUF files": _OF_GGUF,
     "GGUF files, kept as they are stored": _OF_GGUF,
+    "many prompts, with all options": (
+        "images in Gemma 3, 3n, 4",
+        "images in Qwen 3.5",
+    ),
 }
 BACKENDS = {"jax": "J", "tensorflow": "T", "torch": "P"}
 

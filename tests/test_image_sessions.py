@@ -172,6 +172,76 @@ def test_an_image_near_the_last_slot(family):
 
 
 @every_image_in_turns
+def test_many_prompts(family, seen):
+    """Each text is what it is alone, its images are seen once."""
+    lm, pictures = lm_that_sees(family), family.pictures
+    first, second = (with_marks(family, x) for x in (FIRST, SECOND))
+    asked = [
+        (first, pictures[:1]),
+        ("the dog", None),
+        (first, pictures[1:]),
+        (second, pictures),
+    ]
+    expected = []
+    for text, images in asked:
+        session = lm.start_session()
+        session.send(text, 5, None, images=images)
+        expected.append(session.token_ids[-5:].tolist())
+    seen.clear()
+    prompts = [
+        {"prompt": text, "images": images, "seed": 1} for text, images in asked
+    ]
+    kwargs = {"stop_token_ids": None, "return_dict": True}
+    found = lm.generate_many(iter(prompts), 5, batch_size=2, **kwargs)
+    found = [x["token_ids"].tolist() for _, x in sorted(found)]
+    assert found == expected
+    assert seen == [1, 1, 2]
+    seen.clear()
+    inputs = {"prompts": [first, "the dog"], "images": [[pictures[1]], []]}
+    answers = lm.generate(
+        inputs, max_new_tokens=5, num_return_sequences=2, **kwargs
+    )
+    found = [x["token_ids"].tolist() for x in answers]
+    assert found == [expected[2]] * 2 + [expected[1]] * 2
+    assert seen == [1]
+    one = {"prompts": first, "images": pictures[0]}
+    text = lm.generate(one, max_length=60, stop_token_ids=None)
+    assert lm.generate(one, max_length=60, **kwargs)["text"] == text
+
+
+@on_one_backend("what is asked for is checked")
+@every_image_in_text
+def test_bad_requests(family):
+    lm, (picture, _) = lm_that_sees(family), family.pictures
+    first = with_marks(family, FIRST)
+    prompt, one = {"prompt": first, "images": [picture]}, {"prompts": first}
+    for error, kwargs in (
+        ("as many .*Received: \\[1\\] of them, for", {"inputs": one}),
+        (
+            "`prompts`.*`images`, which.*`responses`",
+            {"inputs": {**one, "images": picture, "responses": "x"}},
+        ),
+        ("see none", {"inputs": [prompt], "prompt_lookup_num_tokens": 2}),
+        ("`prefix` that is a string", {"inputs": [prompt], "prefix": [1]}),
+        (
+            "at most 9 .*images are not cut",
+            {"inputs": [prompt], "max_length": 9},
+        ),
+        ("prompt 0, which has", {"inputs": [{**prompt, "prompt": [1, 2]}]}),
+        (
+            "the keys.*'image'",
+            {"inputs": [{"prompt": first, "image": picture}]},
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)^Expected.*{error}"):
+            lm.generate(**{"max_new_tokens": 3, "truncation": "left", **kwargs})
+    preprocessor, lm.preprocessor = lm.preprocessor, None
+    with pytest.raises(ValueError, match="without `images`.*Set `lm.prepro"):
+        list(lm.generate_many([prompt], 3, stop_token_ids=None))
+    lm.preprocessor = preprocessor
+
+
+@every_image_in_turns
 def test_forks_and_files(family, tmp_path, seen):
     lm, pictures = lm_that_sees(family), family.pictures
     first, second = (with_marks(family, x) for x in (FIRST, SECOND))

@@ -162,9 +162,11 @@ def test_newcomers_are_read_between_steps(monkeypatch):
     loop, done = lm.generation_loop, []
     read, decode = loop.read, loop.decode
 
-    def recorded_read(token_ids, length, slots, cache=None, start=0):
+    def recorded_read(
+        token_ids, length, slots, cache=None, start=0, source=None
+    ):
         done.append(int(length) - 1 - int(start))
-        return read(token_ids, length, slots, cache, start)
+        return read(token_ids, length, slots, cache, start, source)
 
     def recorded_decode(*args):
         done.append("step")

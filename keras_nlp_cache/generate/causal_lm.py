@@ -601,7 +601,9 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
 
         Args:
             prompts: Iterable of prompts, as `generate()` takes them with
-                `max_new_tokens`.
+                `max_new_tokens`. Where images stand in the text, a prompt may
+                be a dictionary of `prompt` and `images`, a list of arrays
+                `(height, width, 3)`, too.
             max_new_tokens: int. How many tokens to generate for each prompt at
                 most.
             max_length: Optional int. How many tokens texts have at most,
@@ -649,6 +651,9 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             progress=progress,
             options=options,
         )
+
+    # Whether images stand in a text, where a later turn may have some, too.
+    sees_in_turns = False
 
     def see(self, text, images):
         """What a turn of a session with images is made of.

@@ -135,19 +135,25 @@ class ImageTextLM(CausalLM):
                 longer. What then has no room for a whole image is refused.
             stop_token_ids: As for `CausalLM.generate()`.
             strip_prompt: As for upstream's task.
-            **further: With prompts alone, as for `CausalLM.generate()`.
+            **further: As for `CausalLM.generate()`. With images, if these
+                stand in the text, and `inputs` are `prompts` and `images`.
 
         Raises:
             ValueError: If images do not fit the prompts, if prompts have no
                 tokens or ids that are not in the vocabulary, or if there is a
-                further argument with images.
+                further argument with images that does not go with them.
         """
         if isinstance(inputs, dict):
             inputs = dict(inputs)  # Upstream writes into it.
             if "prompts" in inputs:
                 # By what is last, upstream sees whether there is one prompt.
                 inputs["prompts"] = inputs.pop("prompts")
-            if further and self.backbone.has_towers:
+            goes_further = (
+                self.sees_in_turns
+                and self.backbone.sees
+                and "prompts" in inputs
+            )
+            if further and self.backbone.has_towers and not goes_further:
                 raise ValueError(
                     "Expected `inputs`, `max_length`, `stop_token_ids` and "
                     "`strip_prompt`, which is what goes with a dictionary of "
@@ -290,9 +296,6 @@ class ImageTextLM(CausalLM):
         }
 
     # === For sessions ===
-
-    # Whether images stand in a text, where a later turn may have some, too.
-    sees_in_turns = False
 
     def see(self, text, images):
         if not self.backbone.sees:

@@ -14,7 +14,8 @@ class Request(typing.NamedTuple):
         limit: int. How many tokens the text is to have at most.
         stream: Array `(2,)` or `(0,)`. See `sampling.streams()`.
         source: Optional dictionary of arrays, what an encoder is to read, with
-            no axis for a batch.
+            no axis for a batch. Or what is read with a text in which images
+            stand, as a batch of one.
     """
 
     number: int

@@ -49,9 +49,19 @@ class Reader:
         self.tokens_read = 0
         self._token_ids = np.zeros(0, "int32")
         self._wanted, self._filled, self._mark = None, 0, 0
+        self._source = None
 
-    def begin(self, token_ids):
-        """Turns to another prompt, int32 array `(T,)`."""
+    def begin(self, token_ids, source=None):
+        """Turns to another prompt.
+
+        Args:
+            token_ids: int32 array `(T,)`.
+            source: Optional dictionary, what is read with it, as for
+                `Loop.read()`.
+        """
+        if source is not self._source:
+            # Tokens of images say nothing of what is seen.
+            self._token_ids, self._source = self._token_ids[:0], source
         count = min(self._filled, len(token_ids) - 1, len(self._token_ids))
         differs = self._token_ids[:count] != token_ids[:count]
         common = int(np.argmax(differs)) if differs.any() else count
@@ -73,6 +83,8 @@ class Reader:
         """
         last = len(self._wanted) - 1
         end = last if count is None else min(last, self._filled + count)
+        if self._source is not None:
+            end = last
         # In the meantime, there is no cache to go on with.
         cache, self.cache = self.cache, None
         start = self._filled
@@ -81,7 +93,12 @@ class Reader:
             cache = None
         if cache is None or end > start:
             cache = self._loop.read(
-                self._wanted, end + 1, self._slots, cache, start
+                self._wanted,
+                end + 1,
+                self._slots,
+                cache,
+                start,
+                self._source if start == 0 else None,
             )
         self.tokens_read += end - start
         self.cache, self._filled = cache, end
@@ -283,7 +300,8 @@ def run(places, requests):
     newcomer, is_over = None, False
     if places.reads_together:
         waiting = list(itertools.islice(requests, len(places.free)))
-        if _have_beginnings_in_common(waiting):
+        alone = any(x.source is not None for x in waiting)
+        if alone or _have_beginnings_in_common(waiting):
             requests = itertools.chain(waiting, requests)
         else:
             for together in _of_similar_length(waiting, places.most_padding):
@@ -296,7 +314,7 @@ def run(places, requests):
                 if newcomer is None:
                     is_over = True
                     break
-                places.reader.begin(newcomer.token_ids)
+                places.reader.begin(newcomer.token_ids, newcomer.source)
             before = places.reader.tokens_read
             left = places.reader.go_on(budget)
             if budget is not None:

@@ -89,6 +89,12 @@ def checked_answers(
         batch = 1
     queue = _Queue(requests)
     while waiting := list(queue.take(batch)):
+        if any(x.source is not None for x in waiting):
+            raise ValueError(
+                "Expected prompts without images where tokens are guessed, by "
+                "an `assistant_model` or by `prompt_lookup_num_tokens`, which "
+                "see none. Received some with them."
+            )
         yield from checked(lm, waiting, stops, options, guesser, count, watch)
 
 

@@ -11,9 +11,6 @@ from keras_nlp_cache.generate.loops.answers import Request
 from keras_nlp_cache.generate.prompts import check_vocabulary
 from keras_nlp_cache.generate.prompts import is_int
 
-# What a prompt that is a dictionary may say.
-_KEYS = ("prompt", "max_new_tokens", "seed", "stream")
-
 
 class Limits(typing.NamedTuple):
     """How long texts may become, and what becomes of prompts that are too long.
@@ -38,7 +35,12 @@ class Prompts:
         prefix: Optional string or token ids, what every prompt begins with.
         seed: Optional int. What the sampler would be made with.
         copies: int. How many texts to generate for each prompt.
+
+    Attributes:
+        keys: What a prompt that is a dictionary may say.
     """
+
+    keys = ("prompt", "max_new_tokens", "seed", "stream")
 
     def __init__(self, lm, limits, prefix=None, seed=None, copies=1):
         self._lm, self._limits = lm, limits
@@ -92,16 +94,15 @@ class Prompts:
         seed = self._seed if seed is None else seed
         return [stream * self._copies + copy], seed
 
-    @staticmethod
-    def _checked(i, prompt):
-        unknown = [key for key in prompt if key not in _KEYS]
+    def _checked(self, i, prompt):
+        unknown = [key for key in prompt if key not in self.keys]
         if unknown or "prompt" not in prompt:
             raise ValueError(
                 f"Expected prompt {i} to be a string, token ids, or a "
-                f"dictionary with `prompt` and any of {list(_KEYS[1:])}. "
+                f"dictionary with `prompt` and any of {list(self.keys[1:])}. "
                 f"Received the keys {sorted(map(str, prompt))}."
             )
-        for key in _KEYS[1:]:
+        for key in Prompts.keys[1:]:
             value = prompt.get(key)
             least = 1 if key == "max_new_tokens" else 0
             if value is not None and not (is_int(value) and value >= least):
@@ -208,6 +209,12 @@ def prompts_in(inputs):
     if isinstance(inputs, dict) and "prompt" in inputs:
         return [inputs], True, False
     if isinstance(inputs, dict):
+        if not {"token_ids", "padding_mask"} <= set(inputs):
+            raise ValueError(
+                "Expected a dictionary of `token_ids` and `padding_mask`, or "
+                "of `prompt`, where there are further arguments. Received the "
+                f"keys {sorted(inputs)}."
+            )
         token_ids, mask = (
             np.asarray(ops.convert_to_numpy(inputs[name]))
             for name in ("token_ids", "padding_mask")
