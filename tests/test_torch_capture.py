@@ -11,9 +11,17 @@ if keras.config.backend() != "torch":
     pytest.skip("captures PyTorch operators", allow_module_level=True)
 
 import torch
+from torch.utils import _pytree as pytree
 
+from keras_nlp_cache.cache.access import Access
+from keras_nlp_cache.generate.loops import torch_loop
+from keras_nlp_cache.generate.loops.access import TorchAccess
+from keras_nlp_cache.generate.loops.alike import describe
 from keras_nlp_cache.generate.loops.torch_capture import capture
 from keras_nlp_cache.generate.loops.torch_capture import separate_views
+from keras_nlp_cache.generate.loops.torch_copies import _Traced
+from keras_nlp_cache.generate.loops.torch_copies import Copied
+from tests.families import deep_families
 from tests.families import FAMILIES
 from tests.families import random_tokens
 from tests.families import to_numpy
@@ -104,6 +112,144 @@ def test_views_of_weights_are_made_apart():
     assert {"aten.mm.default", "aten.add.Tensor"} == set(operators(module))
     weights[0] *= 2
     torch.testing.assert_close(module(*views, x), function(weights, x))
+
+
+def calls_of(function, *args):
+    """What a function put into a graph, and how it was called."""
+    counts = []
+
+    def counted(*args):
+        counts.append(args)
+        return function(*args)
+
+    return Copied(counted), counts
+
+
+def test_copies_are_what_would_be_traced():
+    closed_over = torch.tensor([1.0, 2.0])
+
+    def block(weights, x, kept):
+        kept[1:] += x
+        return (x * weights).cos() + closed_over, kept
+
+    def function(repeated):
+        def run(weights, x, kept):
+            for w, k in zip(weights, kept):
+                x, written = repeated(w, x, k)
+                x = x + written.sum()
+            return x, kept
+
+        return run
+
+    def args():
+        kept = [torch.zeros(3, 2) for _ in range(4)]
+        return list(torch.arange(8.0).reshape(4, 2)), torch.ones(1, 2), kept
+
+    copied, counts = calls_of(block)
+    module = capture(function(copied), *args())
+    assert len(counts) == 1
+    expected = capture(function(block), *args())
+    assert graph_of(module) == graph_of(expected)
+    flat = pytree.tree_leaves(args())
+    found = module(*flat)
+    (x, kept), own = function(block)(*args()), flat[5:]
+    for actual, wanted in zip((found[0], *own), (x, *kept), strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def graph_of(module):
+    """What a captured function does, whatever its nodes are called."""
+    numbers, told = {}, []
+    for node in module.graph.nodes:
+        numbers[node] = len(numbers)
+        arguments = torch.fx.node.map_arg(
+            (node.args, node.kwargs), lambda x: f"node {numbers[x]}"
+        )
+        value = node.meta.get("val")
+        told.append(
+            (
+                node.op,
+                "" if node.op == "placeholder" else str(node.target),
+                str(arguments),
+                getattr(value, "shape", None),
+                getattr(value, "dtype", None),
+            )
+        )
+    return told
+
+
+def test_what_is_not_the_same_is_traced_again():
+    def returns_a_view(x, y):
+        return x[:1] * 1, y[:1]
+
+    def adds(x, y):
+        return x + y
+
+    x, y, z = torch.ones(2), torch.arange(2.0), torch.full((2,), 3.0)
+    for function, calls, count in (
+        (returns_a_view, [(x, y), (y, z)], 2),
+        (adds, [(x, y), (z, y), (y, y), (z, x)], 2),
+        (adds, [(x, x), (x, y), (y, y)], 2),
+    ):
+        copied, counts = calls_of(function)
+
+        def run(*leaves, calls=calls, function=copied):
+            given = dict(zip(map(id, (x, y, z)), leaves))
+            return [function(*(given[id(a)] for a in c)) for c in calls]
+
+        module = capture(run, x, y, z)
+        assert len(counts) == count, function
+        torch.testing.assert_close(
+            pytree.tree_leaves(module(x, y, z)),
+            pytree.tree_leaves([function(*c) for c in calls]),
+        )
+
+    def run(x, y, kept):
+        def writes_elsewhere(x, y):
+            kept.add_(1)
+            return x + y
+
+        copied, found = calls_of(writes_elsewhere)
+        returned = copied(copied(x, y), y)
+        counts.append(len(found))
+        return returned
+
+    module = capture(run, x, y, z)
+    assert counts[-1] == 2
+    torch.testing.assert_close(module(x, y, z), x + y + y)
+    assert z.tolist() == [5.0, 5.0]
+    # With nothing that captures, it is called.
+    copied, counts = calls_of(adds)
+    assert copied(x, y).tolist() == [1.0, 2.0] and len(counts) == 1
+
+
+@deep_families
+def test_a_step_with_copies_of_blocks_is_what_all_of_them_do(
+    family, monkeypatch
+):
+    found, copied = [], []
+    own, copy = TorchAccess.call_block, _Traced.copied_for
+    monkeypatch.setattr(
+        _Traced, "copied_for", lambda *x: (copied.append(x), copy(*x))[1]
+    )
+    captured = torch_loop.capture
+
+    def kept(*args):
+        found.append(captured(*args))
+        return found[-1]
+
+    monkeypatch.setattr(torch_loop, "capture", kept)
+    prompt = {"token_ids": np.array([[3, 4, 5, 0, 0]])}
+    prompt["padding_mask"] = prompt["token_ids"] > 0
+    for call_block in (own, Access.call_block):
+        lm = family.task(family.backbone(), None)
+        lm.compile(sampler="greedy")
+        monkeypatch.setattr(TorchAccess, "call_block", call_block)
+        lm.generate(prompt, stop_token_ids=None)
+    with_copies, without = map(graph_of, found)
+    assert with_copies == without
+    alike = {repr(describe(x)[1]) for x in lm.backbone.blocks}
+    assert len(copied) == len(lm.backbone.blocks) - len(alike)
 
 
 # What a user may switch on, and what it is to be seen by.

@@ -229,6 +229,9 @@ class TorchAccess(LoopAccess):
     def replace(self, state, new):
         return state.copy_(new)
 
+    def call_block(self, block, call, args, kwargs):
+        return alike.call_block(block, call, args, kwargs)
+
     def attend_filled(self):
         from keras_nlp_cache.attention.torch_prefix import attend_prefix
 

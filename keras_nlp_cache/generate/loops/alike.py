@@ -182,6 +182,10 @@ def _as_one_function(function):
 
         # JAX looks up what it has traced by the function.
         return jax.jit(lambda *args: function(*args))
+    if keras.config.backend() == "torch":
+        from keras_nlp_cache.generate.loops.torch_copies import Copied
+
+        return Copied(function)
     import tensorflow as tf
 
     # TensorFlow would put the body in place of each call first, and translate

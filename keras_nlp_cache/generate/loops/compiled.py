@@ -14,13 +14,11 @@ from keras_nlp_cache.cache.slots import slots as slots_from
 from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.device import constants
 from keras_nlp_cache.garbage import collecting_none
-from keras_nlp_cache.generate.loops import alike
 from keras_nlp_cache.generate.loops import sampling
 from keras_nlp_cache.generate.loops.generation import Loop
 from keras_nlp_cache.generate.loops.meanwhile import meanwhile
 from keras_nlp_cache.generate.loops.spare_caches import SpareCaches
-from keras_nlp_cache.products.multiplying import known_of
-from keras_nlp_cache.products.multiplying import multiplying_as_known
+from keras_nlp_cache.generate.loops.tracing import tracing_once
 
 
 class CompiledLoop(Loop):
@@ -110,7 +108,7 @@ class CompiledLoop(Loop):
             # What it writes past the prompt is written again before it is read.
             at = ops.minimum(start + i * chunk, slots - chunk)
             tokens = ops.slice(token_ids, start_at(0, at), (batch, chunk))
-            with _tracing_once():
+            with tracing_once():
                 return self.lm.read(tokens, cache, at)[1]
 
         with accessing(self.access):
@@ -134,7 +132,7 @@ class CompiledLoop(Loop):
 
         def read(at, count, cache):
             tokens = ops.slice(token_ids, start_at(0, at), (batch, count))
-            with _tracing_once():
+            with tracing_once():
                 return self.lm.read(tokens, cache, at, padding_mask=mask)[1]
 
         with accessing(self.access):
@@ -152,11 +150,11 @@ class CompiledLoop(Loop):
             )
 
     def _step(self, *args):
-        with _tracing_once():
+        with tracing_once():
             return super()._step(*args)
 
     def _verify(self, *args):
-        with _tracing_once():
+        with tracing_once():
             return super()._verify(*args)
 
     def _new_tensor(self, shape, dtype):
@@ -178,17 +176,3 @@ class CompiledLoop(Loop):
     def _prepare(self, generation, bounds, values, structure):
         """Compiles what `_decode()` of such arguments calls."""
         raise NotImplementedError
-
-
-class _Packed(alike.Carried):
-    """What kernels of our own read of variables."""
-
-    def of(self, variables):
-        return known_of(variables)
-
-    def as_of(self, variables, known):
-        return multiplying_as_known(variables, known)
-
-
-def _tracing_once():
-    return alike.tracing_once([_Packed()])

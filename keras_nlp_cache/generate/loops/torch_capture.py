@@ -11,9 +11,11 @@ import operator
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from keras_nlp_cache.garbage import collecting_none
+from keras_nlp_cache.generate.loops.torch_copies import modified_arguments
+from keras_nlp_cache.generate.loops.torch_copies import storage_of
 
 _aten = torch.ops.aten
 _RESHAPES = (
@@ -46,9 +48,11 @@ def capture(function, *args):
         return function(*pytree.tree_unflatten(flat, structure))
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), collecting_none():
+    with torch.no_grad():
         fakes = [mode.from_tensor(x.detach()) for x in flat]
         module = make_fx(flat_function)(*fakes)
+        # Of copies, nothing is known yet.
+        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
     _fold_constants(module)
     _merge_reshapes(module.graph)
     _share_repeated(module.graph)
@@ -117,30 +121,15 @@ def _is_repeatable(node):
     return not node.target._schema.is_mutable
 
 
-def _modified_arguments(node):
-    """The arguments of a call that it modifies in place."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    return [
-        x
-        for x, argument in zip(node.args, node.target._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-
-
 def _written_to(graph):
     """The storages that some call in a graph writes into."""
     return {
-        _storage(x) for node in graph.nodes for x in _modified_arguments(node)
+        _storage(x) for node in graph.nodes for x in modified_arguments(node)
     } - {None}
 
 
 def _storage(node):
-    """What a tensor shares with its views, `None` for anything else."""
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        return value.untyped_storage()._cdata
-    return None
+    return storage_of(node.meta.get("val"))
 
 
 def _fold_constants(module):

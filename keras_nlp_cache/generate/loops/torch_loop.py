@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from keras_nlp_cache.cache.access import accessing
 from keras_nlp_cache.cache.kept import spare
 from keras_nlp_cache.device import constants
+from keras_nlp_cache.garbage import collecting_none
 from keras_nlp_cache.generate.loops.generation import decode_step
 from keras_nlp_cache.generate.loops.generation import Loop
 from keras_nlp_cache.generate.loops.generation import tokens_from
@@ -35,6 +36,7 @@ from keras_nlp_cache.generate.loops.torch_products import opaque_dense_product
 from keras_nlp_cache.generate.loops.torch_recording import changing
 from keras_nlp_cache.generate.loops.torch_recording import record
 from keras_nlp_cache.generate.loops.torch_recording import StepsInPlace
+from keras_nlp_cache.generate.loops.tracing import tracing_once
 from keras_nlp_cache.kernels.torch_threads import all_threads
 from keras_nlp_cache.kernels.torch_threads import one_thread
 from keras_nlp_cache.products.finding import find_weights
@@ -464,9 +466,14 @@ class TorchLoop(EagerTorchLoop):
         leaves = pytree.tree_leaves(arguments)
         shapes = [tuple(x.shape) for x in leaves]
         key = *key, *shapes, operator_choices(leaves[0].device)
-        with self._capturing:
+
+        def traced_once(*args):
+            with tracing_once():
+                return function(*args)
+
+        with self._capturing, collecting_none():
             if key not in self._captured:
-                module = capture(function, weights, *arguments)
+                module = capture(traced_once, weights, *arguments)
                 fixed = len(pytree.tree_leaves(weights))
                 prepare, step = separate_views(module, fixed)
                 self._captured[key] = prepare, self._improved(step)
