@@ -3,7 +3,7 @@
 To trace a model is Python, once for each of its layers, every time that a
 process starts: what compilers keep from one process to the next does not save
 it. The blocks of a model differ in their weights and in nothing else, so that
-what was traced of the first is called for all of them.
+what was traced of the first is called for all of them, or copied on PyTorch.
 
 The weights of a block are arguments of that function, so they stay as live as
 they are. Whether blocks are alike is not assumed: all that they hold is
