@@ -822,23 +822,24 @@ def test_several_images_and_none(family):
     size = preprocessor.tokenizer.vocabulary_size()
     lm = family.task(family.backbone(vocabulary_size=size), preprocessor)
     lm.compile(sampler="greedy")
+    generate = functools.partial(lm.generate, stop_token_ids=None)
     see = family.mark
     batch = {
         "prompts": [f"the {see} and {see} fox", f"the quick {see} fox"],
         "images": [[IMAGES[0], IMAGES[1]], [IMAGES[1]]],
     }
-    together = lm.generate(batch)
+    together = generate(batch)
     alone = [
-        lm.generate({"prompts": [text], "images": [images]})[0]
+        generate({"prompts": [text], "images": [images]})[0]
         for text, images in zip(batch["prompts"], batch["images"])
     ]
     assert together == alone
     other = {**batch, "images": [[IMAGES[1], IMAGES[0]], [IMAGES[0]]]}
-    assert all(x != y for x, y in zip(together, lm.generate(other)))
+    assert all(x != y for x, y in zip(together, generate(other)))
     # Without images, it is a model like any other.
-    text = lm.generate("the quick fox")
-    assert text == lm.generate({"prompts": ["the quick fox"]})[0]
-    answer = lm.generate(["the quick fox"], max_new_tokens=4)[0]
+    text = generate("the quick fox")
+    assert text == generate({"prompts": ["the quick fox"]})[0]
+    answer = generate(["the quick fox"], max_new_tokens=4)[0]
     assert text.startswith(answer)
     shown = "".join(lm.stream("the quick fox", 4, stop_token_ids=None))
     # Tokens of images, which a preprocessor may leave out.
