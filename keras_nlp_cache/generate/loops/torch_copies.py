@@ -52,6 +52,8 @@ class _Traced:
         self._nodes = list(tracer.graph.nodes)[len(earlier) :]
         self._after = [_node_of(x, tracer) for x in leaves]
         self._outputs, self._structure = pytree.tree_flatten(self.output)
+        # What is written into later stands for something else.
+        self._returned = [_node_of(x, tracer) for x in self._outputs]
         self._is_alone = self._changes_arguments_alone(earlier)
 
     def _changes_arguments_alone(self, earlier):
@@ -92,11 +94,10 @@ class _Traced:
                 # It was written into, and stands for what that returned.
                 self._track(new, copies[after])
         outputs = []
-        for old in self._outputs:
+        for old, node in zip(self._outputs, self._returned):
             if _is_in(old, self._leaves):
                 outputs.append(leaves[_index_in(old, self._leaves)])
                 continue
-            node = _node_of(old, self._tracer)
             with (
                 proxy_tensor.disable_proxy_modes_tracing(),
                 old.fake_mode,
@@ -104,8 +105,7 @@ class _Traced:
                 new = torch.empty_strided(
                     old.shape, old.stride(), dtype=old.dtype, device=old.device
                 )
-            # What it returned may come from before it.
-            self._track(new, copies.get(node, node))
+            self._track(new, copies[node])
             outputs.append(new)
         return pytree.tree_unflatten(outputs, self._structure)
 
