@@ -90,14 +90,17 @@ def mixtral(folder):
 
 
 def qwen3_5(folder):
-    """The shape of Qwen 3.5 0.8B, with random weights and fewer words."""
+    """Eight of the layers of Qwen 3.5 0.8B, with random weights, fewer words.
+
+    With all 24, neither ours nor keras_hub's was measured in five minutes.
+    """
     import transformers
 
     config = transformers.Qwen3_5TextConfig(
         vocab_size=32_000,
         hidden_size=1024,
         intermediate_size=3584,
-        num_hidden_layers=24,
+        num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=256,
