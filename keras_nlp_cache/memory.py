@@ -53,4 +53,8 @@ def untouched_zeros(shape, dtype):
         import tensorflow as tf
 
         return tf.experimental.dlpack.from_dlpack(x.__dlpack__())
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.from_numpy(x)
     return x

@@ -165,7 +165,7 @@ def graph_of(module):
         arguments = torch.fx.node.map_arg(
             (node.args, node.kwargs), lambda x: f"node {numbers[x]}"
         )
-        value = node.meta.get("val")
+        value = node.meta.get("val") if node.op != "output" else None
         told.append(
             (
                 node.op,

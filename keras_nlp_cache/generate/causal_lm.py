@@ -133,7 +133,8 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
                     self.backbone.roles.token_ids: token_ids,
                     "cache": cache,
                     "cache_update_index": cache_update_index,
-                    **inputs,
+                    # One that is left out may be one that the model has not.
+                    **{k: x for k, x in inputs.items() if x is not None},
                 }
             )
 
@@ -145,7 +146,7 @@ class CausalLM(keras_hub.models.CausalLM, Functional):
             cache: A cache from `backbone.make_cache()` or an earlier call. It
                 is not modified.
             cache_update_index: int scalar, the slot of the first token.
-            **inputs: Further optional inputs of the backbone.
+            **inputs: Further optional inputs of the backbone, or `None`.
 
         Returns:
             A tuple `(logits, hidden_states, cache)`: logits of shape

@@ -13,6 +13,7 @@ from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate.causal_lm import CausalLM
 from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.batch import generate_batch
+from keras_nlp_cache.generate.many.image_prompts import are_with_images
 from keras_nlp_cache.generate.session_images import SessionImages
 from keras_nlp_cache.graph.image_inputs import known
 
@@ -148,11 +149,7 @@ class ImageTextLM(CausalLM):
             if "prompts" in inputs:
                 # By what is last, upstream sees whether there is one prompt.
                 inputs["prompts"] = inputs.pop("prompts")
-            goes_further = (
-                self.sees_in_turns
-                and self.backbone.sees
-                and "prompts" in inputs
-            )
+            goes_further = are_with_images(self, inputs)
             if further and self.backbone.has_towers and not goes_further:
                 raise ValueError(
                     "Expected `inputs`, `max_length`, `stop_token_ids` and "

@@ -52,15 +52,15 @@ class ImagesInTextLM(ImageTextLM):
                 f"{tuple(cache_update_mask.shape)}. Pass a "
                 "`cache_update_index` for each row, `(B,)`."
             )
-        given = {
-            "img_embeddings": img_embeddings,
-            "vision_mask": vision_mask,
-            "padding_mask": padding_mask,
-            "vision_indices": vision_indices,
-        }
-        given = {name: x for name, x in given.items() if x is not None}
         return super().call_with_cache(
-            token_ids, cache, cache_update_index, **given, **inputs
+            token_ids,
+            cache,
+            cache_update_index,
+            img_embeddings=img_embeddings,
+            vision_mask=vision_mask,
+            padding_mask=padding_mask,
+            vision_indices=vision_indices,
+            **inputs,
         )
 
     # === How images are read ===

@@ -57,10 +57,10 @@ def encode(preprocessor, text):
 
 def mark_of(noun, preprocessor):
     """What stands for an image, say, in a text, `None` if nothing does."""
-    for cls in type(preprocessor).__mro__:
-        if cls in marks:
-            return getattr(preprocessor, marks[cls][noun])
-    return getattr(preprocessor, _MARKS.get(noun, ""), None)
+    names = _MARKS
+    for cls in reversed(type(preprocessor).__mro__):
+        names = {**names, **marks.get(cls, {})}
+    return getattr(preprocessor, names.get(noun, ""), None)
 
 
 def encode_whole(preprocessor, prompts, size):

@@ -360,6 +360,23 @@ class ImageTextBackbone(CachedBackbone):
         media = {name: inputs.get(name) for name in roles.of_media}
         return {**text, **normalize_media(self.unpacked(media), self, text)}
 
+    def without_empty(self, media):
+        """What was passed of media, without those of which there are none.
+
+        Upstream's preprocessors say so by an axis of 0, for media that say
+        where their tokens are.
+
+        Args:
+            media: As for `unpacked()`.
+        """
+        for cut in self.cuts:
+            medium, rank = cut.medium, len(cut.given.shape)
+            shape = getattr(media.get(medium.given), "shape", ())
+            if len(shape) == rank and shape[1] == 0:
+                none = medium.given, *medium.beside[:-1]
+                media = {**media, **dict.fromkeys(none)}
+        return media
+
     def unpacked(self, media):
         """What was passed of media, as upstream's graph takes it.
 

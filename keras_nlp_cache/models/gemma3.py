@@ -87,14 +87,8 @@ class Gemma3Backbone(keras_hub.models.Gemma3Backbone, ImageTextBackbone):
                 if isinstance(layer, gemma3_layers.RMSNormalization):
                     layer.epsilon = self.layer_norm.epsilon
 
-    def _normalize(self, inputs):
-        if self.sees and isinstance(inputs, dict):
-            shape = getattr(inputs.get("images"), "shape", ())
-            if len(shape) == 5 and shape[1] == 0:
-                # As upstream's preprocessor says that there are none.
-                none = {"images": None, "vision_indices": None}
-                inputs = {**inputs, **none}
-        return super()._normalize(inputs)
+    def unpacked(self, media):
+        return self.without_empty(media)
 
     def check_media(self, media, text):
         roles, count = self.roles, self.num_vision_tokens_per_image

@@ -88,14 +88,17 @@ class TensorFlowLoop(CompiledLoop):
         return self._prefill_more(token_ids, length, cache, start)
 
     def _prefill_more(self, token_ids, length, cache, start):
-        _call(
-            self._compiled_prefill,
+        arguments = (
             self._packed(self.rows_of_chunk(token_ids)),
             cache,
             tf.constant(token_ids),
             tf.constant(length),
             tf.constant(start),
         )
+        if is_waiting():
+            self._compiled_prefill.get_concrete_function(*arguments)
+            proceed()
+        _call(self._compiled_prefill, *arguments)
         return cache
 
     def _read_source_into(self, token_ids, variables, source):
@@ -278,9 +281,6 @@ _traced = weakref.WeakKeyDictionary()
 def _call(function, *args):
     """Calls a `tf.function`, and tidies up after the compiler if it ran."""
     with outside_of_strategies():
-        if is_waiting():
-            function.get_concrete_function(*args)
-            proceed()
         output = function(*args)
     count = function.experimental_get_tracing_count()
     if count > _traced.get(function, 0):

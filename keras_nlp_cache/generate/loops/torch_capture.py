@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
+from keras_nlp_cache.generate.loops.torch_copies import has_copies
 from keras_nlp_cache.generate.loops.torch_copies import modified_arguments
 from keras_nlp_cache.generate.loops.torch_copies import storage_of
 
@@ -51,8 +52,10 @@ def capture(function, *args):
     with torch.no_grad():
         fakes = [mode.from_tensor(x.detach()) for x in flat]
         module = make_fx(flat_function)(*fakes)
-        # Of copies, nothing is known yet.
-        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
+        if has_copies(module.graph):
+            # What they return is still known as that of the first.
+            prop = FakeTensorProp(module, mode)
+            prop.propagate_dont_convert_inputs(*fakes)
     _fold_constants(module)
     _merge_reshapes(module.graph)
     _share_repeated(module.graph)

@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
+_IS_COPY = "keras_nlp_cache_is_copy"
+
 
 class Copied:
     """A function for a graph that is being captured.
@@ -18,7 +20,7 @@ class Copied:
 
     Args:
         function: Takes tensors, in any nesting, and returns tensors. What else
-            it reads is the same in each call.
+            it reads is the same in each call, and is none of its arguments.
     """
 
     def __init__(self, function):
@@ -89,6 +91,7 @@ class _Traced:
         }
         for node in self._nodes:
             copies[node] = graph.node_copy(node, lambda x: copies.get(x, x))
+            copies[node].meta = {**node.meta, _IS_COPY: True}
         for new, before, after in zip(leaves, self._before, self._after):
             if before is not after:
                 # It was written into, and stands for what that returned.
@@ -114,6 +117,11 @@ class _Traced:
         proxy_tensor.track_tensor_tree(
             x, proxy, constant=None, tracer=self._tracer
         )
+
+
+def has_copies(graph):
+    """Whether some of a graph was copied."""
+    return any(_IS_COPY in node.meta for node in graph.nodes)
 
 
 def _node_of(x, tracer):

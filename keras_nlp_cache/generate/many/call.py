@@ -10,6 +10,7 @@ from keras_nlp_cache.generate.loops.sampling import check_loop
 from keras_nlp_cache.generate.many.answering import answers
 from keras_nlp_cache.generate.many.answering import answers_after_source
 from keras_nlp_cache.generate.many.answering import checked_answers
+from keras_nlp_cache.generate.many.image_prompts import are_with_images
 from keras_nlp_cache.generate.many.image_prompts import ImagePrompts
 from keras_nlp_cache.generate.many.image_prompts import prompts_with_images
 from keras_nlp_cache.generate.many.requests import Limits
@@ -98,9 +99,9 @@ class Call:
                 )
             self._watch = Watch(lm, self._options.stop_strings)
         self._has_source = lm.backbone.roles.source is not None
-        prompts = SourcePrompts if self._has_source else Prompts
-        if lm.sees_in_turns:
-            prompts = ImagePrompts
+        prompts = ImagePrompts if lm.sees_in_turns else Prompts
+        if self._has_source:
+            prompts = SourcePrompts
         self._prompts = prompts(lm, limits, prefix, seed, num_return_sequences)
         self._results = Results(
             lm, strip_prompt, self._watch, self._options, return_dict
@@ -189,7 +190,7 @@ def generate(
         **kwargs: Further arguments, as for `Call`.
     """
     roles = lm.backbone.roles
-    if _has_images(lm, inputs):
+    if are_with_images(lm, inputs):
         prompts, is_scalar, are_arrays = prompts_with_images(
             inputs, lm.preprocessor
         )
@@ -217,13 +218,6 @@ def generate(
     if is_scalar and kwargs["num_return_sequences"] == 1:
         return results[0]
     return results
-
-
-def _has_images(lm, inputs):
-    """Whether prompts and images were passed to a model that sees them."""
-    if not lm.sees_in_turns or not lm.backbone.sees:
-        return False
-    return isinstance(inputs, dict) and "prompts" in inputs
 
 
 def generate_many(lm, prompts, *, batch_size, progress, **kwargs):

@@ -2,8 +2,6 @@
 
 import typing
 
-import numpy as np
-
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate.image_placeholders import of_each_prompt
 from keras_nlp_cache.generate.many.requests import Prompts
@@ -81,6 +79,17 @@ class ImagePrompts(Prompts):
         return super()._cut(i, token_ids, length, why)
 
 
+def are_with_images(lm, inputs):
+    """Whether prompts and images were passed to a task in whose text they are.
+
+    Args:
+        lm: A `CausalLM`.
+        inputs: As for its `generate()`.
+    """
+    sees = lm.sees_in_turns and lm.backbone.sees
+    return sees and isinstance(inputs, dict) and "prompts" in inputs
+
+
 def prompts_with_images(inputs, preprocessor):
     """The prompts that a user passed with images.
 
@@ -110,7 +119,6 @@ def prompts_with_images(inputs, preprocessor):
     mark = reading.mark_of("image", preprocessor)
     images = of_each_prompt(texts, inputs.get("images"), mark, "images", 3)
     prompts = [
-        {"prompt": text, "images": [np.asarray(x) for x in some]}
-        for text, some in zip(texts, images)
+        {"prompt": text, "images": some} for text, some in zip(texts, images)
     ]
     return prompts, is_scalar, False

@@ -94,12 +94,8 @@ class ImagesByTokenBackbone(ImageTextBackbone):
     def new_spans(self, inputs, **kwargs):
         return None  # All is causal.
 
-    def unpacked(self, images):
-        shape = getattr(images.get("images"), "shape", ())
-        if len(shape) == 5 and shape[1] == 0:
-            # As upstream's preprocessor says that there are none.
-            return {**images, "images": None, "vision_indices": None}
-        return images
+    def unpacked(self, media):
+        return self.without_empty(media)
 
     def placed(self, images, token_ids):
         """What was passed of images, with where they are.

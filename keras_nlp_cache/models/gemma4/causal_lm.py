@@ -92,12 +92,6 @@ class Gemma4CausalLM(HearsInText, keras_hub.models.Gemma4CausalLM):
                 index of their own here.
             **inputs: Further optional inputs of the backbone.
         """
-        given = {
-            "audio_embeddings": audio_embeddings,
-            "audio_indices": audio_indices,
-            "audio_mask": audio_mask,
-        }
-        given = {name: x for name, x in given.items() if x is not None}
         return super().call_with_cache(
             token_ids,
             cache,
@@ -106,8 +100,10 @@ class Gemma4CausalLM(HearsInText, keras_hub.models.Gemma4CausalLM):
             vision_mask=vision_mask,
             padding_mask=padding_mask,
             vision_indices=vision_indices,
+            audio_embeddings=audio_embeddings,
+            audio_indices=audio_indices,
+            audio_mask=audio_mask,
             cache_update_mask=cache_update_mask,
-            **given,
             **inputs,
         )
 

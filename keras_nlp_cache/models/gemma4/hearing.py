@@ -49,7 +49,7 @@ class HearsInText(ImagesInTextLM):
             )
         # As many for a short clip as for a long one, so that what reads one is
         # compiled once.
-        most = self.backbone._length_of_output(medium, frames)
+        most = self.backbone.length_of_output(medium, frames)
         room = max(0, most - places.shape[2])
         places = np.pad(places, ((0, 0), (0, 0), (0, room)))
         return {**inputs, "audio_indices": places.reshape(rows, -1)}

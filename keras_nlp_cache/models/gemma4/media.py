@@ -30,22 +30,15 @@ class MediaInText(ImageTextBackbone):
         return {k: x for k, x in inputs.items() if k not in names}
 
     def unpacked(self, media):
+        media = self.without_empty(media)
         for medium in self.roles.media:
-            media = self._unpacked(media, medium)
+            *_, places, _ = medium.beside
+            count, given = self._tokens_of(media, medium), media.get(places)
+            if count is None or len(getattr(given, "shape", ())) != 2:
+                continue
+            # Upstream's preprocessor has places for more images.
+            media = {**media, places: given[:, : count[0] * count[1]]}
         return media
-
-    def _unpacked(self, media, medium):
-        shape = getattr(media.get(medium.given), "shape", ())
-        *beside, places, _ = medium.beside
-        if len(shape) == 4 and shape[1] == 0:
-            # As upstream's preprocessor says that there are none.
-            none = medium.given, *beside, places
-            return {**media, **dict.fromkeys(none)}
-        count, given = self._tokens_of(media, medium), media.get(places)
-        if count is None or len(getattr(given, "shape", ())) != 2:
-            return media
-        # Upstream's preprocessor has places for more images.
-        return {**media, places: given[:, : count[0] * count[1]]}
 
     def _tokens_of(self, media, medium):
         """`(images, tokens)` of what a tower returns, or `None`."""
@@ -55,11 +48,11 @@ class MediaInText(ImageTextBackbone):
                 continue
             number, length = shape[1:3]
             if name == medium.given:
-                length = self._length_of_output(medium, length)
+                length = self.length_of_output(medium, length)
             return number, length
         return None
 
-    def _length_of_output(self, medium, length):
+    def length_of_output(self, medium, length):
         """How many tokens a tower makes of one image, or of one clip.
 
         Args:
@@ -104,20 +97,19 @@ class MediaInText(ImageTextBackbone):
 
     def _check_shapes(self, medium, x, beside):
         """Raises a `ValueError` if a tower does not read such patches."""
-        expected = "audio_mel` of shape (batch, clips, frames, {}), and "
-        expected += "`audio_mel_mask` (batch, clips, frames)"
         if medium.kind == "image":
             size = 3 * self.vision_encoder.patch_size**2
-            expected = "pixel_values` of shape (batch, images, patches, {}), "
-            expected += "and `pixel_position_ids` (batch, images, patches, 2)"
+            each, of_each = "batch, images, patches", ", 2"
         else:
             size = self.audio_encoder.input_feat_size
+            each, of_each = "batch, clips, frames", ""
         shapes = zip(x.shape[:3], beside.shape[:3])
         if x.shape[3] not in (None, size) or any(
             x != y for x, y in shapes if None not in (x, y)
         ):
             raise ValueError(
-                f"Expected `{expected.format(size)}. Received shapes: "
+                f"Expected `{medium.given}` of shape ({each}, {size}), and "
+                f"`{medium.with_given[0]}` ({each}{of_each}). Received shapes: "
                 f"{tuple(x.shape)} and {tuple(beside.shape)}."
             )
 

@@ -58,15 +58,15 @@ class GeneratesInGrids(GridImageLM):
             position_ids: Optional int `(B, 4, T)`, where tokens stand.
             **inputs: Further optional inputs of the backbone.
         """
-        given = {
-            "padding_mask": padding_mask,
-            "img_embeddings": img_embeddings,
-            "vision_indices": vision_indices,
-            "position_ids": position_ids,
-        }
-        given = {name: x for name, x in given.items() if x is not None}
         return super().call_with_cache(
-            token_ids, cache, cache_update_index, **given, **inputs
+            token_ids,
+            cache,
+            cache_update_index,
+            padding_mask=padding_mask,
+            img_embeddings=img_embeddings,
+            vision_indices=vision_indices,
+            position_ids=position_ids,
+            **inputs,
         )
 
 
