@@ -13,7 +13,7 @@ from keras_nlp_cache.cache.slots import start_at
 from keras_nlp_cache.cache.source_inputs import JoinedEmbeddings
 from keras_nlp_cache.generate import reading
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
-from keras_nlp_cache.graph.image_inputs import known
+from keras_nlp_cache.graph.media_inputs import known
 
 
 class GridImageLM(ImageTextLM):

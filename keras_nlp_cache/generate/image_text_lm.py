@@ -15,7 +15,7 @@ from keras_nlp_cache.generate.loops.access import loop_access
 from keras_nlp_cache.generate.loops.batch import generate_batch
 from keras_nlp_cache.generate.many.image_prompts import are_with_images
 from keras_nlp_cache.generate.session_images import SessionImages
-from keras_nlp_cache.graph.image_inputs import known
+from keras_nlp_cache.graph.media_inputs import known
 
 
 class ImageTextLM(CausalLM):

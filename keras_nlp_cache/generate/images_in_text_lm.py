@@ -4,8 +4,8 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.generate import reading
-from keras_nlp_cache.generate.image_placeholders import check_placeholders
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
+from keras_nlp_cache.generate.placeholders import check_placeholders
 
 
 class ImagesInTextLM(ImageTextLM):

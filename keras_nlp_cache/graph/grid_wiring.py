@@ -9,13 +9,13 @@ import keras
 from keras_nlp_cache.cache.grid_positions import GridPositions
 from keras_nlp_cache.cache.grid_positions import OFFSET_SHAPES
 from keras_nlp_cache.cache.grid_positions import PositionOffset
-from keras_nlp_cache.graph.image_wiring import ImageWiring
+from keras_nlp_cache.graph.media_wiring import MediaWiring
 
 
-class GridWiring(ImageWiring):
+class GridWiring(MediaWiring):
     """The inputs of one graph, and what is threaded through it.
 
-    Args are those of `ImageWiring`.
+    Args are those of `MediaWiring`.
     """
 
     def _place_tokens(self, **arguments):

@@ -5,7 +5,7 @@ all others, or in the place of some. So a cache has slots for it like any other,
 and where images are read once, nothing of them is needed any more. What is
 different is the call that reads them: some of its tokens see what follows them
 (`cache/spans.py`), so it has to have all of these, and the graph can be given
-what was computed of images before (`image_wiring.py`).
+what was computed of images before (`media_wiring.py`).
 
 All that is told of images is so of any `Medium`, each with a tower of its own.
 """
@@ -20,11 +20,11 @@ from keras_nlp_cache.cache.spans import ImageSpans
 from keras_nlp_cache.graph.backbone import CachedBackbone
 from keras_nlp_cache.graph.constructed import nodes_of
 from keras_nlp_cache.graph.grid_wiring import GridWiring
-from keras_nlp_cache.graph.image_inputs import normalize_media
-from keras_nlp_cache.graph.image_wiring import ImageWiring
-from keras_nlp_cache.graph.image_wiring import name_of_joined
-from keras_nlp_cache.graph.image_wiring import name_of_output
 from keras_nlp_cache.graph.inputs import normalize
+from keras_nlp_cache.graph.media_inputs import normalize_media
+from keras_nlp_cache.graph.media_wiring import MediaWiring
+from keras_nlp_cache.graph.media_wiring import name_of_joined
+from keras_nlp_cache.graph.media_wiring import name_of_output
 from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import TEXT
 from keras_nlp_cache.quantization.quantizing import floating_policy
@@ -203,7 +203,7 @@ class ImageTextBackbone(CachedBackbone):
             return super().new_wiring(graph)
         dtype = floating_policy(self.blocks[0])
         in_grids = self.roles.grid_positions is not None
-        wiring = GridWiring if in_grids else ImageWiring
+        wiring = GridWiring if in_grids else MediaWiring
         return wiring(dtype, graph, self.roles, self)
 
     def _set_graph(self, wiring, *args, **kwargs):

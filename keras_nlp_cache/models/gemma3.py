@@ -8,8 +8,8 @@ from keras_hub.src.models.gemma3 import gemma3_layers
 from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.images_in_text_lm import ImagesInTextLM
-from keras_nlp_cache.graph.image_places import check_in_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.media_places import check_in_text
 from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.gemma import gemma_parts

@@ -9,8 +9,8 @@ from keras_nlp_cache.blocks.decoder_block import decoder_block
 from keras_nlp_cache.cache.spans import PrefixSpan
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.image_text_lm import ImageTextLM
-from keras_nlp_cache.graph.image_places import check_before_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.media_places import check_before_text
 from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.gemma import gemma_parts

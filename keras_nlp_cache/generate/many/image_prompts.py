@@ -3,8 +3,8 @@
 import typing
 
 from keras_nlp_cache.generate import reading
-from keras_nlp_cache.generate.image_placeholders import of_each_prompt
 from keras_nlp_cache.generate.many.requests import Prompts
+from keras_nlp_cache.generate.placeholders import of_each_prompt
 from keras_nlp_cache.generate.prompts import check_vocabulary
 
 

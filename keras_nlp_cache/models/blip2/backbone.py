@@ -4,9 +4,9 @@ import keras_hub
 
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.graph.encoder_decoder import EncoderDecoderBackbone
-from keras_nlp_cache.graph.image_places import check_before_text
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
 from keras_nlp_cache.graph.language_model import HasLanguageModel
+from keras_nlp_cache.graph.media_places import check_before_text
 from keras_nlp_cache.graph.roles import ENCODER_DECODER
 from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles

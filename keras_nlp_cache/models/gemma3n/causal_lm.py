@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_nlp_cache.drop_in import replaces
 from keras_nlp_cache.generate.images_in_text_lm import ImagesInTextLM
-from keras_nlp_cache.graph.image_inputs import known
+from keras_nlp_cache.graph.media_inputs import known
 from keras_nlp_cache.models.gemma3n.backbone import Gemma3nBackbone
 
 

@@ -2,11 +2,11 @@
 
 import keras
 
-from keras_nlp_cache.graph.image_inputs import check_rows
-from keras_nlp_cache.graph.image_inputs import known
-from keras_nlp_cache.graph.image_places import check_in_text
-from keras_nlp_cache.graph.image_places import places_of
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.media_inputs import check_rows
+from keras_nlp_cache.graph.media_inputs import known
+from keras_nlp_cache.graph.media_places import check_in_text
+from keras_nlp_cache.graph.media_places import places_of
 from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 

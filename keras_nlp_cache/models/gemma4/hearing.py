@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from keras_nlp_cache.generate.image_placeholders import check_clips
-from keras_nlp_cache.generate.image_placeholders import clips_of
 from keras_nlp_cache.generate.images_in_text_lm import ImagesInTextLM
+from keras_nlp_cache.generate.placeholders import check_clips
+from keras_nlp_cache.generate.placeholders import clips_of
 
 
 class HearsInText(ImagesInTextLM):

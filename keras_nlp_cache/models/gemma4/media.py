@@ -1,8 +1,8 @@
 """What Gemma 4 takes of images and of sound, and what its towers make of it."""
 
-from keras_nlp_cache.graph.image_places import check_in_text
-from keras_nlp_cache.graph.image_places import check_side_by_side
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.media_places import check_in_text
+from keras_nlp_cache.graph.media_places import check_side_by_side
 
 
 class MediaInText(ImageTextBackbone):

@@ -4,8 +4,8 @@ import keras_hub
 import numpy as np
 
 from keras_nlp_cache.drop_in import replaces
-from keras_nlp_cache.graph.image_places import check_in_grids
 from keras_nlp_cache.graph.image_text import ImageTextBackbone
+from keras_nlp_cache.graph.media_places import check_in_grids
 from keras_nlp_cache.graph.roles import Medium
 from keras_nlp_cache.graph.roles import Roles
 from keras_nlp_cache.models.qwen3_5 import layers  # noqa: F401 (replace upstream)

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_nlp_cache.drop_in import replaces
-from keras_nlp_cache.generate.image_placeholders import of_each_prompt
+from keras_nlp_cache.generate.placeholders import of_each_prompt
 from keras_nlp_cache.generate.reading import texts
 
 

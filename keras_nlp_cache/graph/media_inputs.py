@@ -1,4 +1,4 @@
-"""Checks and completes what a user passes of images."""
+"""Checks and completes what a user passes of images, or of sound."""
 
 import keras
 import numpy as np

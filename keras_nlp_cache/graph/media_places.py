@@ -1,13 +1,13 @@
-"""Checks that images are where a text has places for them."""
+"""Checks that images, or sound, are where a text has places for them."""
 
 import math
 
 import keras
 import numpy as np
 
-from keras_nlp_cache.graph.image_inputs import check_length
-from keras_nlp_cache.graph.image_inputs import check_rows
-from keras_nlp_cache.graph.image_inputs import known
+from keras_nlp_cache.graph.media_inputs import check_length
+from keras_nlp_cache.graph.media_inputs import check_rows
+from keras_nlp_cache.graph.media_inputs import known
 
 
 def check_before_text(images, text, backbone):

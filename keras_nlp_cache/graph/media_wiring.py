@@ -20,7 +20,7 @@ from keras_nlp_cache.graph.constructed import comes_of
 from keras_nlp_cache.graph.wiring import Wiring
 
 
-class ImageWiring(Wiring):
+class MediaWiring(Wiring):
     """The inputs of one graph, and what is threaded through it.
 
     Args:
